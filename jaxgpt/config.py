@@ -1,0 +1,402 @@
+"""Every setting of a run: frozen dataclasses, read from YAML and the command line.
+
+A default lives here and nowhere else; the text under a field is what `--help` prints.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+C = TypeVar("C")
+
+
+def _require(holds: bool, setting: str, value: Any, fix: str) -> None:
+    if not holds:
+        raise ValueError(f"{setting}={value}: {fix}")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of RoPE to contexts longer than the trained one."""
+
+    factor: float = 8.0
+    """How many times longer the context becomes."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above original_context / this are stretched whole."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below original_context / this stay."""
+    original_context: int = 8192
+    """Context length of the original training."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the network. GPT-2, Llama, Qwen and Mixtral are settings of this one class."""
+
+    vocab_size: int = 0
+    """Rows of the embedding table; 0 takes the tokenizer's size."""
+    context_length: int = 256
+    """Longest sequence in tokens."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    model_dim: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Query heads; 1 is single-head attention."""
+    num_kv_heads: int | None = None
+    """Key/value heads, fewer than num_heads for grouped-query attention; null: as many."""
+    head_dim: int | None = None
+    """Width of one head; null: model_dim / num_heads."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP (of each expert); null: 4 * model_dim."""
+    mlp: Literal["plain", "gated"] = "plain"
+    """plain: down(act(up(x))); gated: down(act(gate(x)) * up(x))."""
+    activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
+    """gelu is the exact erf form, gelu_tanh GPT-2's approximation; silu with gated is SwiGLU."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before attention, MLP and head."""
+    norm_eps: float = 1e-5
+    """Added to the variance."""
+    qk_norm: bool = False
+    """RMS-normalise every query and key head (Qwen3)."""
+    position: Literal["learned", "rope"] = "learned"
+    """Learned absolute positions, or rotary ones."""
+    rope_base: float = 10000.0
+    """RoPE's theta."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3's context extension; null: none."""
+    bias: Literal["none", "qkv", "all"] = "none"
+    """Biases nowhere, on query/key/value (Qwen2), or on every linear layer and norm (GPT-2)."""
+    tie_embeddings: bool = True
+    """The output head is the embedding table."""
+    dropout: float = 0.0
+    """Probability of dropping an entry of the embedding, of attention's and the MLP's output."""
+    num_experts: int = 0
+    """Experts of the mixture that replaces the MLP; 0: a dense MLP."""
+    experts_per_token: int = 2
+    """Experts that each token visits."""
+    normalize_expert_weights: bool = True
+    """Chosen experts' gate weights sum to one (Mixtral); off: the plain softmax."""
+    expert_capacity: float = 0.0
+    """Slots per expert as a multiple of an even share; 0: dropless."""
+    balance: Literal["loss", "bias", "none"] = "loss"
+    """Keep experts busy by a per-sequence loss, by a selection bias (aux-loss-free), or not."""
+    balance_weight: float = 0.01
+    """Weight of the balance loss, or step size of the selection bias."""
+    adapter_dim: int = 0
+    """Width of a bottleneck adapter in every block; 0: none."""
+    adapter_parallel: bool = False
+    """The adapter runs beside the MLP instead of after attention and MLP (Houlsby)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of matrix products; parameters, norms, softmax and losses stay float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, every block."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.context_length > 0,
+            "model.context_length",
+            self.context_length,
+            "must be at least 1",
+        )
+        _require(self.num_layers > 0, "model.num_layers", self.num_layers, "must be at least 1")
+        _require(self.model_dim > 0, "model.model_dim", self.model_dim, "must be at least 1")
+        _require(self.num_heads > 0, "model.num_heads", self.num_heads, "must be at least 1")
+        if self.head_dim is None:
+            _require(
+                self.model_dim % self.num_heads == 0, "model.num_heads", self.num_heads,
+                f"must divide model.model_dim={self.model_dim} (or set model.head_dim)",
+            )  # fmt: skip
+        _require(
+            self.num_heads % self.kv_heads == 0, "model.num_kv_heads", self.kv_heads,
+            f"must divide model.num_heads={self.num_heads}",
+        )  # fmt: skip
+        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+        _require(
+            self.position != "rope" or self.head_width % 2 == 0, "model.head_dim", self.head_width,
+            "must be even for model.position=rope",
+        )  # fmt: skip
+        _require(
+            self.num_experts == 0 or 1 <= self.experts_per_token <= self.num_experts,
+            "model.experts_per_token", self.experts_per_token,
+            f"must be between 1 and model.num_experts={self.num_experts}",
+        )  # fmt: skip
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.model_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return 4 * self.model_dim if self.mlp_dim is None else self.mlp_dim
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text to train on."""
+
+    path: str = ""
+    """Token directory (prepare_data.py), .bin file, or plain text file or folder;
+    empty: the source code of Python's standard library."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Several token directories with their weights, instead of path."""
+    tokenizer: str = ""
+    """byte, a tiktoken name (gpt2, cl100k_base), or a tokenizer.json; empty: the one recorded
+    beside the token files, else our BPE trained on the text."""
+    vocab_size: int = 2048
+    """Size of the BPE that is trained when there is no tokenizer."""
+    val_fraction: float = 0.1
+    """Share of the end of each file that is held out; a token directory records its own."""
+    documents: bool = False
+    """Pack whole documents with segment ids and restarted positions; off: one endless stream."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must be in (0, 1)"
+        )
+        _require(
+            not (self.path and self.mixture),
+            "data.mixture",
+            self.mixture,
+            "excludes data.path; drop one",
+        )
+        _require(
+            all(w > 0 for w in self.mixture.values()),
+            "data.mixture",
+            self.mixture,
+            "weights must be positive",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and how wide to train."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Sequences per optimizer step, over all devices and micro-batches."""
+    micro_batches: int = 1
+    """Parts into which the batch is cut to save memory; the gradient stays the same."""
+    z_loss: float = 0.0
+    """Weight of (log of the softmax's normaliser)^2; 1e-4 steadies large runs."""
+    label_smoothing: float = 0.0
+    """Share of the target probability that is spread over the vocabulary."""
+    loss_chunk: int = 1024
+    """Tokens whose logits exist at one time; 0: all."""
+    max_loss: float = 1e4
+    """A loss above this, or not finite, stops the run."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, "train.steps", self.steps, "must be 0 or more")
+        _require(self.batch_size > 0, "train.batch_size", self.batch_size, "must be at least 1")
+        _require(
+            self.micro_batches > 0 and self.batch_size % self.micro_batches == 0,
+            "train.micro_batches", self.micro_batches,
+            f"must divide train.batch_size={self.batch_size}",
+        )  # fmt: skip
+        _require(
+            0 <= self.label_smoothing < 1,
+            "train.label_smoothing",
+            self.label_smoothing,
+            "must be in [0, 1)",
+        )
+        _require(self.z_loss >= 0, "train.z_loss", self.z_loss, "must be 0 or more")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon orthogonalises the updates of the blocks' matrices and leaves the rest to AdamW."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine decay, warm-up-stable-decay, or constant."""
+    warmup_steps: int = 100
+    """Linear warm-up, in optimizer steps."""
+    min_ratio: float = 0.1
+    """Final learning rate as a share of the peak."""
+    decay_steps: int | None = None
+    """Step at which the decay ends; null: train.steps."""
+    decay_fraction: float = 0.2
+    """Share of the run that wsd spends decaying."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    no_decay: str = r"(bias|scale|embedding)$"
+    """Parameters (regular expression on the path) that are not decayed."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the parameters, used to evaluate; 0: none."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.learning_rate >= 0, "optim.learning_rate", self.learning_rate, "must be 0 or more"
+        )
+        _require(0 <= self.beta1 < 1, "optim.beta1", self.beta1, "must be in [0, 1)")
+        _require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "must be in [0, 1)")
+        _require(
+            self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be 0 or more"
+        )
+        _require(0 <= self.ema < 1, "optim.ema", self.ema, "must be in [0, 1)")
+        _require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "must be 0 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Latest checkpoints kept, beside the one with the best validation loss."""
+
+    def __post_init__(self) -> None:
+        _require(self.every > 0, "checkpoint.every", self.every, "must be at least 1")
+        _require(self.keep > 0, "checkpoint.keep", self.keep, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss during training."""
+
+    every: int = 250
+    """Steps between evaluations; the first and last step always are; 0: only those."""
+    batches: int = 20
+    """Batches per evaluation, the same ones each time; the last evaluation reads them all if 0."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "eval.every", self.every, "must be 0 or more")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Text written by the model during training, and how to draw it."""
+
+    every: int = 250
+    """Steps between samples; 0: only after the last step."""
+    prompts: list[str] = field(default_factory=lambda: ["\n"])
+    """Texts to continue."""
+    max_new_tokens: int = 200
+    """Tokens to write."""
+    temperature: float = 0.8
+    """0 is greedy."""
+    top_p: float = 0.95
+    """Nucleus: the fewest tokens whose probability reaches this."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes what is left."""
+
+    data: int = -1
+    """Copies of the model, each with its own rows."""
+    fsdp: int = 1
+    """Parameters, gradients and moments cut over devices that have their own rows too."""
+    tensor: int = 1
+    """Heads and hidden units cut over devices."""
+    context: int = 1
+    """Positions of one sequence cut over devices."""
+    expert: int = 1
+    """Experts cut over devices."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run reports, beside metrics.jsonl and report.html."""
+
+    every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run directory."""
+    wandb: str = ""
+    """Weights & Biases project; empty: off."""
+    profile: str = ""
+    """Steps to trace with JAX's profiler, as first:last; empty: none."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training command has."""
+
+    run: str
+    """Directory of the run; the same command on the same directory resumes."""
+    init: str = ""
+    """Start from these weights: a run directory or a Hugging Face directory; empty: at random."""
+    seed: int = 0
+    """Seed of initialisation, data order, dropout and sampling."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Next-token prediction on plain text."""
+
+    run: str = "runs/pretrain"
+    """Directory of the run; the same command on the same directory resumes."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def parse(kind: type[C], description: str, args: Sequence[str] | None = None) -> C:
+    """The config that `--config FILE` and dotted overrides describe.
+
+    Raises:
+        ValueError: an unknown key, a wrong type or a value that a config refuses.
+    """
+    import jsonargparse  # here: only commands parse, and the library imports quickly without it
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=Path(sys.argv[0]).name, description=description, exit_on_error=False
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file that states what differs from the defaults"
+    )
+    parser.add_class_arguments(kind, sub_configs=True)
+    try:
+        fields = parser.instantiate(parser.parse_args(args))
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return kind(**{f.name: fields[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+def to_yaml(cfg: Any) -> str:
+    """The whole config as YAML that `--config` reads back."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
+
+
+def exit_cleanly(main: Callable[[], None]) -> None:
+    """Runs a command; a user's mistake becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
