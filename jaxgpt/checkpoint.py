@@ -1,0 +1,313 @@
+"""Checkpoints: Orbax arrays, hashed, visible only when complete, restored onto any mesh.
+
+    checkpoints/<step>/arrays/        Orbax data of a flat dict {leaf name: array}
+                       index.json     step, best_value, shape and dtype of every array
+                       meta.json      what the caller wants to remember
+                       manifest.json  size and SHA-256 of every other file
+
+Orbax restores flipped bytes without a word, so nothing is read before its manifest agrees.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt import tree
+
+_UNFINISHED = ".tmp"  # suffix of a step directory that is being written or deleted
+
+
+class Checkpoints:
+    """The checkpoints of one run: the last `keep` and the one with the lowest best_value."""
+
+    def __init__(self, directory: str | Path, keep: int = 2) -> None:
+        self.directory = Path(directory).absolute()
+        self.keep = keep
+        self._writer: Any = None  # Orbax's checkpointer, made by the first save
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._verified: set[int] = set()
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete directory, oldest first; their content is not verified."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
+
+    def save(
+        self, step: int, state: Any, meta: dict[str, Any], best_value: float | None = None
+    ) -> None:
+        """Copies the arrays to the host, then writes in the background.
+
+        The caller may donate or change the arrays as soon as this returns.
+
+        Raises:
+            OSError: this save cannot start, or the one before it failed.
+        """
+        self.wait()
+        arrays = _snapshot(tree.flatten(state))
+        unfinished = self.directory / f"{step}{_UNFINISHED}"
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for leftover in self.directory.glob(f"*{_UNFINISHED}"):
+                shutil.rmtree(leftover)
+            unfinished.mkdir()
+            _write_json(unfinished / "meta.json", meta)
+            _write_json(unfinished / "index.json", _index(step, arrays, best_value))
+        ocp = _orbax()
+        if self._writer is None:
+            self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True))
+        try:
+            self._writer.save(unfinished / "arrays", args=ocp.args.PyTreeSave(arrays))
+        except Exception as error:
+            raise self._failure(step, error) from error
+        barrier = ocp.multihost.get_barrier_sync_fn()
+        self._thread = threading.Thread(target=self._finish, args=(step, barrier))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk, or raises what stopped it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def latest_valid(self) -> int | None:
+        """The newest step whose files are intact; damaged ones are named on stderr and skipped."""
+        self.wait()
+        found = self._find_valid() if jax.process_index() == 0 else None
+        if jax.process_count() > 1:  # one process reads and hashes, all of them follow it
+            from jax.experimental import multihost_utils
+
+            shared = multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found))
+            found = None if int(shared) < 0 else int(shared)
+        if found is not None:
+            self._verified.add(found)
+        return found
+
+    def best(self) -> int | None:
+        """The step with the lowest best_value, None if no save had one."""
+        values = {step: _read_index(self._path(step)).get("best_value") for step in self.steps()}
+        scored = {step: value for step, value in values.items() if value is not None}
+        return min(scored, key=lambda step: scored[step]) if scored else None
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was passed to `save` beside the arrays."""
+        self._verify(step)
+        return json.loads((self._path(step) / "meta.json").read_text())
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The saved tree, shaped as `like`, on whatever mesh the shardings of `like` name.
+
+        Args:
+            like: arrays or ShapeDtypeStructs; a leaf without a sharding comes back as NumPy.
+
+        Raises:
+            ValueError: damaged files, or a parameter that is missing, left over or of another
+                shape or dtype.
+        """
+        self.wait()
+        self._verify(step)
+        wanted = tree.flatten(like)
+        _check_arrays(self._path(step), _read_index(self._path(step))["arrays"], wanted)
+        return tree.unflatten(like, _read(self._path(step), wanted))
+
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _find_valid(self) -> int | None:
+        for step in reversed(self.steps()):
+            try:
+                verify(self._path(step))
+            except ValueError as error:
+                print(f"warning: skipping a checkpoint: {error}", file=sys.stderr)
+            else:
+                return step
+        return None
+
+    def _verify(self, step: int) -> None:
+        if step not in self._verified:
+            verify(self._path(step))
+            self._verified.add(step)
+
+    def _finish(self, step: int, barrier: Any) -> None:
+        """The background part of a save, on every process."""
+        try:
+            self._writer.wait_until_finished()  # all processes have written their shards
+            if jax.process_index() == 0:
+                self._commit(step)
+        except Exception as error:
+            self._error = self._failure(step, error)
+            shutil.rmtree(self.directory / f"{step}{_UNFINISHED}", ignore_errors=True)
+        finally:
+            barrier(key=f"checkpoint_{self.directory}_{step}", timeout_ms=600_000)
+
+    def _commit(self, step: int) -> None:
+        unfinished, final = self.directory / f"{step}{_UNFINISHED}", self._path(step)
+        _write_json(unfinished / "manifest.json", {"files": _digests(unfinished)})
+        if final.exists():
+            _discard(final)
+        unfinished.rename(final)
+        self._verified.discard(step)
+        # A later step can only be a damaged one that this run was resumed in front of.
+        kept = {*[s for s in self.steps() if s <= step][-self.keep :], self.best()}
+        for stale in set(self.steps()) - kept:
+            _discard(self._path(stale))
+
+    def _failure(self, step: int, error: Exception) -> OSError:
+        """One line for Orbax's page, with what is still there."""
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        full = "No space left on device"
+        reason = full if full in str(error) else (lines or [type(error).__name__])[0]
+        intact = [s for s in self.steps() if s != step]
+        left = f"checkpoint {intact[-1]} is intact" if intact else "no earlier checkpoint exists"
+        return OSError(f"cannot write checkpoint {self._path(step)}: {reason}; {left}")
+
+
+def verify(path: str | Path) -> None:
+    """Raises ValueError unless every file of the checkpoint is what its manifest says."""
+    path = Path(path)
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        expected = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} has no readable manifest.json") from None
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+            raise ValueError(f"{path} is damaged: {name} differs from its manifest")
+
+
+def read_arrays(path: str | Path, prefix: str = "") -> dict[str, np.ndarray]:
+    """The verified arrays of one checkpoint whose names start with `prefix`, as NumPy.
+
+    Args:
+        path: a step directory, such as `runs/demo/checkpoints/500`.
+    """
+    path = Path(path).absolute()
+    verify(path)
+    index = _read_index(path)["arrays"]
+    names = [name for name in index if name.startswith(prefix)]
+    if not names:
+        groups = sorted({name.rsplit("/", 1)[0] for name in index})
+        raise ValueError(f"{path} has no array named {prefix}…; it has {', '.join(groups[:8])}")
+    return _read(path, dict.fromkeys(names))
+
+
+def _orbax() -> Any:
+    """Orbax, imported on first use (0.5 s) and kept from logging to the terminal."""
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").addFilter(_not_from_orbax)
+    return ocp
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _snapshot(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Host copies that nobody else can write to."""
+    local = {
+        name: leaf
+        for name, leaf in arrays.items()
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    }
+    for leaf in local.values():
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+    # An array that is spread over processes stays as it is: Orbax copies each process's shards.
+    return {name: np.array(leaf) if name in local else leaf for name, leaf in arrays.items()}
+
+
+def _index(step: int, arrays: dict[str, Any], best_value: float | None) -> dict[str, Any]:
+    scored = best_value is not None and math.isfinite(best_value)
+    shapes = {n: {"shape": list(a.shape), "dtype": str(a.dtype)} for n, a in arrays.items()}
+    return {"step": step, "best_value": best_value if scored else None, "arrays": shapes}
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """Empty if there is none, so that retention survives a damaged neighbour."""
+    try:
+        return json.loads((path / "index.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _check_arrays(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, leaf in wanted.items():
+        if name not in saved:
+            raise ValueError(f"{path} has no {name}, which this config needs")
+        there = tuple(saved[name]["shape"]), saved[name]["dtype"]
+        here = tuple(leaf.shape), str(np.dtype(leaf.dtype))
+        if there != here:
+            (shape, dtype), (new_shape, new_dtype) = there, here
+            raise ValueError(
+                f"{path}: {name} is {dtype}{list(shape)} there, but this config makes it "
+                f"{new_dtype}{list(new_shape)}"
+            )
+    extra = sorted(set(saved) - set(wanted))
+    if extra:
+        raise ValueError(f"{path} holds {extra[0]}, which this config has no place for")
+
+
+def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Named arrays, each placed as its value's sharding says (NumPy where it has none)."""
+    ocp = _orbax()
+    how = {
+        name: ocp.RestoreArgs(restore_type=np.ndarray)
+        if getattr(leaf, "sharding", None) is None
+        else ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=leaf.sharding)
+        for name, leaf in wanted.items()
+    }
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True)
+    args = ocp.args.PyTreeRestore(item=how, restore_args=how, partial_restore=True)
+    try:
+        with ocp.Checkpointer(handler) as reader:
+            return reader.restore(path / "arrays", args=args)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+
+
+def _digests(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file, which is forced to disk: an older checkpoint goes next."""
+    entries = {}
+    for file in sorted(p for p in directory.rglob("*") if p.is_file()):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+        name = file.relative_to(directory).as_posix()
+        entries[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return entries
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _discard(path: Path) -> None:
+    """Deletes a step directory such that a kill halfway leaves nothing that looks like one."""
+    doomed = path.with_name(f"{path.name}.old{_UNFINISHED}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    with file.open("w") as stream:
+        json.dump(content, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
