@@ -1,0 +1,1 @@
+"""The network: one GPT whose families are settings of `ModelConfig`."""

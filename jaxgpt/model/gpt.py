@@ -1,0 +1,191 @@
+"""GPT: embeddings, a stack of pre-norm blocks, a final norm; heads are applied apart."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgpt import weights
+from jaxgpt.config import ModelConfig
+from jaxgpt.kernels.platform import layer_unroll
+from jaxgpt.model.attention import Attention, BlockInputs, KVCache
+from jaxgpt.model.layers import INIT_STD, Linear, dropout, make_norm, parameter, rope_tables
+from jaxgpt.model.mlp import Adapter, GatedMlp, Mlp
+from jaxgpt.model.moe import MoE, RouterStats
+from jaxgpt.types import Array, Params
+
+
+class Output(NamedTuple):
+    """What GPT returns; `logits` turns hidden states into scores."""
+
+    hidden_BTD: Array
+    cache: KVCache | None
+    router: RouterStats | None  # every array with a leading L; None without experts
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), on a float32 residual stream."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Array, tuple[Array, Array] | None],
+        scanned: tuple[Array, Array | None],
+        inputs: BlockInputs,
+    ) -> tuple[tuple[Array, tuple[Array, Array] | None], RouterStats | None]:
+        cfg, (x_BTD, cache), (layer, bias_E) = self.cfg, carry, scanned
+
+        normed_BTD = make_norm(cfg, "attention_norm")(x_BTD)
+        attended_BTD, cache = Attention(cfg, name="attention")(normed_BTD, inputs, cache, layer)
+        if cfg.adapter_dim and not cfg.adapter_parallel:
+            attended_BTD += Adapter(cfg, name="attention_adapter")(attended_BTD)
+        x_BTD = x_BTD + dropout(attended_BTD, inputs.rng_B, 2 * layer + 1, cfg.dropout)
+
+        normed_BTD = make_norm(cfg, "mlp_norm")(x_BTD)
+        if cfg.num_experts:
+            mixed_BTD, stats = MoE(cfg, name="moe")(normed_BTD, bias_E, inputs.segments_BT)
+        else:
+            mlp = GatedMlp if cfg.mlp == "gated" else Mlp
+            mixed_BTD, stats = mlp(cfg, name="mlp")(normed_BTD), None
+        if cfg.adapter_dim:
+            seen_BTD = normed_BTD if cfg.adapter_parallel else mixed_BTD
+            mixed_BTD += Adapter(cfg, name="mlp_adapter")(seen_BTD)
+        x_BTD = x_BTD + dropout(mixed_BTD, inputs.rng_B, 2 * layer + 2, cfg.dropout)
+        return (x_BTD, cache), stats
+
+
+class Table(nn.Module):
+    """An embedding table [rows, D]."""
+
+    rows: int
+    width: int
+
+    @nn.compact
+    def __call__(self, index_BT: Array) -> Array:
+        return weights.take(
+            parameter(self, "embedding", INIT_STD, (self.rows, self.width)), index_BT
+        )
+
+
+class GPT(nn.Module):
+    """Tokens to hidden states.
+
+    Args of the call:
+        positions_BT: default 0, 1, 2, … counted from the row's first token.
+        segments_BT: documents packed into a row, numbered from 1; 0 is padding. Default: all one.
+        cache: keys and values of the tokens before these; the returned cache holds these too.
+        rng_B: one dropout key per row; None switches dropout off.
+        bias_LE: selection bias of the experts (ModelConfig.balance = "bias").
+    """
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: Array,
+        positions_BT: Array | None = None,
+        segments_BT: Array | None = None,
+        cache: KVCache | None = None,
+        rng_B: Array | None = None,
+        bias_LE: Array | None = None,
+    ) -> Output:
+        cfg = self.cfg
+        index_BT, segments_BT, mask_BTS = _place(tokens_BT, segments_BT, cache)
+        positions_BT = index_BT if positions_BT is None else positions_BT
+
+        x_BTD = Table(cfg.vocab_size, cfg.model_dim, name="embed")(tokens_BT)
+        if cfg.position == "learned":
+            x_BTD += Table(cfg.context_length, cfg.model_dim, name="positions")(positions_BT)
+        x_BTD = dropout(x_BTD, rng_B, 0, cfg.dropout)
+
+        rope = rope_tables(cfg, positions_BT) if cfg.position == "rope" else None
+        length = None if cache is None else cache.length
+        inputs = BlockInputs(rope, segments_BT, rng_B, length, mask_BTS)
+        slots = None if cache is None else (cache.keys_LBSKH, cache.values_LBSKH)
+        blocks = _stack(cfg)(cfg, name="blocks")
+        scanned = (jnp.arange(cfg.num_layers), bias_LE)
+        (x_BTD, slots), router = blocks((x_BTD, slots), scanned, inputs)
+
+        if not cfg.tie_embeddings and self.is_initializing():
+            Linear(cfg.vocab_size, False, cfg.dtype, name="head")(x_BTD[:1, :1])
+        hidden_BTD = make_norm(cfg, "final_norm")(x_BTD)
+        if cache is not None and slots is not None:
+            length = cache.length + tokens_BT.shape[1]
+            cache = KVCache(*slots, length, cache.start_B, fresh=False)
+        return Output(hidden_BTD, cache, router)
+
+
+class ScalarHead(nn.Module):
+    """One number per position: a reward or a value."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, hidden_BTD: Array) -> Array:
+        score_BT1 = Linear(1, False, "float32", name="score")(hidden_BTD)
+        return score_BT1[..., 0].astype(jnp.float32)
+
+
+def init(cfg: ModelConfig, rng: Array) -> Params:
+    """Random parameters; the layout is the one in `sharding.RULES`."""
+    return GPT(cfg).init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def apply(cfg: ModelConfig, params: Params, tokens_BT: Array, **inputs: Any) -> Output:
+    """GPT as a function of its parameters; `inputs` as in `GPT.__call__`."""
+    return GPT(cfg).apply({"params": params}, tokens_BT, **inputs)  # type: ignore[return-value]
+
+
+def head(params: Params) -> Array:
+    """The output matrix [V, D]: its own kernel, or the embedding table when tied."""
+    if "head" in params:
+        return weights.dense(params["head"]["kernel"]).T
+    return weights.dense(params["embed"]["embedding"])
+
+
+def logits(params: Params, hidden_BTD: Array) -> Array:
+    """Scores [B, T, V] in float32; apart from GPT so that the chunked loss never builds them."""
+    kernel = params["head"]["kernel"] if "head" in params else None
+    if kernel is None:
+        kernel = weights.transpose(params["embed"]["embedding"])
+    return weights.matmul(hidden_BTD, kernel).astype(jnp.float32)
+
+
+def _stack(cfg: ModelConfig) -> Any:
+    """Block, rematerialised as asked, scanned over layers with one stacked parameter tree."""
+    block = Block
+    if cfg.remat != "none":
+        policies = jax.checkpoint_policies
+        policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+        # Inside a scan nothing can be merged with the forward pass, so no barrier is needed.
+        block = nn.remat(Block, policy=policy, prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
+        length=cfg.num_layers,
+        unroll=layer_unroll(cfg.num_layers, remat=cfg.remat != "none", quantized=False),
+    )
+
+
+def _place(
+    tokens_BT: Array, segments_BT: Array | None, cache: KVCache | None
+) -> tuple[Array, Array | None, Array | None]:
+    """Every token's index in its row, its segment, and the cache slots it may see."""
+    slots_T = jnp.arange(tokens_BT.shape[1])
+    if cache is None:
+        return jnp.broadcast_to(slots_T[None], tokens_BT.shape), segments_BT, None
+    slots_T = slots_T + cache.length
+    index_BT = slots_T[None] - cache.start_B[:, None]
+    real_BT = (index_BT >= 0).astype(jnp.int32)
+    if cache.fresh:
+        return jnp.maximum(index_BT, 0), real_BT, None
+    keys_S = jnp.arange(cache.keys_LBSKH.shape[2])
+    written_BS = keys_S[None] >= cache.start_B[:, None]
+    mask_BTS = (keys_S[None, None] <= slots_T[None, :, None]) & written_BS[:, None]
+    return jnp.maximum(index_BT, 0), real_BT, mask_BTS

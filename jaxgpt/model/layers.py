@@ -1,0 +1,119 @@
+"""The small parts: linear layers, norms, rotary positions, dropout."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgpt import weights
+from jaxgpt.config import ModelConfig, RopeScaling
+from jaxgpt.kernels import norm
+from jaxgpt.types import Array
+
+INIT_STD = 0.02  # GPT-2
+
+
+def residual_std(cfg: ModelConfig) -> float:
+    """GPT-2 shrinks the two layers of a block that write to the residual stream by sqrt(2L)."""
+    return INIT_STD / math.sqrt(2 * cfg.num_layers)
+
+
+def parameter(module: nn.Module, name: str, std: float, shape: tuple[int, ...]) -> Array:
+    """A float32 normal parameter when initialising; afterwards whatever leaf stands there.
+
+    `self.param` would refuse a leaf of another shape, such as a quantised kernel.
+    """
+    if module.is_initializing():
+        return module.param(name, nn.initializers.normal(std), shape)
+    return module.get_variable("params", name)
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias, in the compute type."""
+
+    features: int
+    use_bias: bool
+    dtype: str
+    std: float = INIT_STD
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel_DF = parameter(self, "kernel", self.std, (x.shape[-1], self.features))
+        y = weights.matmul(x.astype(self.dtype), kernel_DF)
+        if self.use_bias:
+            bias_F = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + jnp.expand_dims(bias_F, range(y.ndim - 1)).astype(y.dtype)
+        return y
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias (arXiv:1607.06450)."""
+
+    eps: float
+    use_bias: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias_D = (
+            self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.use_bias else None
+        )
+        return norm.layer_norm(x, scale_D, bias_D, self.eps, self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale (arXiv:1910.07467)."""
+
+    eps: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return norm.rms_norm(x, scale_D, self.eps, self.dtype)
+
+
+def make_norm(cfg: ModelConfig, name: str) -> nn.Module:
+    """The norm that the config asks for."""
+    if cfg.norm == "rmsnorm":
+        return RMSNorm(cfg.norm_eps, cfg.dtype, name=name)
+    return LayerNorm(cfg.norm_eps, cfg.bias == "all", cfg.dtype, name=name)
+
+
+def dropout(x_BTD: Array, rng_B: Array | None, site: Array | int, rate: float) -> Array:
+    """Inverted dropout; every row has its own key, so a row's mask does not depend on its batch."""
+    if rng_B is None or rate == 0:
+        return x_BTD
+    # One byte per entry is four times cheaper to draw than a float; the rate is exact to 1/256.
+    cut = round(rate * 256)
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(rng_B, site)
+    bits_BTD = jax.vmap(lambda key: jax.random.bits(key, x_BTD.shape[1:], jnp.uint8))(keys_B)
+    return jnp.where(bits_BTD >= cut, x_BTD * (256 / (256 - cut)), 0)
+
+
+def rope_tables(cfg: ModelConfig, positions_BT: Array) -> tuple[Array, Array]:
+    """cos and sin [B, T, H/2] of position * theta^(-2i/H) (arXiv:2104.09864), in float32."""
+    half = cfg.head_width // 2
+    frequency_H = cfg.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if cfg.rope_scaling is not None:
+        frequency_H = _stretch(frequency_H, cfg.rope_scaling)
+    angle_BTH = positions_BT[..., None].astype(jnp.float32) * frequency_H[None, None]
+    return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
+
+
+def rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
+    """Rotates the pairs (i, i + H/2) of every head (the half-split layout of Hugging Face)."""
+    cos_BT1H, sin_BT1H = (table[:, :, None] for table in rope)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cos_BT1H - second * sin_BT1H, second * cos_BT1H + first * sin_BT1H)
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+
+
+def _stretch(frequency_H: Array, scaling: RopeScaling) -> Array:
+    """Llama 3.1: long wavelengths are stretched, short ones kept, those between blended."""
+    turns_H = scaling.original_context * frequency_H / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep_H = jnp.clip((turns_H - low) / (high - low), 0, 1)
+    return keep_H * frequency_H + (1 - keep_H) * frequency_H / scaling.factor

@@ -1,0 +1,168 @@
+"""Mixture of experts: a float32 router sends every token to its top-k expert MLPs.
+
+Letters beside those of STYLE.md: J a token's choices, C an expert's slots.
+"""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgpt import weights
+from jaxgpt.config import ModelConfig
+from jaxgpt.kernels import grouped
+from jaxgpt.model.layers import INIT_STD, parameter, residual_std
+from jaxgpt.model.mlp import activate
+from jaxgpt.types import Array
+
+
+class RouterStats(NamedTuple):
+    """What a router did with a batch; every field adds up over rows, and padding counts nowhere."""
+
+    balance: Array  # per-sequence balance loss, each sequence weighted by its tokens
+    load_E: Array  # assignments per expert
+    dropped: Array  # assignments beyond an expert's capacity
+    entropy: Array  # of the router's distribution, in nats, summed over tokens
+    tokens: Array
+
+
+class MoE(nn.Module):
+    """sum_j gate_j * expert_j(x) over the chosen experts (arXiv:2101.03961, 2401.04088).
+
+    Args of the call:
+        bias_E: added to the scores that choose the experts, never to the gates (arXiv:2408.15664).
+        segments_BT: 0 marks padding, which the statistics leave out.
+    """
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, bias_E: Array | None, segments_BT: Array | None
+    ) -> tuple[Array, RouterStats]:
+        cfg, (B, T, D) = self.cfg, x_BTD.shape
+        router_DE = Kernel((D, cfg.num_experts), INIT_STD, name="router")()
+        scores_BTE = jax.nn.softmax(
+            jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE), axis=-1
+        )
+        choose_BTE = scores_BTE if bias_E is None else scores_BTE + bias_E[None, None]
+        _, expert_BTJ = jax.lax.top_k(choose_BTE, cfg.experts_per_token)
+        gate_BTJ = jnp.take_along_axis(scores_BTE, expert_BTJ, axis=-1)
+        if cfg.normalize_expert_weights:
+            gate_BTJ = gate_BTJ / gate_BTJ.sum(-1, keepdims=True)
+
+        real_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0
+        kernels = self._expert_kernels(D)
+        if cfg.expert_capacity:
+            kept_BTJ, slot_BTJ, capacity = assign_slots(cfg, expert_BTJ, real_BT)
+            out_BTD = _through_slots(cfg, kernels, x_BTD, gate_BTJ, kept_BTJ, slot_BTJ, capacity)
+        else:
+            kept_BTJ = jnp.ones(expert_BTJ.shape, bool)
+            out_BTD = _dropless(cfg, kernels, x_BTD, gate_BTJ, expert_BTJ)
+        return out_BTD, router_stats(scores_BTE, expert_BTJ, kept_BTJ, real_BT)
+
+    def _expert_kernels(self, model_dim: int) -> dict[str, Array]:
+        cfg = self.cfg
+        inward = (cfg.num_experts, model_dim, cfg.mlp_width)
+        outward = (cfg.num_experts, cfg.mlp_width, model_dim)
+        kernels = {"up": Kernel(inward, INIT_STD, name="up")()}
+        if cfg.mlp == "gated":
+            kernels["gate"] = Kernel(inward, INIT_STD, name="gate")()
+        return kernels | {"down": Kernel(outward, residual_std(cfg), name="down")()}
+
+
+class Kernel(nn.Module):
+    """A kernel that stands under its own name, as in `Linear`."""
+
+    shape: tuple[int, ...]
+    std: float
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return parameter(self, "kernel", self.std, self.shape)
+
+
+def router_stats(
+    scores_BTE: Array, expert_BTJ: Array, kept_BTJ: Array, real_BT: Array
+) -> RouterStats:
+    """The balance loss is E * sum_e f_e P_e of each sequence on its own (arXiv:2412.19437, eq. 17).
+
+    f_e is the share of assignments, P_e the mean score; 1 is perfect balance. Taken over whole
+    batches it would depend on how the batch is cut into micro-batches.
+    """
+    num_experts, num_choices = scores_BTE.shape[-1], expert_BTJ.shape[-1]
+    real_BT1 = real_BT[..., None].astype(jnp.float32)
+    load_BE = jax.nn.one_hot(expert_BTJ, num_experts).sum(2)
+    load_BE = (load_BE * real_BT1).sum(1)
+    tokens_B = real_BT1.sum((1, 2))
+    share_BE = load_BE / jnp.maximum(tokens_B * num_choices, 1)[:, None]
+    score_BE = (scores_BTE * real_BT1).sum(1)  # P_e times the tokens
+    entropy_BT = -(scores_BTE * jnp.log(scores_BTE + 1e-20)).sum(-1)
+    return RouterStats(
+        balance=num_experts * (jax.lax.stop_gradient(share_BE) * score_BE).sum(),
+        load_E=load_BE.sum(0),
+        dropped=(~kept_BTJ & real_BT[..., None]).sum().astype(jnp.float32),
+        entropy=(entropy_BT * real_BT).sum(),
+        tokens=tokens_B.sum(),
+    )
+
+
+def assign_slots(cfg: ModelConfig, expert_BTJ: Array, real_BT: Array) -> tuple[Array, Array, int]:
+    """A slot for every choice, first come first served along each row; (kept, slot, capacity)."""
+    B, T, J = expert_BTJ.shape
+    capacity = math.ceil(cfg.expert_capacity * T * J / cfg.num_experts)
+    wanted_BCE = jax.nn.one_hot(expert_BTJ.reshape(B, T * J), cfg.num_experts, dtype=jnp.int32)
+    wanted_BCE = wanted_BCE * jnp.repeat(real_BT, J, axis=1)[..., None]
+    before_BCE = jnp.cumsum(wanted_BCE, axis=1) - wanted_BCE
+    place_BTJ = (before_BCE * wanted_BCE).sum(-1).reshape(B, T, J)
+    kept_BTJ = (place_BTJ < capacity) & real_BT[..., None]
+    return kept_BTJ, expert_BTJ * capacity + place_BTJ, capacity
+
+
+def _dropless(
+    cfg: ModelConfig, kernels: dict[str, Array], x_BTD: Array, gate_BTJ: Array, expert_BTJ: Array
+) -> Array:
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    layout = grouped.group_rows(expert_BTJ.reshape(len(x_ND), -1), cfg.num_experts)
+    matmul = lambda rows, name: weights.grouped_matmul(rows, kernels[name], layout)
+    rows_RD = _expert(cfg, kernels, grouped.gather(x_ND, layout), matmul)
+    out_ND = grouped.combine(rows_RD, gate_BTJ.reshape(len(x_ND), -1), layout)
+    return out_ND.reshape(x_BTD.shape)
+
+
+def _through_slots(
+    cfg: ModelConfig,
+    kernels: dict[str, Array],
+    x_BTD: Array,
+    gate_BTJ: Array,
+    kept_BTJ: Array,
+    slot_BTJ: Array,
+    capacity: int,
+) -> Array:
+    """Static shapes [B, E, C] for expert parallelism; a dropped token keeps its residual only."""
+    B, T, D = x_BTD.shape
+    num_slots = cfg.num_experts * capacity
+    slot_BC = jnp.where(kept_BTJ, slot_BTJ, num_slots).reshape(B, -1)  # out of range: dropped
+    x_BCD = jnp.repeat(x_BTD, gate_BTJ.shape[-1], axis=1)
+    put = jax.vmap(lambda slot_C, x_CD: jnp.zeros((num_slots, D), x_CD.dtype).at[slot_C].add(
+        x_CD, mode="drop"
+    ))  # fmt: skip
+    slots_BECD = put(slot_BC, x_BCD).reshape(B, cfg.num_experts, capacity, D)
+    matmul = lambda rows, name: weights.batched_matmul(rows, kernels[name])
+    out_BSD = _expert(cfg, kernels, slots_BECD, matmul).reshape(B, num_slots, D)
+    take = jax.vmap(lambda out_SD, slot_C: out_SD.at[slot_C].get(mode="fill", fill_value=0))
+    chosen_BTJD = take(out_BSD, slot_BC).reshape(B, T, -1, D)
+    return jnp.einsum("BTJD,BTJ->BTD", chosen_BTJD, gate_BTJ.astype(chosen_BTJD.dtype))
+
+
+def _expert(cfg: ModelConfig, kernels: dict[str, Array], rows: Array, matmul) -> Array:
+    """The experts' MLP, with `matmul` pairing every row with its own expert's kernel."""
+    up = matmul(rows, "up")
+    if "gate" in kernels:
+        gate = activate(cfg, matmul(rows, "gate"))
+        hidden = gate * up.astype(gate.dtype)
+    else:
+        hidden = activate(cfg, up)
+    return matmul(hidden, "down")
