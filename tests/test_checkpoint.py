@@ -188,6 +188,17 @@ def test_a_damaged_checkpoint_is_written_again(pair, tmp_path):
     assert checkpoints.steps() == [2]
 
 
+def test_a_run_resumed_before_a_damaged_checkpoint_keeps_what_it_writes(pair, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(pair, copy)
+    (copy / "2").rename(copy / "9")
+    (copy / "9" / "index.json").unlink()
+    checkpoints = Checkpoints(copy, keep=1)
+    checkpoints.save(3, small(3), {})
+    assert checkpoints.latest_valid() == 3
+    assert checkpoints.steps() == [3]
+
+
 def test_retention_keeps_the_last_and_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step, value in enumerate([3.0, 1.0, 2.0, float("nan"), None, 1.5]):
@@ -254,7 +265,7 @@ def test_a_failed_write_is_reported_by_the_next_call(pair, tmp_path, monkeypatch
     assert capfd.readouterr().err == ""
 
 
-def test_a_full_disk_loses_nothing_earlier(tmp_path, capfd):
+def test_a_full_disk_loses_nothing_earlier(tmp_path, caplog):
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path)], capture_output=True
     )
@@ -273,7 +284,7 @@ def test_a_full_disk_loses_nothing_earlier(tmp_path, capfd):
         assert_same(checkpoints.restore(1, small(1)), small(1))
         checkpoints.save(3, small(3), {})
         assert checkpoints.latest_valid() == 3
-        assert capfd.readouterr().err == ""
+        assert not caplog.records  # Orbax's page-long trace stays out of the terminal
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
