@@ -1,0 +1,364 @@
+"""What a run measures: metrics.jsonl and other sinks, the progress line, throughput, MFU.
+
+Names have a group before the slash. Those known to the progress line and the report:
+`train/loss`, `val/loss`, `train/learning_rate`, `train/grad_norm`, `train/tokens` (seen so far),
+`speed/tokens_per_second`, `speed/mfu`.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from jaxgpt.config import LogConfig, ModelConfig
+
+Sink = Callable[[int, Mapping[str, Any]], None]  # (step, metrics) -> None
+
+# Dense bfloat16 FLOP/s of one jax.Device, first match in device_kind wins. NVIDIA data sheets
+# (half of the "with sparsity" figure; GeForce: Ada and Blackwell white papers, float32
+# accumulation); cloud.google.com/tpu/docs. In jax a TPU v2 or v3 device is half a chip.
+_PEAK_FLOPS = (
+    ("TPU v6", 918e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5", 459e12),
+    ("TPU v4", 275e12), ("TPU v3", 61.5e12), ("TPU v2", 22.5e12),
+    ("GB200", 2500e12), ("B200", 2250e12), ("H200", 989.5e12), ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12), ("H100", 989.5e12), ("A100", 312e12), ("L40S", 362e12),
+    ("A10G", 70e12), ("A10", 125e12), ("L4", 121e12),
+    ("RTX 5090", 209.5e12), ("RTX 4090", 165.2e12), ("RTX 3090", 71e12),
+)  # fmt: skip
+
+
+class MetricsLog:
+    """metrics.jsonl: one flat JSON object a line, each written whole or not at all.
+
+    Args:
+        resume_step: lines of later steps are dropped, since they will be written again;
+            None starts an empty file.
+    """
+
+    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if resume_step is None else read_jsonl(path)
+        lines = [_line(record) for record in kept if record["step"] <= (resume_step or 0)]
+        rewritten = path.with_name(path.name + ".tmp")
+        rewritten.write_bytes(b"".join(lines))
+        rewritten.replace(path)
+        self._file = path.open("ab", buffering=0)  # one write call a line, so no half lines
+
+    def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._file.write(_line({"step": step, **metrics}))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that was cut by a kill is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    *lines, _half = path.read_text().split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: not a JSON object: {line[:40]}") from None
+    return records
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    """JSON has no NaN or infinity: they become null."""
+    plain = {name: _plain(value) for name, value in record.items()}
+    return (json.dumps(plain, allow_nan=False) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    number = float(value)  # scalars of NumPy and JAX too
+    return number if math.isfinite(number) else None
+
+
+def open_sinks(cfg: LogConfig, run_dir: str | Path, settings: dict[str, Any]) -> list[Sink]:
+    """TensorBoard and Weights & Biases, as far as the config asks for them."""
+    sinks = []
+    if cfg.tensorboard:
+        sinks.append(_tensorboard(Path(run_dir)))
+    if cfg.wandb:
+        sinks.append(_wandb(cfg.wandb, Path(run_dir), settings))
+    return sinks
+
+
+def _tensorboard(run_dir: Path) -> Sink:
+    try:
+        from tensorboard.summary import Writer
+    except ImportError:
+        raise ValueError(_missing("log.tensorboard=true", "tensorboard")) from None
+    writer = Writer(str(run_dir / "tensorboard"))
+
+    def write(step: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(number := _plain(value), int | float):
+                writer.add_scalar(name, number, step=step)
+        writer.flush()
+
+    return write
+
+
+def _wandb(project: str, run_dir: Path, settings: dict[str, Any]) -> Sink:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(_missing(f"log.wandb={project}", "wandb")) from None
+    # One id per directory, so that the command that resumes the run resumes its curves.
+    run_id = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:12]
+    run = wandb.init(
+        project=project, name=run_dir.name, id=run_id, dir=run_dir, config=settings, resume="allow"
+    )
+    return lambda step, metrics: run.log({n: _plain(v) for n, v in metrics.items()}, step=step)
+
+
+def _missing(setting: str, package: str) -> str:
+    return f'{setting} needs the package {package}: pip install -e ".[log]", or drop the setting'
+
+
+class Progress:
+    """A tqdm bar on a terminal, else (CI logs, files) one plain line per update."""
+
+    def __init__(self, steps: int, start: int = 0, stream: TextIO | None = None) -> None:
+        self.steps, self.start = steps, start
+        self.stream = sys.stderr if stream is None else stream
+        self._shown: dict[str, Any] = {}
+        self._first: tuple[int, float] | None = None  # step and time once compilation is over
+        self._bar = None
+        if self.stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=steps, initial=start, file=self.stream, dynamic_ncols=True,
+                bar_format="{percentage:3.0f}% |{bar}| {n}/{total}{postfix}",
+            )  # fmt: skip
+
+    def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Is a Sink; a measure that `metrics` lacks keeps the value it had."""
+        self._shown |= metrics
+        line = "  ".join(filter(None, [_summary(self._shown), self._time_left(step)]))
+        if self._bar is None:
+            width = len(str(self.steps))
+            print(f"step {step:{width}}/{self.steps}  {line}", file=self.stream, flush=True)
+        else:
+            self._bar.set_postfix_str(line, refresh=False)
+            self._bar.n = step
+            self._bar.refresh()
+
+    def write(self, text: str) -> None:
+        """Prints above the bar."""
+        if self._bar is None:
+            print(text, file=self.stream, flush=True)
+        else:
+            self._bar.write(text, file=self.stream)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _time_left(self, step: int) -> str:
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (step, now)
+        first_step, first_time = self._first
+        if step == first_step:
+            return ""
+        seconds = round((now - first_time) / (step - first_step) * (self.steps - step))
+        minutes, hours = seconds // 60 % 60, seconds // 3600
+        clock = f"{hours}:{minutes:02}" if hours else f"{minutes}"
+        return f"left {clock}:{seconds % 60:02}"
+
+
+def _summary(metrics: Mapping[str, Any]) -> str:
+    """`loss 2.314  val 2.401  12.3k tokens/s  MFU 31.2%`, as far as known."""
+    formats = {
+        "train/loss": lambda value: f"loss {value:.4g}",
+        "val/loss": lambda value: f"val {value:.4g}",
+        "speed/tokens_per_second": lambda value: f"{_short(value)} tokens/s",
+        "speed/mfu": lambda value: f"MFU {value:.1%}",
+    }
+    known = {name: metrics.get(name) for name in formats}
+    return "  ".join(formats[n](float(v)) for n, v in known.items() if v is not None)
+
+
+def _short(value: float) -> str:
+    for unit, size in {"G": 1e9, "M": 1e6, "k": 1e3}.items():
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+class Throughput:
+    """Tokens per second over the last laps, without compilation, evaluation and saving.
+
+    A lap ends where the host has waited for its steps' results. The first one compiles and is
+    not counted, so end it after the first step.
+
+    Args:
+        flops_per_token: see the function of that name.
+        peak_flops: of all devices together; None or 0 leaves MFU out.
+    """
+
+    def __init__(
+        self,
+        flops_per_token: float = 0.0,
+        peak_flops: float | None = None,
+        laps: int = 20,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._flops_per_token, self._peak_flops, self._clock = flops_per_token, peak_flops, clock
+        self._laps: deque[tuple[float, float]] = deque(maxlen=laps)  # (tokens, seconds)
+        self._compiled = False
+        self._start = clock()
+
+    def lap(self, tokens: float) -> None:
+        """Counts `tokens` for the time since the last lap."""
+        now = self._clock()
+        if self._compiled:
+            self._laps.append((tokens, now - self._start))
+        self._compiled = True
+        self._start = now
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here does not count: evaluation, sampling, checkpoints."""
+        before = self._clock()
+        yield
+        self._start += self._clock() - before
+
+    def measures(self) -> dict[str, float]:
+        """`speed/tokens_per_second` and `speed/mfu`, once known."""
+        tokens, seconds = map(sum, zip(*self._laps, strict=True)) if self._laps else (0, 0)
+        if not seconds:
+            return {}
+        rate = tokens / seconds
+        measures = {"speed/tokens_per_second": rate}
+        if self._peak_flops and self._flops_per_token:
+            measures["speed/mfu"] = rate * self._flops_per_token / self._peak_flops
+        return measures
+
+
+def flops_per_token(cfg: ModelConfig, context: int) -> float:
+    """Training FLOPs per token, 6·N + 12·L·H·Q·T (PaLM, arXiv:2204.02311, appendix B).
+
+    N counts the weights a token is multiplied with: the head (tied or not), but not the
+    embedding look-up, and of a mixture only the experts it visits. As in PaLM, attention counts
+    the whole square although half of it is masked, and recomputation (remat) does not count.
+    """
+    query_dim = cfg.num_heads * cfg.head_width
+    attention = 2 * cfg.model_dim * (query_dim + cfg.kv_heads * cfg.head_width)
+    mlp = cfg.model_dim * cfg.mlp_width * (3 if cfg.mlp == "gated" else 2)
+    if cfg.num_experts:
+        mlp = mlp * cfg.experts_per_token + cfg.model_dim * cfg.num_experts
+    adapters = 2 * cfg.model_dim * cfg.adapter_dim * (1 if cfg.adapter_parallel else 2)
+    weights = cfg.num_layers * (attention + mlp + adapters) + cfg.model_dim * cfg.vocab_size
+    return 6.0 * weights + 12.0 * cfg.num_layers * query_dim * context
+
+
+def peak_flops(device: Any) -> float | None:
+    """Dense bfloat16 FLOP/s of a jax.Device by its data sheet, None if it is not listed.
+
+    A CPU has no such sheet: the best matrix product measured here, shared over the virtual
+    devices. On a busy machine that is too low, and MFU too high.
+    """
+    if device.platform == "cpu":
+        import jax
+
+        return _measured_cpu_flops() / jax.local_device_count()
+    return next((peak for kind, peak in _PEAK_FLOPS if kind in device.device_kind), None)
+
+
+@functools.cache
+def _measured_cpu_flops() -> float:
+    """The faster of float32 and bfloat16 products of 1024 x 1024, in about 0.2 s."""
+    import jax
+    import jax.numpy as jnp
+
+    size, best = 1024, 0.0
+    for dtype in (jnp.float32, jnp.bfloat16):
+        square = jnp.ones((size, size), dtype)
+        multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+        multiply(square, square).block_until_ready()  # compiles
+        end = time.perf_counter() + 0.05
+        while (start := time.perf_counter()) < end:
+            multiply(square, square).block_until_ready()
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def environment() -> dict[str, Any]:
+    """What a bit-identical repetition of the run needs, and the command."""
+    import jax
+
+    packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    device = jax.devices()[0]
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in packages},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "visible_cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "git_commit": _git_commit(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def environment_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`jax: 0.10.2 -> 0.11.0` for all that may change the numbers of a resumed run."""
+    names = [name for name in {**old, **new} if name != "command"]
+    return [f"{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The CPU's model: XLA compiles for its instruction set."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _git_commit() -> str | None:
+    """The commit that jaxgpt runs from, with + if files differ from it; None if installed."""
+    source = Path(__file__)
+    tracked = ["ls-files", "--error-unmatch", source.name]  # else the commit of somebody else
+    describe = ["describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    for command in (tracked, describe):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(source.parent), *command], capture_output=True, text=True
+            )
+        except OSError:  # no git on this machine
+            return None
+        if done.returncode != 0:
+            return None
+    return done.stdout.strip()
