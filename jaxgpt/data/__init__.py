@@ -1,0 +1,1 @@
+"""From text to batches: tokenizers, token files, packing, `batch(step)`."""

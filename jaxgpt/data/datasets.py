@@ -1,0 +1,321 @@
+"""batch(step): the same rows for any number of processes, from token files on disk.
+
+Nothing is drawn and nothing is remembered. The rows of a run are numbered 0, 1, 2, … (row r of
+step s is s * batch_size + r); a closed form sends a number to a source of the mixture and to the
+count of rows that source has given before, and that count to (epoch, window) by a permutation
+keyed on (seed, epoch). So an epoch visits every window once, a resume needs the step alone, and a
+process reads only the rows it is asked for.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from jaxgpt.data import packing
+from jaxgpt.data.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+LLMC_MAGIC = {20240520: ("uint16", "gpt2"), 20240801: ("uint32", "")}  # llm.c: GPT-2, Llama 3
+LLMC_HEADER = 256  # int32: magic, version, count, zeros
+WEIGHT_BITS = 32  # mixture weights are kept as multiples of 2^-32, for exact counting
+
+Rows = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Shards on disk, read as one long array."""
+
+    shards: tuple[np.ndarray, ...] = ()
+
+    @cached_property
+    def size(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start … stop - 1, fewer beyond the end."""
+        parts, first = [], 0
+        for shard in self.shards:
+            if start < first + shard.size and stop > first:
+                parts.append(shard[max(start - first, 0) : stop - first])
+            first += shard.size
+        return np.concatenate(parts, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """What one path holds."""
+
+    path: str
+    train: Tokens
+    val: Tokens
+    vocab_size: int  # 0: not recorded
+    eos_id: int | None
+    tokenizer: str  # what tokenizer.load takes; empty: not recorded
+    fingerprint: str  # of the tokenizer; empty: not recorded
+    source_sha256: str  # of the text; empty: not recorded
+
+
+@dataclass(frozen=True)
+class Source:
+    """Batches of windows from one or several token files."""
+
+    files: tuple[TokenFile, ...]
+    weights: tuple[float, ...]
+    batch_size: int
+    context_length: int
+    seed: int
+    documents: bool
+    vocab_size: int
+    eos_id: int | None
+
+    def rows(self, step: int, rows: np.ndarray) -> Rows:
+        """The asked rows (0 … batch_size - 1) of a step's batch."""
+        numbers = np.uint64(step) * np.uint64(self.batch_size) + np.asarray(rows, np.uint64)
+        choice, counts = choose(numbers, self.weights)
+        windows = [
+            self._train_window(int(file), int(count))
+            for file, count in zip(choice, counts, strict=True)
+        ]
+        return self._batch(np.stack(windows))
+
+    def num_val_batches(self, limit: int = 0) -> int:
+        """Batches that cover the held-out split, at most `limit` unless that is 0."""
+        batches = -(-sum(self._val_windows()) // self.batch_size)
+        return min(batches, limit) if limit else batches
+
+    def val_rows(self, index: int, rows: np.ndarray, limit: int = 0) -> Rows:
+        """The asked rows of held-out batch `index`; rows beyond the split's end have mask 0.
+
+        With a limit, the batches are spread evenly over the whole split.
+        """
+        total, batches = sum(self._val_windows()), self.num_val_batches(limit)
+        wanted = min(total, batches * self.batch_size)
+        windows = []
+        for row in index * self.batch_size + np.asarray(rows, np.int64):
+            inside = row < wanted
+            windows.append(self._val_window(int(row) * total // wanted if inside else -1))
+        return self._batch(np.stack(windows))
+
+    def val_batches(self, limit: int = 0) -> Iterator[Rows]:
+        """All held-out batches in order, each with all its rows."""
+        for index in range(self.num_val_batches(limit)):
+            yield self.val_rows(index, np.arange(self.batch_size), limit)
+
+    def _train_window(self, file: int, count: int) -> np.ndarray:
+        tokens, length = self.files[file].train, self.context_length
+        # One window fewer than fit, so that every epoch can cut the text at other places.
+        windows = max(1, (tokens.size - length) // length)
+        epoch, position = divmod(count, windows)
+        key = _key(self.seed, file, epoch)
+        slack = min(length, tokens.size - windows * length)
+        offset = key % slack
+        start = offset + length * int(permute(np.array([position]), windows, key)[0])
+        return tokens.read(start, start + length + 1)
+
+    def _val_windows(self) -> list[int]:
+        return [-(-max(0, file.val.size - 1) // self.context_length) for file in self.files]
+
+    def _val_window(self, window: int) -> np.ndarray:
+        """Windows of all files in a row; short of tokens at a file's end, it is filled with -1."""
+        padded = np.full(self.context_length + 1, -1, np.int32)
+        if window < 0:
+            return padded
+        for file, count in zip(self.files, self._val_windows(), strict=True):
+            if window < count:
+                start = window * self.context_length
+                tokens = file.val.read(start, start + self.context_length + 1)
+                padded[: tokens.size] = tokens
+                break
+            window -= count
+        return padded
+
+    def _batch(self, tokens_BS: np.ndarray) -> Rows:
+        top = int(tokens_BS.max())
+        if self.vocab_size and top >= self.vocab_size:
+            raise ValueError(
+                f"data.path={self.files[0].path}: holds token {top}, but the tokenizer has only "
+                f"{self.vocab_size}; set data.tokenizer to the one the files were made with"
+            )
+        held_BS = tokens_BS >= 0
+        padded_BS = np.where(held_BS, tokens_BS, 0)
+        batch = {
+            "tokens": padded_BS[:, :-1],
+            "targets": padded_BS[:, 1:],
+            "mask": held_BS[:, 1:].astype(np.float32),
+        }
+        if self.documents:
+            assert self.eos_id is not None
+            segments, positions, mask = packing.segment(padded_BS, self.eos_id)
+            batch["segments"] = np.where(held_BS[:, :-1], segments, 0)
+            batch["positions"] = positions
+            batch["mask"] *= mask
+        return batch
+
+
+def source(
+    files: Mapping[str, float] | str | Path,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    context_length: int,
+    seed: int = 0,
+    documents: bool = False,
+) -> Source:
+    """Opens and checks one path, or several with weights.
+
+    Raises:
+        ValueError: a file that is missing, damaged, shorter than the context, or made with
+            another tokenizer.
+    """
+    weights = files if isinstance(files, Mapping) else {str(files): 1.0}
+    opened = tuple(open_tokens(path) for path in weights)
+    for file in opened:
+        check_vocab(file, tokenizer)
+        if file.train.size < context_length + 1:
+            raise ValueError(
+                f"data.path={file.path}: its {file.train.size} training tokens are fewer than "
+                f"model.context_length={context_length} + 1; use more text or a shorter context"
+            )
+    shares = tuple(weight / sum(weights.values()) for weight in weights.values())
+    return Source(
+        opened, shares, batch_size, context_length, seed, documents, tokenizer.vocab_size,
+        tokenizer.eos_id,
+    )  # fmt: skip
+
+
+def open_tokens(path: str | Path) -> TokenFile:
+    """A directory of prepare_data.py, llm.c's .bin, or nanoGPT's .bin (or the folder of them).
+
+    A file named …train… takes its sibling …val… as the held-out split.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return _open_directory(path)
+    if (path / "train.bin").is_file():
+        path = path / "train.bin"
+    if not path.is_file() or path.suffix != ".bin":
+        raise ValueError(f"data.path={path}: neither a token directory nor a .bin file")
+    return _open_bin(path)
+
+
+def check_vocab(file: TokenFile, tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer that the token files were not made with."""
+    if file.fingerprint and file.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"data.path={file.path}: made with another tokenizer ({file.vocab_size} ids, not "
+            f"{tokenizer.vocab_size} of data.tokenizer); leave data.tokenizer empty to use theirs"
+        )
+
+
+def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
+    """A permutation of 0 … size - 1 keyed by `key`, evaluated only where asked.
+
+    Four Feistel rounds permute the next even power of two; what falls outside goes round again
+    (cycle walking), at most four times as long on average.
+    """
+    half = max(1, -(-(size - 1).bit_length() // 2))
+    keys = [np.uint64(_key(key, number)) for number in range(4)]
+    out = np.array(index, np.uint64)
+    todo = np.ones(out.shape, bool)
+    while todo.any():
+        left, right = out[todo] >> np.uint64(half), out[todo] & np.uint64(2**half - 1)
+        for key_ in keys:
+            left, right = right, left ^ (_mix(right ^ key_) & np.uint64(2**half - 1))
+        out[todo] = left << np.uint64(half) | right
+        todo &= out >= size
+    return out.astype(np.int64)
+
+
+def choose(numbers: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """For each row number its source, and how many earlier rows that source had.
+
+    Of the first n rows, source 0 has floor(n * w0); the rest is shared among the others in the
+    same way. So any stretch keeps the proportions to within one row a source, and counting needs
+    no memory.
+    """
+    choice = np.zeros(numbers.shape, np.int64)
+    counts = np.array(numbers, np.uint64)
+    active, left = np.ones(numbers.shape, bool), 1.0
+    for number, weight in enumerate(weights[:-1]):
+        share = np.uint64(round(min(weight / left, 1.0) * 2**WEIGHT_BITS))
+        before = counts * share >> np.uint64(WEIGHT_BITS)
+        takes = (counts + np.uint64(1)) * share >> np.uint64(WEIGHT_BITS) > before
+        choice[active & takes] = number
+        counts = np.where(active, np.where(takes, before, counts - before), counts)
+        active &= ~takes
+        left -= weight
+    choice[active] = len(weights) - 1
+    return choice, counts.astype(np.int64)
+
+
+def _open_directory(path: Path) -> TokenFile:
+    manifest = json.loads((path / MANIFEST).read_text())
+    splits: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    for shard in manifest["shards"]:
+        file = path / shard["file"]
+        size = file.stat().st_size if file.is_file() else 0
+        if size != shard["tokens"] * np.dtype(manifest["dtype"]).itemsize:
+            raise ValueError(
+                f"data.path={path}: {file.name} is missing or cut short; prepare again"
+            )
+        splits[shard["split"]].append(_memory_map(file, manifest["dtype"], shard["tokens"]))
+    return TokenFile(
+        path=str(path),
+        train=Tokens(tuple(splits["train"])),
+        val=Tokens(tuple(splits["val"])),
+        vocab_size=manifest["tokenizer"]["vocab_size"],
+        eos_id=manifest["tokenizer"]["eos_id"],
+        tokenizer=str(path / "tokenizer.json"),
+        fingerprint=manifest["tokenizer"]["fingerprint"],
+        source_sha256=manifest["source"]["sha256"],
+    )
+
+
+def _open_bin(path: Path) -> TokenFile:
+    tokens, tokenizer = _read_bin(path)
+    sibling = path.with_name(path.name.replace("train", "val"))
+    val = _read_bin(sibling)[0] if sibling != path and sibling.is_file() else None
+    return TokenFile(
+        str(path), Tokens((tokens,)), Tokens(() if val is None else (val,)), 0, None, tokenizer,
+        "", "",
+    )  # fmt: skip
+
+
+def _read_bin(path: Path) -> tuple[np.ndarray, str]:
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"data.path={path}: the file is empty")
+    header = np.fromfile(path, np.int32, 3) if size >= 4 * LLMC_HEADER else np.zeros(3, np.int32)
+    if int(header[0]) not in LLMC_MAGIC:
+        if size % 2:
+            raise ValueError(f"data.path={path}: {size} bytes is not a whole number of uint16")
+        return _memory_map(path, "uint16", size // 2), "gpt2"
+    dtype, tokenizer = LLMC_MAGIC[int(header[0])]
+    count = int(header[2])
+    if size < 4 * LLMC_HEADER + count * np.dtype(dtype).itemsize:
+        raise ValueError(f"data.path={path}: its header says {count} tokens, but it is cut short")
+    return _memory_map(path, dtype, count, 4 * LLMC_HEADER), tokenizer
+
+
+def _memory_map(path: Path, dtype: str, count: int, offset: int = 0) -> np.ndarray:
+    if count == 0:  # which a memory map refuses
+        return np.zeros(0, dtype)
+    # A plain array on the same pages: slicing np.memmap itself is ten times slower.
+    return np.asarray(np.memmap(path, dtype, "r", offset=offset, shape=(count,)))
+
+
+def _key(*parts: int) -> int:
+    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser: every output bit depends on every input bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,257 @@
+"""What runs a tokenizer: plain bytes, tiktoken, or Hugging Face's `tokenizers`.
+
+All three have the same methods; their meaning is written at `Bytes`.
+"""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.data import tokenizer_json
+
+END_OF_TEXT = "<|endoftext|>"
+# The chat turns and the padding are in the vocabulary from the start, so that a base model can
+# be tuned to chat without growing its embedding.
+SPECIAL = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<|pad|>")
+# How other vocabularies call the end of a text, likeliest first.
+END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
+
+LONG_BLANK = 200_000  # tiktoken panics at a run of a million
+REPLACEMENT = "\ufffd".encode()
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """The trivial tokenizer: ids 0..255 are the bytes of UTF-8, the special tokens follow."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id + 1, special tokens included."""
+        return 256 + len(SPECIAL)
+
+    @property
+    def eos_id(self) -> int:
+        """The document separator, which also ends a text."""
+        return self.special[END_OF_TEXT]
+
+    @property
+    def special(self) -> dict[str, int]:
+        """Special tokens by their text."""
+        return {text: 256 + i for i, text in enumerate(SPECIAL)}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what decides the ids: equal fingerprints give equal ids for any text."""
+        return tokenizer_json.fingerprint(self._definition)
+
+    @property
+    def _definition(self) -> dict[str, Any]:
+        alphabet = {bytes([b]): b for b in range(256)}
+        return tokenizer_json.build(tokenizer_json.PATTERN, alphabet, self.special)
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Ids of the text; special tokens written in it are plain text unless allowed."""
+        if not allow_special:
+            return list(_utf8(text))
+        parts = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
+        ids = [[self.special[p]] if p in self.special else list(_utf8(p)) for p in parts]
+        return list(itertools.chain(*ids))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, on all cores."""
+        return [list(_utf8(text)) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; bytes that are not UTF-8, and ids that are no token, become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes, for streaming: a character may be spread over several tokens."""
+        tokens = [bytes([b]) for b in range(256)] + [text.encode() for text in SPECIAL]
+        return b"".join(tokens[i] if i < len(tokens) else REPLACEMENT for i in ids)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a Hugging Face tokenizer.json that `load` and transformers read."""
+        _write_json(path, self._definition)
+
+
+@dataclass(frozen=True)
+class Bpe:
+    """Byte-level BPE, run by tiktoken."""
+
+    engine: Any  # tiktoken.Encoding
+    ranks: dict[bytes, int]  # token -> id; pairs merge in order of the id they make
+    special: dict[str, int]
+    pattern: str  # what cuts the text into words before merging
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.n_vocab
+
+    @cached_property
+    def eos_id(self) -> int:
+        return _end_of_text(self.special)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return tokenizer_json.fingerprint(
+            tokenizer_json.build(self.pattern, self.ranks, self.special)
+        )
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        _utf8(text)
+        if not allow_special:
+            return self.encode_batch([text])[0]
+        parts = [self.engine.encode(piece, allowed_special="all") for piece in _pieces(text)]
+        return list(itertools.chain(*parts))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            _utf8(text)
+        pieces = [_pieces(text) for text in texts]
+        encoded = iter(
+            self.engine.encode_ordinary_batch(
+                list(itertools.chain(*pieces)), num_threads=os.cpu_count() or 1
+            )
+        )
+        return [
+            next(encoded) if len(cut) == 1 else list(itertools.chain(*[next(encoded) for _ in cut]))
+            for cut in pieces
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        ids = [int(i) for i in ids]
+        try:
+            return self.engine.decode_bytes(ids)
+        except KeyError:  # an id in a gap of the vocabulary, or in a padded embedding's tail
+            return b"".join(map(self._bytes_of, ids))
+
+    def save(self, path: str | Path) -> None:
+        merges = tokenizer_json.merges_of(self.ranks)
+        _write_json(path, tokenizer_json.build(self.pattern, self.ranks, self.special, merges))
+
+    def _bytes_of(self, token: int) -> bytes:
+        try:
+            return self.engine.decode_single_token_bytes(token)
+        except KeyError:
+            return REPLACEMENT
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """Any other tokenizer.json, run by the `tokenizers` library."""
+
+    engine: Any  # tokenizers.Tokenizer
+    end_of_text: str = ""  # name of the end-of-text token; empty: the likeliest of END_NAMES
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self.engine.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        added = self.engine.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
+
+    @cached_property
+    def eos_id(self) -> int:
+        if self.end_of_text:
+            return self.engine.token_to_id(self.end_of_text)
+        return _end_of_text(self.special)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return tokenizer_json.fingerprint(json.loads(self.engine.to_str()))
+
+    @cached_property
+    def _plain(self) -> Any:
+        """The same tokenizer, to which special tokens are ordinary text."""
+        import tokenizers
+
+        plain = tokenizers.Tokenizer.from_str(self.engine.to_str())
+        plain.encode_special_tokens = True
+        return plain
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int] | None:
+        """The bytes behind a token's characters, where the vocabulary is byte-level."""
+        decoder = json.loads(self.engine.to_str())["decoder"]
+        byte_level = decoder is not None and decoder["type"] == "ByteLevel"
+        return (
+            {char: byte for byte, char in tokenizer_json.byte_chars().items()}
+            if byte_level
+            else None
+        )
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        _utf8(text)
+        engine = self.engine if allow_special else self._plain
+        return engine.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            _utf8(text)
+        batch = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        if self._byte_of is not None:
+            return self.decode_bytes(ids).decode(errors="replace")
+        return self.engine.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        if self._byte_of is None:
+            return self.decode(ids).encode()
+        return b"".join(map(self._bytes_of, ids))
+
+    def save(self, path: str | Path) -> None:
+        _write_json(path, json.loads(self.engine.to_str()))
+
+    def _bytes_of(self, token: int) -> bytes:
+        text, byte_of = self.engine.id_to_token(int(token)), self._byte_of or {}
+        if text is None:
+            return REPLACEMENT
+        if any(char not in byte_of for char in text) or text in self.special:
+            return text.encode()
+        return bytes(byte_of[char] for char in text)
+
+
+def _utf8(text: str) -> bytes:
+    """UTF-8, refusing the lone surrogates that Python lets into a string."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text holds a lone surrogate, {text[error.start]!r}, at character "
+            f"{error.start}: it is not Unicode text"
+        ) from None
+
+
+def _pieces(text: str) -> list[str]:
+    """The text, cut inside runs of white space so long that they overflow the regex's stack."""
+    starts = range(LONG_BLANK, len(text) - LONG_BLANK, LONG_BLANK)
+    cuts = [i for i in starts if text[i : i + LONG_BLANK].isspace()]
+    return [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+
+
+def _end_of_text(special: dict[str, int]) -> int:
+    found = next((special[name] for name in END_NAMES if name in special), None)
+    if found is None:
+        raise ValueError(f"the tokenizer has no end-of-text token among {', '.join(END_NAMES)}")
+    return found
+
+
+def _write_json(path: str | Path, definition: dict[str, Any]) -> None:
+    path = Path(path)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(definition, ensure_ascii=False, indent=1), encoding="utf-8")
+    partial.replace(path)
