@@ -5,10 +5,11 @@ Layers hand over whatever the parameter tree holds; no layer knows of quantisati
 
 import jax.numpy as jnp
 
+from jaxgpt import tree
 from jaxgpt.kernels import grouped
 from jaxgpt.kernels.linear import linear
 from jaxgpt.kernels.platform import dot
-from jaxgpt.types import Array
+from jaxgpt.types import Array, Params
 
 
 def matmul(x: Array, kernel: Array) -> Array:
@@ -39,3 +40,9 @@ def transpose(kernel: Array) -> Array:
 def take(embedding_VD: Array, tokens_BT: Array) -> Array:
     """Rows of an embedding table, in float32."""
     return embedding_VD[tokens_BT].astype(jnp.float32)
+
+
+def cast_kernels(params: Params, dtype: str) -> Params:
+    """Plain kernels in another type; embeddings, norms and biases stay."""
+    cast = lambda name, leaf: leaf.astype(dtype) if name.endswith("kernel") else leaf
+    return tree.map_named(cast, params)

@@ -1,0 +1,67 @@
+"""Optimizers: AdamW and Muon with warm-up schedules, clipping and decay by parameter path."""
+
+import re
+
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from jaxgpt import tree
+from jaxgpt.config import OptimConfig
+from jaxgpt.types import Array, Params
+
+
+def learning_rate(cfg: OptimConfig, step: Array, num_steps: int) -> Array:
+    """The rate of the update number `step`, counted from 0.
+
+    Linear warm-up from rate / (warmup + 1), then cosine: half a wave down to min_ratio (nanoGPT);
+    wsd: flat, then a straight line over the last `decay_fraction` (arXiv:2404.06395); constant.
+    """
+    end = num_steps if cfg.decay_steps is None else cfg.decay_steps
+    warm = jnp.minimum((step + 1) / (cfg.warmup_steps + 1), 1.0)
+    if cfg.schedule == "constant":
+        return cfg.learning_rate * warm
+    begin = cfg.warmup_steps
+    if cfg.schedule == "wsd":
+        begin = max(begin, round(end * (1 - cfg.decay_fraction)))
+    done = jnp.clip((step - begin) / max(end - begin, 1), 0.0, 1.0)
+    left = 1 - done if cfg.schedule == "wsd" else 0.5 * (1 + jnp.cos(jnp.pi * done))
+    return cfg.learning_rate * jnp.where(
+        step < begin, warm, cfg.min_ratio + (1 - cfg.min_ratio) * left
+    )
+
+
+def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW (arXiv:1711.05101) or Muon."""
+    rate = lambda step: learning_rate(cfg, step, num_steps)
+    adam = {"b1": cfg.beta1, "b2": cfg.beta2, "eps": cfg.eps}
+    if cfg.name == "muon":
+        update = contrib.muon(
+            rate,
+            weight_decay=cfg.weight_decay,
+            weight_decay_mask=lambda params: decayed(cfg, params),
+            adam_b1=cfg.beta1,
+            adam_b2=cfg.beta2,
+            adam_weight_decay=cfg.weight_decay,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,  # updates of AdamW's size, so that one rate serves both
+        )
+    else:
+        update = optax.adamw(
+            rate, **adam, weight_decay=cfg.weight_decay, mask=lambda params: decayed(cfg, params)
+        )
+    if cfg.clip_norm == 0:
+        return update
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
+
+
+def decayed(cfg: OptimConfig, params: Params) -> Params:
+    """True where weight decay applies; by path, since stacked layers give every leaf an axis."""
+    return tree.map_named(lambda name, _: re.search(cfg.no_decay, name) is None, params)
+
+
+def _matrices(params: Params) -> Params:
+    """The axes of every matrix inside the blocks; None leaves a parameter to AdamW."""
+    inside = lambda name: "blocks/" in name and name.endswith("kernel") and "router" not in name
+    axes = lambda leaf: contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+    return tree.map_named(lambda name, leaf: axes(leaf) if inside(name) else None, params)

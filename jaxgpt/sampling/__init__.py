@@ -1,0 +1,1 @@
+"""Text from a model: prefill, a scanned decode, and how the next token is chosen."""

@@ -1,0 +1,221 @@
+"""Prefill, then decode in short scans: one compiled program per shape, streaming between scans."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt import weights
+from jaxgpt.config import ModelConfig
+from jaxgpt.model import gpt
+from jaxgpt.model.attention import KVCache, init_cache
+from jaxgpt.sampling.truncation import penalize_repetition, truncate
+from jaxgpt.types import Array, Params
+
+SCAN_STEPS = 16  # tokens per compiled scan: what streaming and early exit are rounded to
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.8  # 0: greedy
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, holds, fix in (
+            ("max_new_tokens", self.max_new_tokens >= 0, "must be 0 or more"),
+            ("temperature", self.temperature >= 0, "must be 0 or more; 0 is greedy"),
+            ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
+            ("top_k", self.top_k >= 0, "must be 0 or more; 0 keeps all tokens"),
+            ("min_p", 0 <= self.min_p < 1, "must be in [0, 1)"),
+            ("repetition_penalty", self.repetition_penalty > 0, "must be positive; 1 is none"),
+        ):
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)}: {fix}")
+
+
+class Completion(NamedTuple):
+    """What was written after one prompt."""
+
+    tokens: list[int]  # without the stop token
+    logprobs: list[float]  # of each token, under the distribution it was drawn from
+    stopped: bool  # by a stop token, rather than by running out of room
+
+
+class DecodeState(NamedTuple):
+    """Between two tokens."""
+
+    cache: KVCache
+    logits_BV: Array  # scores of the next token
+    index_B: Array  # its index in the row
+    done_B: Array
+    seen_BV: Array | None  # for the repetition penalty
+
+
+def generate(
+    cfg: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    settings: Sampling,
+    *,
+    stop_ids: Sequence[int] = (),
+    rng: Array | None = None,
+    rows: Sequence[int] | None = None,
+    on_tokens: Callable[[list[Completion]], bool] | None = None,
+) -> list[Completion]:
+    """Continues every prompt until a stop token, `max_new_tokens` or the context's end.
+
+    Args:
+        rng: needed unless greedy. A row's draws depend on it, the row's number and the index of
+            the token, never on the other prompts of the batch.
+        rows: numbers of the rows; default 0, 1, 2, …
+        on_tokens: sees the completions so far after every scan; True ends the generation.
+
+    Raises:
+        ValueError: an empty prompt, or one that leaves no room in the context.
+    """
+    _check_prompts(cfg, prompts)
+    rng = jax.random.key(0) if rng is None else rng
+    rows_B = jnp.arange(len(prompts)) if rows is None else jnp.asarray(rows)
+    rng_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows_B)
+    stops = jnp.asarray(list(stop_ids), jnp.int32)
+
+    width = _bucket(max(len(prompt) for prompt in prompts))
+    num_scans = -(-settings.max_new_tokens // SCAN_STEPS)
+    tokens_BT, start_B = _align_right(prompts, width)
+    state = prefill(cfg, params, tokens_BT, start_B, width + num_scans * SCAN_STEPS, settings)
+    tokens_BN = np.zeros((len(prompts), 0), np.int32)
+    logprobs_BN = np.zeros((len(prompts), 0), np.float32)
+    completions = [Completion([], [], False) for _ in prompts]
+    for _ in range(num_scans):
+        state, new_tokens, new_logprobs = decode(cfg, params, state, rng_B, stops, settings)
+        tokens_BN = np.concatenate([tokens_BN, np.asarray(new_tokens)], axis=1)
+        logprobs_BN = np.concatenate([logprobs_BN, np.asarray(new_logprobs)], axis=1)
+        room_B = [min(settings.max_new_tokens, cfg.context_length - len(p)) for p in prompts]
+        completions = [
+            _completion(*row, set(stop_ids))
+            for row in zip(tokens_BN, logprobs_BN, room_B, strict=True)
+        ]
+        if bool(np.all(state.done_B)) or (on_tokens is not None and on_tokens(completions)):
+            break
+    return completions
+
+
+def for_decoding(cfg: ModelConfig, params: Params) -> Params:
+    """Kernels in the compute type, so that a step reads half the bytes; computes the same.
+
+    The embedding stays float32 for the lookup, so a tied head becomes a kernel of its own.
+    """
+    if cfg.dtype == "float32":
+        return params
+    return weights.cast_kernels({"head": {"kernel": gpt.head(params).T}} | params, cfg.dtype)
+
+
+@partial(jax.jit, static_argnames=("cfg", "capacity", "settings"))
+def prefill(
+    cfg: ModelConfig,
+    params: Params,
+    tokens_BT: Array,
+    start_B: Array,
+    capacity: int,
+    settings: Sampling,
+) -> DecodeState:
+    """Reads the prompts, whose first tokens stand at `start_B`, into a cache of `capacity`."""
+    cache = init_cache(cfg, tokens_BT.shape[0], capacity, start_B)
+    output = gpt.apply(cfg, params, tokens_BT, cache=cache)
+    logits_BTV = gpt.logits(params, output.hidden_BTD[:, -1:])
+    seen_BV = None
+    if settings.repetition_penalty != 1:
+        real_BT = jnp.arange(tokens_BT.shape[1])[None] >= start_B[:, None]
+        one_hot_BTV = jax.nn.one_hot(tokens_BT, cfg.vocab_size, dtype=bool)
+        seen_BV = (one_hot_BTV & real_BT[..., None]).any(1)
+    index_B = tokens_BT.shape[1] - start_B
+    done_B = jnp.zeros(tokens_BT.shape[0], bool)
+    assert output.cache is not None
+    return DecodeState(output.cache, logits_BTV[:, 0], index_B, done_B, seen_BV)
+
+
+@partial(jax.jit, static_argnames=("cfg", "settings"), donate_argnames="state")
+def decode(
+    cfg: ModelConfig,
+    params: Params,
+    state: DecodeState,
+    rng_B: Array,
+    stop_ids: Array,
+    settings: Sampling,
+) -> tuple[DecodeState, Array, Array]:
+    """SCAN_STEPS more tokens of every row and their log-probabilities, each [B, SCAN_STEPS]."""
+
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[Array, Array]]:
+        token_B, logprob_B = draw(state.logits_BV, state.seen_BV, rng_B, state.index_B, settings)
+        stopped_B = (token_B[:, None] == stop_ids[None]).any(-1)
+        output = gpt.apply(cfg, params, token_B[:, None], cache=state.cache)
+        seen_BV = state.seen_BV
+        if seen_BV is not None:
+            seen_BV |= jax.nn.one_hot(token_B, cfg.vocab_size, dtype=bool)
+        logits_BV = gpt.logits(params, output.hidden_BTD)[:, 0]
+        done_B = state.done_B | stopped_B
+        new = DecodeState(output.cache, logits_BV, state.index_B + 1, done_B, seen_BV)  # type: ignore[arg-type]
+        return new, (token_B, logprob_B)
+
+    state, (tokens_NB, logprobs_NB) = jax.lax.scan(step, state, None, length=SCAN_STEPS)
+    return state, tokens_NB.T, logprobs_NB.T
+
+
+def draw(
+    logits_BV: Array, seen_BV: Array | None, rng_B: Array, index_B: Array, settings: Sampling
+) -> tuple[Array, Array]:
+    """The next token of every row and its log-probability; greedy reports the model's own."""
+    if seen_BV is not None:
+        logits_BV = penalize_repetition(logits_BV, seen_BV, settings.repetition_penalty)
+    if settings.temperature == 0:
+        token_B = logits_BV.argmax(-1).astype(jnp.int32)
+        logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    else:
+        logprobs_BV = truncate(
+            logits_BV, settings.temperature, settings.top_k, settings.top_p, settings.min_p
+        )
+        keys_B = jax.vmap(jax.random.fold_in)(rng_B, index_B)
+        token_B = jax.vmap(jax.random.categorical)(keys_B, logprobs_BV).astype(jnp.int32)
+    return token_B, jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
+
+
+def _check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
+    for number, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {number} is empty: give it at least one token")
+        if len(prompt) >= cfg.context_length:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens: the model's context of "
+                f"{cfg.context_length} must hold it and at least one more; shorten it"
+            )
+
+
+def _bucket(length: int) -> int:
+    """The next of 16, 32, 64, … then multiples of 256, so that few shapes are compiled."""
+    return next((size for size in (16, 32, 64, 128) if length <= size), -(-length // 256) * 256)
+
+
+def _align_right(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens_BT = np.zeros((len(prompts), width), np.int32)
+    start_B = np.array([width - len(prompt) for prompt in prompts], np.int32)
+    for row, (prompt, start) in enumerate(zip(prompts, start_B, strict=True)):
+        tokens_BT[row, start:] = prompt
+    return tokens_BT, start_B
+
+
+def _completion(
+    tokens_N: np.ndarray, logprobs_N: np.ndarray, room: int, stop_ids: set[int]
+) -> Completion:
+    tokens = tokens_N[:room].tolist()
+    length = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
+    return Completion(tokens[:length], logprobs_N[:length].tolist(), length < len(tokens))

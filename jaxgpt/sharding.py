@@ -1,0 +1,131 @@
+"""The mesh, and one table that places every parameter on it."""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt import tree
+from jaxgpt.config import MeshConfig
+from jaxgpt.types import Batch
+
+# Rows of a batch are cut over both axes; `context` cuts the positions within a row.
+ROWS = ("data", "fsdp")
+
+# First match wins; blocks have a leading layer axis, which is never cut. The moments of the
+# optimizer and the arrays of an adapter end like the parameters they belong to.
+RULES: list[tuple[str, P]] = [
+    (r"embed/embedding$", P("tensor", "fsdp")),
+    (r"positions/embedding$", P(None, "fsdp")),
+    (r"moe/router/kernel$", P()),
+    (r"moe/(gate|up)/kernel$", P(None, "expert", "fsdp", "tensor")),
+    (r"moe/down/kernel$", P(None, "expert", "tensor", "fsdp")),
+    (r"(query|key|value|gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"(output|down)/kernel$", P(None, "tensor", "fsdp")),
+    (r"head/kernel$", P("fsdp", "tensor")),
+    (r"score/kernel$", P("fsdp", None)),
+    (r"(query|key|value|gate|up)/bias$", P(None, "tensor")),
+    (r"(bias|scale)$", P()),
+    (r"(^|/)carry/", P()),
+]
+
+
+def initialize() -> None:
+    """Joins the other processes, if the environment names more than one.
+
+    Slurm and TPU pods are recognised by JAX itself; anything else sets JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    env = os.environ
+    counted = int(env.get("JAX_NUM_PROCESSES") or env.get("SLURM_NTASKS") or 1)
+    if counted > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
+        by_hand = "JAX_NUM_PROCESSES" in env
+        jax.distributed.initialize(
+            num_processes=counted if by_hand else None,
+            process_id=int(env["JAX_PROCESS_ID"]) if by_hand else None,
+        )
+
+
+def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """All devices along the axes of `cfg`; a mesh of ones on one device is no special case."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(cfg, axis) for axis in ("data", "fsdp", "tensor", "context", "expert")}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh.{free[1]}=-1: only one axis may take what is left")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
+        asked = " * ".join(f"{axis} {size}" for axis, size in sizes.items() if size not in (1, -1))
+        raise ValueError(f"mesh={asked}: does not fit {len(devices)} devices")
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices
+    )
+
+
+def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The placement of one array by its name.
+
+    Raises:
+        ValueError: no rule matches, or an axis does not divide its dimension.
+    """
+    if not shape:
+        return P()
+    spec = tree.first_match(RULES, name)
+    if spec is None:
+        raise ValueError(f"{name}: no rule in sharding.RULES says where it goes")
+    for dim, axis in zip(shape, spec, strict=False):
+        if axis is not None and dim % mesh.shape[axis]:
+            raise ValueError(
+                f"mesh.{axis}={mesh.shape[axis]}: does not divide {name}, which is {list(shape)}"
+            )
+    return spec
+
+
+def shardings(mesh: Mesh, arrays: Any) -> Any:
+    """A NamedSharding for every leaf of a tree of arrays or shapes."""
+    place = lambda name, leaf: NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
+    return tree.map_named(place, arrays)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, P())
+
+
+def place_rows(
+    mesh: Mesh, num_rows: int, read: Callable[[np.ndarray], dict[str, np.ndarray]]
+) -> Batch:
+    """The global batch whose rows come from `read(row numbers)`; only this process's are read.
+
+    Raises:
+        ValueError: the devices do not divide the rows or positions.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in ROWS)
+    if num_rows % ways:
+        raise ValueError(
+            f"train.batch_size={num_rows}: mesh data*fsdp={ways} must divide the rows of a batch"
+        )
+    spans = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((num_rows,))
+    mine = np.unique(np.concatenate([np.arange(num_rows)[index] for index in spans.values()]))
+    local = read(mine)
+
+    def place(array: np.ndarray) -> jax.Array:
+        shape = (num_rows, *array.shape[1:])
+        spec = P(ROWS, "context") if array.ndim > 1 else P(ROWS)
+        if array.ndim > 1 and array.shape[1] % mesh.shape["context"]:
+            raise ValueError(
+                f"mesh.context={mesh.shape['context']}: does not divide {array.shape[1]} positions"
+            )
+        rows = lambda index: np.searchsorted(mine, np.arange(num_rows)[index[0]])
+        return jax.make_array_from_callback(
+            shape, NamedSharding(mesh, spec), lambda index: array[rows(index)][:, *index[1:]]
+        )
+
+    return {name: place(array) for name, array in local.items()}
