@@ -1,0 +1,287 @@
+"""GGUF files: weights, de-quantised by the `gguf` library, settings, tokenizer, chat template.
+
+The header is parsed here: the library's own reader trusts the counts in it, and a damaged file
+makes it loop until memory runs out.
+"""
+
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.convert import table, tokenizer_files
+from jaxgpt.types import Params
+
+# Value types of the metadata; 8 is a string, 9 an array.
+SCALARS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
+STRING, ARRAY = 8, 9
+LARGEST_ARRAY = 2**22  # entries; the largest vocabularies have a quarter of a million
+READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+
+LAYER = "blk.{layer}."
+
+
+def _rows(query: str, key: str) -> tuple[table.Row, ...]:
+    """Llama's layout; architectures differ in how the rows of query and key are ordered."""
+    return (
+        ("embed/embedding", "token_embd.weight", "vocab dim"),
+        ("blocks/attention_norm/scale", LAYER + "attn_norm.weight", "dim"),
+        ("blocks/attention/query/kernel", LAYER + "attn_q.weight", query),
+        ("blocks/attention/query/bias", LAYER + "attn_q.bias", "(heads width)"),
+        ("blocks/attention/query_norm/scale", LAYER + "attn_q_norm.weight", "width"),
+        ("blocks/attention/key/kernel", LAYER + "attn_k.weight", key),
+        ("blocks/attention/key/bias", LAYER + "attn_k.bias", "(kv_heads width)"),
+        ("blocks/attention/key_norm/scale", LAYER + "attn_k_norm.weight", "width"),
+        (
+            "blocks/attention/value/kernel",
+            LAYER + "attn_v.weight",
+            "(kv_heads width) dim -> dim (kv_heads width)",
+        ),
+        ("blocks/attention/value/bias", LAYER + "attn_v.bias", "(kv_heads width)"),
+        (
+            "blocks/attention/output/kernel",
+            LAYER + "attn_output.weight",
+            "dim (heads width) -> (heads width) dim",
+        ),
+        ("blocks/mlp_norm/scale", LAYER + "ffn_norm.weight", "dim"),
+        ("blocks/mlp/gate/kernel", LAYER + "ffn_gate.weight", "mlp dim -> dim mlp"),
+        ("blocks/mlp/up/kernel", LAYER + "ffn_up.weight", "mlp dim -> dim mlp"),
+        ("blocks/mlp/down/kernel", LAYER + "ffn_down.weight", "dim mlp -> mlp dim"),
+        ("final_norm/scale", "output_norm.weight", "dim"),
+        ("head/kernel", "output.weight", "vocab dim -> dim vocab"),
+    )
+
+
+# Llama's query and key rows stand in RoPE's interleaved order, the others' in the half-split one.
+INTERLEAVED = _rows(
+    "(heads half two) dim -> dim (heads two half)",
+    "(kv_heads half two) dim -> dim (kv_heads two half)",
+)
+SPLIT = _rows(
+    "(heads width) dim -> dim (heads width)", "(kv_heads width) dim -> dim (kv_heads width)"
+)
+ARCHITECTURES: dict[str, tuple[tuple[table.Row, ...], dict[str, Any]]] = {
+    "llama": (INTERLEAVED, {}),
+    "qwen2": (SPLIT, {"bias": "qkv"}),
+    "qwen3": (SPLIT, {"qk_norm": True}),
+}
+
+
+def load(
+    path: str | Path, *, place: table.Place | None = None, dtype: str = "float32"
+) -> tuple[ModelConfig, Params, dict[str, bytes]]:
+    """The model, and the tokenizer as the files that Hugging Face would have for it.
+
+    Raises:
+        ValueError: not a whole GGUF file, or one of an architecture, a setting, a quantisation or
+            a tokenizer that jaxgpt does not have.
+    """
+    path = Path(path)
+    metadata, source = _open(path)
+    try:
+        architecture = metadata.get("general.architecture")
+        if architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"general.architecture={architecture!r:.80}: must be one of "
+                + ", ".join(ARCHITECTURES)
+            )
+        rows, fixed = ARCHITECTURES[architecture]
+        cfg = _config(metadata, architecture, fixed, source)
+        files = _tokenizer(metadata)
+        return cfg, table.read(rows, cfg, source, place, dtype), files
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _config(
+    metadata: dict[str, Any], architecture: str, fixed: dict[str, Any], source: "_Source"
+) -> ModelConfig:
+    def get(key: str, kind: type, default: Any = None) -> Any:
+        value = metadata.get(f"{architecture}.{key}", default)
+        if type(value) is not kind or not 0 < value < 2**31:
+            raise ValueError(
+                f"{architecture}.{key}={value!r:.80}: must be a positive {kind.__name__}"
+            )
+        return value
+
+    for key, neutral in (
+        ("expert_count", 0), ("rope.scaling.type", "none"), ("attention.sliding_window", 0),
+    ):  # fmt: skip
+        value = metadata.get(f"{architecture}.{key}", neutral)
+        if value != neutral:
+            raise ValueError(f"{architecture}.{key}={value!r:.80}: jaxgpt reads only {neutral}")
+    dim, heads = get("embedding_length", int), get("attention.head_count", int)
+    width = get("attention.key_length", int, dim // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if get(key, int, width) != width:
+            raise ValueError(f"{architecture}.{key}: must be the width of a head, {width}")
+    if "token_embd.weight" not in source.shapes:
+        raise ValueError("the weights lack token_embd.weight")
+    return ModelConfig(
+        vocab_size=source.shapes["token_embd.weight"][0],
+        context_length=get("context_length", int),
+        num_layers=get("block_count", int),
+        model_dim=dim,
+        num_heads=heads,
+        num_kv_heads=get("attention.head_count_kv", int, heads),
+        head_dim=width,
+        mlp_dim=get("feed_forward_length", int),
+        norm_eps=get("attention.layer_norm_rms_epsilon", float),
+        rope_base=get("rope.freq_base", float, 10000.0),
+        mlp="gated", activation="silu", norm="rmsnorm", position="rope",
+        tie_embeddings="output.weight" not in source.shapes,
+        **fixed,
+    )  # fmt: skip
+
+
+def _tokenizer(metadata: dict[str, Any]) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json from the metadata."""
+    get = lambda key, default=None: metadata.get(f"tokenizer.ggml.{key}", default)
+    tokens, kinds = get("tokens"), get("token_type")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError("tokenizer.ggml.tokens: must be a list of strings")
+    kinds = kinds if isinstance(kinds, list) else [1] * len(tokens)
+    special = [i for i, kind in enumerate(kinds[: len(tokens)]) if kind in (3, 4)]  # control, user
+    name_of = lambda i: tokens[i] if type(i) is int and 0 <= i < len(tokens) else None
+    if get("model") == "gpt2":
+        merges = get("merges", [])
+        if not all(isinstance(merge, str) and merge.count(" ") == 1 for merge in merges):
+            raise ValueError("tokenizer.ggml.merges: must be pairs of strings")
+        files = tokenizer_files.byte_level(tokens, merges, special, get("pre", "default"))
+    elif get("model") == "llama":
+        scores = get("scores", [])
+        if len(scores) != len(tokens) or not all(type(score) is float for score in scores):
+            raise ValueError("tokenizer.ggml.scores: must be a number for every token")
+        unknown = get("unknown_token_id", 0)
+        if name_of(unknown) is None:
+            raise ValueError(f"tokenizer.ggml.unknown_token_id={unknown}: not a token")
+        files = tokenizer_files.sentencepiece(tokens, scores, special, unknown)
+    else:
+        raise ValueError(f"tokenizer.ggml.model={get('model')!r:.80}: must be gpt2 or llama")
+    return tokenizer_files.with_settings(
+        files,
+        bos_token=name_of(get("bos_token_id")),
+        eos_token=name_of(get("eos_token_id")),
+        pad_token=name_of(get("padding_token_id")),
+        add_bos_token=bool(get("add_bos_token", get("model") == "llama")),
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+class _Source:
+    """The tensors by name; each is de-quantised when it is read."""
+
+    def __init__(self, data: np.ndarray):
+        self.shapes: dict[str, table.Shape] = {}
+        self._data = data
+        self._stored: dict[str, tuple[Any, int, int]] = {}  # quantisation, start, bytes
+
+    def add(self, name: str, shape: table.Shape, kind: int, start: int) -> None:
+        import gguf
+
+        names = {member.value: member.name for member in gguf.GGMLQuantizationType}
+        if names.get(kind) not in READABLE:
+            raise ValueError(
+                f"{name} is stored as {names.get(kind, kind)}; only {', '.join(READABLE)} are read"
+            )
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        if shape[-1] % block or name in self.shapes:
+            raise ValueError(
+                f"{name}: {shape[-1]} does not fill blocks of {block}, or stands twice"
+            )
+        length = math.prod(shape) // block * size
+        if start + length > len(self._data):
+            raise ValueError(f"{name} ends behind the end of the file")
+        self.shapes[name] = shape
+        self._stored[name] = (gguf.GGMLQuantizationType(kind), start, length)
+
+    def read(self, name: str) -> np.ndarray:
+        from gguf import quants
+
+        kind, start, length = self._stored[name]
+        rows = math.prod(self.shapes[name][:-1])
+        stored = np.asarray(self._data[start : start + length]).reshape(rows, -1)
+        if kind.name in ("F32", "F16"):
+            return stored.view(np.float32 if kind.name == "F32" else np.float16).reshape(
+                self.shapes[name]
+            )
+        return quants.dequantize(stored, kind).reshape(self.shapes[name])
+
+
+def _open(path: Path) -> tuple[dict[str, Any], _Source]:
+    """Metadata and tensors; every count is held against the file's length before it is used."""
+    if path.stat().st_size < 24:
+        raise ValueError(f"{path}: too short for a GGUF file")
+    data = np.memmap(path, np.uint8, "r")
+    try:
+        header = _Header(data)
+        if bytes(data[:4]) != b"GGUF" or header.scalar("I", skip=4) not in (2, 3):
+            raise ValueError("not a GGUF file of version 2 or 3")
+        num_tensors, num_values = header.scalar("Q"), header.scalar("Q")
+        metadata = {}
+        for _ in range(num_values):
+            key = header.string()
+            metadata[key] = header.value(header.scalar("I"))
+        infos = [header.tensor() for _ in range(num_tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 0 < alignment <= 2**20:
+            raise ValueError(f"general.alignment={alignment!r:.80}: must be a small whole number")
+        start = -(-header.offset // alignment) * alignment
+        source = _Source(data)
+        for name, shape, kind, offset in infos:
+            source.add(name, shape, kind, start + offset)
+    except (ValueError, struct.error) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return metadata, source
+
+
+class _Header:
+    """A cursor over the file; reading beyond the end raises struct.error or ValueError."""
+
+    def __init__(self, data: np.ndarray):
+        self._data = memoryview(data)
+        self.offset = 0
+
+    def scalar(self, code: str, skip: int = 0) -> Any:
+        self.offset += skip
+        (value,) = struct.unpack_from("<" + code, self._data, self.offset)
+        self.offset += struct.calcsize("<" + code)
+        return value
+
+    def string(self) -> str:
+        return str(self._take(self.scalar("Q")), "utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind])
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            raise ValueError(f"unknown type {kind} of a value")
+        kind, count = self.scalar("I"), self.scalar("Q")
+        if count > LARGEST_ARRAY:
+            raise ValueError(f"an array of {count} values is too long for metadata")
+        if kind == STRING:
+            return [self.string() for _ in range(count)]
+        if kind not in SCALARS:
+            raise ValueError(f"unknown type {kind} of an array")
+        bytes_ = self._take(count * struct.calcsize("<" + SCALARS[kind]))
+        return [value for (value,) in struct.iter_unpack("<" + SCALARS[kind], bytes_)]
+
+    def tensor(self) -> tuple[str, table.Shape, int, int]:
+        name, rank = self.string(), self.scalar("I")
+        if not 1 <= rank <= 4:
+            raise ValueError(f"{name}: has {rank} axes")
+        shape = tuple(self.scalar("Q") for _ in range(rank))[::-1]
+        return name, shape, self.scalar("I"), self.scalar("Q")
+
+    def _take(self, size: int) -> memoryview:
+        if size > len(self._data) - self.offset:
+            raise ValueError("the header ends behind the end of the file")
+        self.offset += size
+        return self._data[self.offset - size : self.offset]

@@ -1,0 +1,214 @@
+"""Hugging Face model directories: config.json, safetensors and the tokenizer's files."""
+
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt import tree
+from jaxgpt.config import ModelConfig
+from jaxgpt.convert import family as families
+from jaxgpt.convert import table, tensors
+from jaxgpt.convert.family import Family
+from jaxgpt.convert.gpt2 import GPT2
+from jaxgpt.convert.llama import LLAMA
+from jaxgpt.convert.mixtral import MIXTRAL
+from jaxgpt.convert.qwen3 import QWEN2, QWEN3, QWEN3_MOE
+from jaxgpt.types import Params
+
+FAMILIES = (GPT2, LLAMA, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL)
+PRODUCER = {"exported_by": "jaxgpt"}  # in config.json: this directory is ours to replace
+
+
+def load(
+    path: str | Path, *, place: table.Place | None = None, dtype: str = "float32"
+) -> tuple[ModelConfig, Params]:
+    """The model of a Hugging Face directory, read tensor by tensor.
+
+    Args:
+        place: puts a finished parameter, known by its name, where it belongs, such as a mesh;
+            default: the first device.
+        dtype: of the parameters in memory.
+
+    Raises:
+        ValueError: a setting the model does not have, tensors missing or left over, or a
+            damaged file.
+    """
+    path = Path(path)
+    settings = tensors.read_json(path / "config.json")
+    cfg, family = config_from_hf(settings), _family(settings)
+    with tensors.Tensors(path) as files:
+        return cfg, table.read(family.table, cfg, _Canonical(files, family, cfg), place, dtype)
+
+
+def save(
+    path: str | Path,
+    cfg: ModelConfig,
+    params: Params,
+    *,
+    tokenizer_files: Mapping[str, bytes] | None = None,
+    special_ids: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = tensors.SHARD_BYTES,
+) -> None:
+    """Writes a directory that transformers' AutoModelForCausalLM opens; whole, or not at all.
+
+    Args:
+        tokenizer_files: content by file name, as `tokenizer_files.read` gives it.
+        special_ids: bos_token_id, eos_token_id, pad_token_id for the two config files.
+        dtype: of the weights on disk; default: the parameters' own.
+    """
+    path = Path(path)
+    _refuse_foreign(path)
+    settings, family = config_to_hf(cfg), _express(cfg)
+    cfg, params = _complete(family, cfg, params)
+    dtype_of = lambda leaf: tensors.as_dtype(dtype or jnp.dtype(leaf.dtype).name)
+    kinds = {dtype_of(leaf).name for leaf in tree.flatten(params).values()}
+    ids = {"bos_token_id": None, "eos_token_id": None, **(special_ids or {})}
+    settings |= {"dtype": "float32" if len(kinds) > 1 else kinds.pop(), **ids, **PRODUCER}
+    files = {
+        "config.json": _json(settings),
+        "generation_config.json": _json({k: v for k, v in ids.items() if v is not None}),
+        **(tokenizer_files or {}),
+    }
+    with _replacing(path) as partial:
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        sizes = dict(_sizes(family, cfg, params, dtype_of))
+        cast = (
+            (name, array.astype(dtype_of(array), copy=False))
+            for name, array in table.write(family.table, cfg, params)
+        )
+        tensors.save(partial, cast, sizes, shard_bytes)
+
+
+def config_from_hf(settings: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig of a config.json; refuses by name what the model does not have."""
+    return families.read(_family(settings), settings)
+
+
+def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
+    """The config.json of the one family that computes the same function."""
+    return families.write(_express(cfg), cfg)
+
+
+def _family(settings: Mapping[str, Any]) -> Family:
+    kind = settings.get("model_type")
+    for family in FAMILIES:
+        if family.model_type == kind:
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise ValueError(f"config.json: model_type={kind!r:.80}: must be one of {known}")
+
+
+def _express(cfg: ModelConfig) -> Family:
+    """The family that can have this config, or the nearest one's obstacles."""
+    found = [(families.differences(family, cfg), family) for family in FAMILIES]
+    obstacles, nearest = min(found, key=lambda pair: len(pair[0]))
+    if not obstacles:
+        return nearest
+    stated = ", ".join(f"model.{name}={getattr(cfg, name)}" for name in obstacles)
+    raise ValueError(
+        f"{stated}: no Hugging Face family has this; the nearest is {nearest.model_type}"
+    )
+
+
+class _Canonical:
+    """A source under the table's names: full prefixes, no buffers, no copy of a tied head."""
+
+    def __init__(self, files: tensors.Tensors, family: Family, cfg: ModelConfig):
+        self._files = files
+        self._names: dict[str, str] = {}
+        for name in files.shapes:
+            if not re.search(family.buffers, name):
+                full = name.startswith((family.prefix, "lm_head."))
+                self._names[name if full else family.prefix + name] = name
+        if cfg.tie_embeddings and "lm_head.weight" in self._names:
+            self._drop_tied_head(family)
+        self.shapes = {name: files.shapes[stored] for name, stored in self._names.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._files.read(self._names[name])
+
+    def _drop_tied_head(self, family: Family) -> None:
+        embedding = next(row[1] for row in family.table if row[0] == "embed/embedding")
+        if embedding in self._names and not np.array_equal(
+            self.read("lm_head.weight"), self.read(embedding)
+        ):
+            raise ValueError(
+                f"tie_word_embeddings=True, but lm_head.weight is not {embedding}: set it to false"
+            )
+        del self._names["lm_head.weight"]
+
+
+def _complete(family: Family, cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """Checks the parameters against the config and gives GPT-2 the biases it cannot be without."""
+    leaves = dict(tree.flatten(params))
+    expected = table.parameter_shapes(cfg)
+    found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    if found != expected:
+        odd = sorted(
+            name for name in found.keys() | expected if found.get(name) != expected.get(name)
+        )
+        raise ValueError(
+            f"parameters that are not the config's: {', '.join(odd[:8])}; merge adapters and "
+            "de-quantise before exporting"
+        )
+    if family.fixed.get("bias") != "all" or cfg.bias == "all":
+        return cfg, params
+    cfg = dataclasses.replace(cfg, bias="all")
+    for name, shape in table.parameter_shapes(cfg).items():
+        leaves.setdefault(name, np.zeros(shape, np.float32))
+    return cfg, table.nest(leaves)
+
+
+def _sizes(family: Family, cfg: ModelConfig, params: Params, dtype_of: Any) -> Iterator:
+    """Bytes of every tensor to be written, in order."""
+    leaves = tree.flatten(params)
+    for row in table.select(family.table, leaves):
+        first, *others = table.parameters(row)
+        shape = table.their_shape(row[2], table.sizes(cfg, 1 + len(others)))
+        for name, _ in table.pieces(row, cfg):
+            yield name, tensors.size_of(shape, dtype_of(leaves[first]))
+
+
+def _refuse_foreign(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path}: is a file; give a directory to write")
+    settings = path / "config.json"
+    ours = settings.is_file() and tensors.read_json(settings).get("exported_by") == "jaxgpt"
+    if any(path.iterdir()) and not ours:
+        raise ValueError(f"{path}: holds something else than an export of jaxgpt; give another")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A directory to fill, which takes the place of `path` when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            old = partial.with_suffix(".old")
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

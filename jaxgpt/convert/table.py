@@ -1,0 +1,208 @@
+"""The engine behind the conversion tables.
+
+A row pairs a parameter of ours with a tensor of theirs, and says how their axes become ours:
+
+    ("blocks/attention/query/kernel", "model.layers.{layer}.self_attn.q_proj.weight",
+     "(heads width) dim -> dim (heads width)")
+
+The pattern is einops' language. Every axis has a size that follows from ModelConfig, so that a row
+knows their tensor's shape and serves both directions. `{layer}` and `{expert}` are the leading
+axes of our stacked arrays. Where one tensor of theirs holds several parameters of ours, the row
+names them all and the pattern has a `part` axis.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxgpt import tree
+from jaxgpt.config import ModelConfig
+from jaxgpt.model import gpt
+from jaxgpt.types import Params
+
+Row = tuple[str | tuple[str, ...], str, str]
+Shape = tuple[int, ...]
+Place = Callable[[str, np.ndarray], Any]  # (parameter's name, host array) -> device array
+
+ALIGNMENT = 64  # JAX takes a host array on the CPU without copying when it is aligned to this
+
+
+class Source(Protocol):
+    """Tensors by name, read one at a time."""
+
+    shapes: Mapping[str, Shape]
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+def rearrange(array: np.ndarray, pattern: str, sizes: Mapping[str, int]) -> np.ndarray:
+    """einops.rearrange where every axis has a size: "(a b) c -> c (a b)"."""
+    left, right = _sides(pattern)
+    old, new = list(itertools.chain(*left)), list(itertools.chain(*right))
+    flat = array.reshape([sizes[axis] for axis in old])
+    return flat.transpose([old.index(axis) for axis in new]).reshape(_shape(right, sizes))
+
+
+def inverse(pattern: str) -> str:
+    """The pattern that undoes this one."""
+    return " -> ".join(reversed(pattern.split(" -> ")))
+
+
+def their_shape(pattern: str, sizes: Mapping[str, int]) -> Shape:
+    """The shape of the tensor on the pattern's left side."""
+    return _shape(_sides(pattern)[0], sizes)
+
+
+def sizes(cfg: ModelConfig, parts: int = 1) -> dict[str, int]:
+    """Every axis that a pattern may name."""
+    return {
+        "vocab": cfg.vocab_size, "position": cfg.context_length, "dim": cfg.model_dim,
+        "heads": cfg.num_heads, "kv_heads": cfg.kv_heads, "width": cfg.head_width,
+        "half": cfg.head_width // 2, "two": 2, "mlp": cfg.mlp_width, "expert": cfg.num_experts,
+        "part": parts,
+    }  # fmt: skip
+
+
+def parameter_shapes(cfg: ModelConfig) -> dict[str, Shape]:
+    """Name and shape of every parameter of the model, which is not built."""
+    params = jax.eval_shape(lambda rng: gpt.init(cfg, rng), jax.random.key(0))
+    return {name: leaf.shape for name, leaf in tree.flatten(params).items()}
+
+
+def parameters(row: Row) -> tuple[str, ...]:
+    """Our parameters that a row is about."""
+    return (row[0],) if isinstance(row[0], str) else row[0]
+
+
+def pieces(row: Row, cfg: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Their tensors of one row, each with its place in our stacked arrays."""
+    _, name, _ = row
+    ranges = {"layer": range(cfg.num_layers), "expert": range(cfg.num_experts)}
+    axes = [axis for axis in ranges if f"{{{axis}}}" in name]
+    for index in itertools.product(*(ranges[axis] for axis in axes)):
+        yield name.format(**dict(zip(axes, index, strict=True))), index
+
+
+def select(table: tuple[Row, ...], ours: Mapping[str, Any], present: Any = ()) -> list[Row]:
+    """The rows that together hold each of our parameters once.
+
+    Of several rows for one parameter, the first whose tensor is `present`, else the first of all.
+    """
+    first = {"layer": 0, "expert": 0}
+    ordered = sorted(table, key=lambda row: row[1].format(**first) not in present)  # stable
+    chosen, covered = [], set()
+    for row in ordered:
+        names = set(parameters(row))
+        if names and names <= ours.keys() and not names & covered:
+            chosen.append(row)
+            covered |= names
+    assert covered == ours.keys(), f"no row of the table for {sorted(ours.keys() - covered)}"
+    return sorted(chosen, key=table.index)
+
+
+def read(
+    table: tuple[Row, ...],
+    cfg: ModelConfig,
+    source: Source,
+    place: Place | None = None,
+    dtype: str = "float32",
+) -> Params:
+    """Our parameters from their tensors; all names and shapes are checked before any is read.
+
+    The memory needed is that of the model and of one tensor: every parameter is allocated once,
+    filled tensor by tensor and placed before the next one begins.
+
+    Raises:
+        ValueError: tensors are missing, left over, or of another shape.
+    """
+    place = place or (lambda _, array: jax.device_put(array))
+    ours = parameter_shapes(cfg)
+    rows = select(table, ours, source.shapes)
+    _check(rows, cfg, source)
+    placed = {}
+    for row in rows:
+        names, _, pattern = parameters(row), *row[1:]
+        axes = sizes(cfg, len(names))
+        arrays = [_aligned(ours[name], dtype) for name in names]
+        for theirs, index in pieces(row, cfg):
+            block = rearrange(source.read(theirs), pattern, axes)
+            for array, part in zip(arrays, block if len(names) > 1 else [block], strict=True):
+                array[index] = part
+        placed |= {name: place(name, a) for name, a in zip(names, arrays, strict=True)}
+    return nest(placed)
+
+
+def write(
+    table: tuple[Row, ...], cfg: ModelConfig, params: Params
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Their tensors from our parameters, one at a time."""
+    leaves = tree.flatten(params)
+    for row in select(table, leaves):
+        names, _, pattern = parameters(row), *row[1:]
+        axes = sizes(cfg, len(names))
+        arrays = [np.asarray(leaves[name]) for name in names]
+        for theirs, index in pieces(row, cfg):
+            block = [array[index] for array in arrays]
+            whole = np.stack(block) if len(names) > 1 else block[0]
+            yield theirs, np.ascontiguousarray(rearrange(whole, inverse(pattern), axes))
+
+
+def nest(leaves: Mapping[str, Any]) -> Params:
+    """The parameter tree of leaves by their names."""
+    nested: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return nested
+
+
+def _check(rows: list[Row], cfg: ModelConfig, source: Source) -> None:
+    """Compares names and shapes, up to a few faults: a hostile config may ask for millions."""
+    wanted: set[str] = set()
+    missing, misshapen = [], []
+    for row in rows:
+        shape = their_shape(row[2], sizes(cfg, len(parameters(row))))
+        for theirs, _ in pieces(row, cfg):
+            wanted.add(theirs)
+            found = source.shapes.get(theirs)
+            if found is None:
+                missing.append(theirs)
+            elif tuple(found) != shape:
+                misshapen.append(f"{theirs} is {list(found)} instead of {list(shape)}")
+            if len(missing) + len(misshapen) > 8:
+                break
+    leftover = sorted(set(source.shapes) - wanted) if not missing else []
+    for problem, names in (
+        ("the weights lack tensors that the config asks for", missing),
+        ("the weights have shapes that the config does not ask for", misshapen),
+        ("the weights hold tensors that jaxgpt has no place for", leftover),
+    ):
+        if names:
+            more = ", …" if len(names) > 8 else ""
+            raise ValueError(f"{problem}: {', '.join(names[:8])}{more}")
+
+
+def _sides(pattern: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Both sides as groups of axes; a pattern without an arrow changes nothing."""
+    left, _, right = pattern.partition(" -> ")
+    groups = lambda side: [group.strip("()").split() for group in re.findall(r"\(.*?\)|\w+", side)]
+    return groups(left), groups(right or left)
+
+
+def _shape(groups: list[list[str]], sizes: Mapping[str, int]) -> Shape:
+    return tuple(math.prod(sizes[axis] for axis in group) for group in groups)
+
+
+def _aligned(shape: Shape, dtype: str) -> np.ndarray:
+    size = math.prod(shape) * jax.numpy.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(jax.numpy.dtype(dtype)).reshape(shape)

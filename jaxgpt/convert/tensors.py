@@ -1,0 +1,168 @@
+"""safetensors checkpoints on disk: one file, or shards under an index.
+
+The `safetensors` library checks every header against its file's length before it maps a byte, so
+that a header cannot claim more than the file holds.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jaxgpt.convert.table import Shape
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+LARGEST_JSON = 100_000_000  # bytes; the index of a model of a million tensors
+SHARD_BYTES = 5_000_000_000
+
+
+class Tensors:
+    """The tensors of a checkpoint directory by name; a `table.Source`, open within `with`."""
+
+    def __init__(self, path: Path):
+        self.shapes: dict[str, Shape] = {}
+        self._files: dict[str, Any] = {}
+        self._stack = ExitStack()
+        try:
+            for file, expected in _locate(path).items():
+                self._open(file, expected)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> "Tensors":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def read(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+    def _open(self, file: Path, expected: set[str] | None) -> None:
+        try:
+            opened = self._stack.enter_context(safetensors.safe_open(file, "np"))
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+        names = set(opened.keys())
+        if expected is not None and names != expected:
+            odd = ", ".join(sorted(names ^ expected)[:8])
+            raise ValueError(f"{file}: the index and the file disagree about {odd}")
+        for name in opened.keys():  # noqa: SIM118 (not a mapping)
+            tensor = opened.get_slice(name)
+            if tensor.get_dtype() not in DTYPES:
+                raise ValueError(
+                    f"{file}: {name} is {tensor.get_dtype()}; only {', '.join(DTYPES)} are read"
+                )
+            self.shapes[name] = tuple(tensor.get_shape())
+            self._files[name] = opened
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that nobody vouches for."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a JSON file")
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return content
+
+
+def save(
+    path: Path, tensors: Iterator[tuple[str, np.ndarray]], sizes: Mapping[str, int], shard: int
+) -> None:
+    """Writes tensors, which arrive in the order of `sizes` (bytes by name), in files of `shard`
+    bytes; never more than one file's worth of them is held.
+    """
+    groups = _groups(sizes, shard)
+    if len(groups) == 1:
+        _save(path / SINGLE, dict(tensors))
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(groups, start=1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        _save(path / file, dict(next(tensors) for _ in names))
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    (path / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def as_dtype(name: str) -> np.dtype:
+    """NumPy's dtype of that name, bfloat16 included."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def _locate(path: Path) -> dict[Path, set[str] | None]:
+    """The files of the checkpoint, each with the tensors that the index says it holds."""
+    if (path / INDEX).is_file():
+        return _locate_shards(path)
+    if (path / SINGLE).is_file():
+        return {path / SINGLE: None}
+    if any(found for pattern in PICKLED for found in path.glob(pattern)):
+        raise ValueError(
+            f"{path}: holds pickled weights, which can run code when they are loaded; "
+            "convert to safetensors (transformers' save_pretrained writes it)"
+        )
+    raise ValueError(f"{path}: holds neither {SINGLE} nor {INDEX}")
+
+
+def _locate_shards(path: Path) -> dict[Path, set[str] | None]:
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path / INDEX}: has no weight_map")
+    files: dict[Path, set[str] | None] = {}
+    held: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        # A name, not a path: the index must not lead out of the directory.
+        if not isinstance(file, str) or not file.endswith(".safetensors") or "\0" in file \
+                or Path(file).name != file or "\\" in file:  # fmt: skip
+            raise ValueError(f"{path / INDEX}: {file!r:.80} is not the name of a shard beside it")
+        held.setdefault(file, set()).add(name)
+    missing = sorted(file for file in held if not (path / file).is_file())
+    if missing:
+        raise ValueError(f"{path}: shards are missing: {', '.join(missing[:8])}")
+    files.update({path / file: names for file, names in sorted(held.items())})
+    return files
+
+
+def _groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def _save(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    # transformers asks for the format's name.
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def size_of(shape: Shape, dtype: np.dtype) -> int:
+    """Bytes of an array."""
+    return math.prod(shape) * dtype.itemsize
