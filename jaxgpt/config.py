@@ -4,6 +4,7 @@ A default lives here and nowhere else; the text under a field is what `--help` p
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -400,3 +401,75 @@ def exit_cleanly(main: Callable[[], None]) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What to learn a vocabulary from."""
+
+    input: list[str] = field(default_factory=list)
+    """Text files, folders, JSONL, JSON or Parquet files, or Hub data sets; none: the source code
+    of Python's standard library."""
+    vocab_size: int = 4096
+    """Ids, of which 256 are the bytes and 4 special."""
+    output: str = "tokenizer.json"
+    """File to write, in Hugging Face's format."""
+    column: str = "text"
+    """Column of JSONL, JSON, Parquet and Hub rows."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Invalid UTF-8 is an error with its place, or becomes U+FFFD."""
+    max_characters: int = 1 << 24
+    """How much text to read; more hardly changes the vocabulary."""
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Text to turn into token files."""
+
+    output: str
+    """Directory to write; a killed run is continued, another data set is never written over."""
+    input: list[str] = field(default_factory=list)
+    """Text files, folders, JSONL, JSON or Parquet files, or Hub data sets; none: the source code
+    of Python's standard library."""
+    tokenizer: str = "gpt2"
+    """byte, a tiktoken name (gpt2, cl100k_base), a tokenizer.json or a directory that holds one."""
+    val_fraction: float = 0.1
+    """Share held out for validation: every n-th document, or the end of each of few text files."""
+    column: str = "text"
+    """Column of JSONL, JSON, Parquet and Hub rows."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Invalid UTF-8 is an error with its place, or becomes U+FFFD."""
+    hub_config: str = ""
+    """Configuration of a Hub data set, such as sample-10BT."""
+    hub_split: str = "train"
+    """Split of a Hub data set."""
+    shard_tokens: int = 1 << 25
+    """Tokens per file, also what a killed run may lose."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "must be in [0, 1)")
+        _require(self.shard_tokens > 0, "shard_tokens", self.shard_tokens, "must be at least 1")
+
+
+def join_lists(args: Sequence[str], *flags: str) -> list[str]:
+    """Command-line arguments in which `--flag a b` and `--flag a --flag b` are one YAML list.
+
+    jsonargparse itself takes a list only as `--flag '[a, b]'` or `--flag+ a --flag+ b`.
+    """
+    rest: list[str] = []
+    values: dict[str, list[str]] = {}
+    flag = ""
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if arg.startswith("--"):
+            flag = name if name in flags else ""
+        if not flag:
+            rest.append(arg)
+        elif arg.startswith("--"):
+            values.setdefault(flag, []).extend([value] if equals else [])
+        else:
+            values.setdefault(flag, []).append(arg)
+    for name, found in values.items():
+        is_list = len(found) == 1 and found[0].startswith("[")
+        rest.append(f"{name}={found[0] if is_list else json.dumps(found)}")
+    return rest

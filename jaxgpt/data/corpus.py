@@ -1,0 +1,246 @@
+"""Documents to token files: shards of plain integers and a manifest, restartable, any size.
+
+    DIR/manifest.json    counts, types, hashes; written last, so its presence means complete
+    DIR/tokenizer.json   what made the tokens
+    DIR/train-00000.bin  uint16 or uint32, documents joined by the end-of-text token
+    DIR/val-00000.bin    the held-out part that came by while train-00000 was filled
+
+A killed run leaves finished shards and progress.json. The same command continues after the last
+shard and ends with the same bytes; another data set is never written over.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.data.datasets import MANIFEST
+from jaxgpt.data.documents import Corpus, Piece, read_text
+from jaxgpt.data.tokenizer import Tokenizer
+
+__all__ = ["Corpus", "Piece", "prepare", "read_text", "sample", "write_tokens"]
+
+PROGRESS = "progress.json"
+FORMAT = 1
+SHARD_TOKENS = 1 << 25  # 64 MiB of uint16: seconds of work to lose, few files
+CHUNK = 1 << 22  # characters encoded at a time, enough to keep all threads busy
+TRAINING_CHARACTERS = 1 << 24  # of the text a BPE is learned from; more hardly changes it
+
+
+def prepare(
+    path: str | Path,
+    out_dir: str | Path,
+    tokenizer: str = "",
+    vocab_size: int = 2048,
+    val_fraction: float = 0.1,
+) -> Path:
+    """Token files for any `--data.path`: the path itself, or out_dir after tokenising its text.
+
+    An empty path is Python's standard library; an empty tokenizer is our BPE trained on the text.
+    """
+    if (Path(path) / MANIFEST).is_file() or _holds_bins(Path(path)):
+        return Path(path)
+    out_dir, corpus = Path(out_dir), Corpus((str(path),) if str(path) else (), val_fraction)
+    name = tokenizer or f"BPE of {vocab_size} ids, trained on the text"
+    source = corpus.describe()
+    if tokenizer:
+        chosen = tokenizers.load(tokenizer)
+    elif _is_under_way(out_dir, name, source):
+        chosen = tokenizers.load(out_dir / "tokenizer.json")
+    else:
+        chosen = tokenizers.train_bpe(sample(corpus), vocab_size)
+    write_tokens(corpus, chosen, out_dir, name, source=source)
+    return out_dir
+
+
+def sample(corpus: Corpus, characters: int = TRAINING_CHARACTERS) -> Iterator[str]:
+    """Training text to learn a vocabulary from, its beginning if it is long; nothing held out."""
+    seen = 0
+    for piece in corpus.pieces():
+        if not piece.held_out:
+            yield piece.text
+            seen += len(piece.text)
+        if seen >= characters:
+            return
+
+
+def write_tokens(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    out_dir: str | Path,
+    name: str,
+    shard_tokens: int = SHARD_TOKENS,
+    source: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Tokenises the corpus into `out_dir` and returns the manifest; nothing to do if it is there.
+
+    Args:
+        name: how the user named the tokenizer, for the manifest.
+        source: `corpus.describe()`, if it is known.
+    """
+    out_dir = Path(out_dir)
+    state = {
+        "format": FORMAT,
+        "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+        "tokenizer": {
+            "name": name, "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id,
+        },
+        "source": corpus.describe() if source is None else source,
+        "shard_tokens": shard_tokens,
+    }  # fmt: skip
+    if (out_dir / MANIFEST).is_file():
+        manifest = json.loads((out_dir / MANIFEST).read_text())
+        _require_same(manifest, state, out_dir)
+        return manifest
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if (out_dir / PROGRESS).is_file():
+        progress = json.loads((out_dir / PROGRESS).read_text())
+        _require_same(progress, state, out_dir)
+    elif any(not file.name.endswith(".part") for file in out_dir.iterdir()):
+        raise ValueError(f"output={out_dir}: the folder holds other files; choose an empty one")
+    else:
+        progress = {**state, "pieces": 0, "text_bytes": 0, "shards": []}
+    tokenizer.save(out_dir / "tokenizer.json")
+    _write(out_dir / PROGRESS, json.dumps(progress, indent=1).encode())
+    for _ in _fill_shards(corpus, tokenizer, out_dir, progress):
+        _write(out_dir / PROGRESS, json.dumps(progress, indent=1).encode())
+    return _finish(out_dir, progress)
+
+
+def _fill_shards(
+    corpus: Corpus, tokenizer: Tokenizer, out_dir: Path, progress: dict[str, Any]
+) -> Iterator[None]:
+    """Writes shards and counts them in `progress`, which is whole at every yield."""
+    from tqdm import tqdm
+
+    number = len({shard["file"][-9:] for shard in progress["shards"]})
+    total = progress["source"]["bytes"] or None
+    with tqdm(
+        total=total, initial=progress["text_bytes"], unit="B", unit_scale=True, desc="tokenise"
+    ) as bar:
+        pieces = itertools.islice(corpus.pieces(), progress["pieces"], None)
+        for group in _groups(pieces, tokenizer, progress, bar):
+            for split, held_out in (("train", False), ("val", True)):
+                tokens = np.concatenate([t for t, h in group if h == held_out] or [[]])
+                tokens = tokens.astype(progress["dtype"])
+                if tokens.size:
+                    file = f"{split}-{number:05d}.bin"
+                    _write(out_dir / file, tokens.tobytes())
+                    progress["shards"].append(
+                        {
+                            "file": file, "split": split, "tokens": tokens.size,
+                            "documents": int((tokens == tokenizer.eos_id).sum()),
+                            "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+                        }
+                    )  # fmt: skip
+            number += 1
+            yield
+
+
+def _groups(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, progress: dict[str, Any], bar: Any
+) -> Iterator[list[tuple[np.ndarray, bool]]]:
+    """Encoded pieces, (tokens, held out), in groups of a shard's size."""
+    dtype, end = progress["dtype"], [tokenizer.eos_id]
+    group: list[tuple[np.ndarray, bool]] = []
+    tokens = 0
+    for chunk in _chunks(pieces):
+        for piece, ids in zip(chunk, tokenizer.encode_batch([p.text for p in chunk]), strict=True):
+            group.append((np.array(ids + end if piece.ends else ids, dtype), piece.held_out))
+            tokens += group[-1][0].size
+        size = sum(len(piece.text.encode()) for piece in chunk)
+        progress["pieces"] += len(chunk)
+        progress["text_bytes"] += size
+        bar.update(size)
+        if tokens >= progress["shard_tokens"]:
+            yield group
+            group, tokens = [], 0
+    if group:
+        yield group
+
+
+def _chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    chunk: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        chunk.append(piece)
+        size += len(piece.text)
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _finish(out_dir: Path, progress: dict[str, Any]) -> dict[str, Any]:
+    counts = {
+        split: {
+            key: sum(shard[key] for shard in progress["shards"] if shard["split"] == split)
+            for key in ("tokens", "documents")
+        }
+        for split in ("train", "val")
+    }
+    source, fraction = progress["source"]["inputs"], progress["source"]["val_fraction"]
+    if not counts["train"]["tokens"] + counts["val"]["tokens"]:
+        (out_dir / PROGRESS).unlink()
+        (out_dir / "tokenizer.json").unlink()
+        raise ValueError(f"input={' '.join(source)}: holds no text")
+    if fraction and not counts["val"]["tokens"]:
+        raise ValueError(
+            f"val_fraction={fraction}: holds out none of {counts['train']['documents']} documents; "
+            f"delete {out_dir} and choose a larger fraction, or 0 for no validation split"
+        )
+    manifest = {**progress, **counts}
+    _write(out_dir / MANIFEST, json.dumps(manifest, indent=1).encode())
+    (out_dir / PROGRESS).unlink()
+    return manifest
+
+
+def _require_same(found: dict[str, Any], wanted: dict[str, Any], out_dir: Path) -> None:
+    """Refuses to mix two data sets; where the files lie does not matter, their bytes do."""
+    found, wanted = (
+        {**state, **state["source"], "tokenizer": state["tokenizer"]["fingerprint"], "inputs": 0}
+        for state in (found, wanted)
+    )
+    keys = ["format", "tokenizer", "sha256", "val_fraction", "errors", "column", "shard_tokens"]
+    different = [key for key in keys if found[key] != wanted[key]]
+    if different:
+        raise ValueError(
+            f"output={out_dir}: holds another data set (other {', '.join(different)}); choose "
+            "another folder or delete it"
+        )
+
+
+def _is_under_way(out_dir: Path, name: str, source: dict[str, Any]) -> bool:
+    """Whether out_dir already has the tokenizer that was trained for this text."""
+    for file in (out_dir / MANIFEST, out_dir / PROGRESS):
+        if file.is_file() and (out_dir / "tokenizer.json").is_file():
+            state = json.loads(file.read_text())
+            same = all(state["source"][key] == source[key] for key in ("sha256", "val_fraction"))
+            return same and state["tokenizer"]["name"] == name
+    return False
+
+
+def _holds_bins(path: Path) -> bool:
+    return path.suffix == ".bin" or (path / "train.bin").is_file()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All or nothing, also when the power fails."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)  # on a full disk, give the room back
+        raise
+    partial.replace(path)

@@ -1,0 +1,30 @@
+"""Learn a byte-level BPE vocabulary from text and save it as a Hugging Face tokenizer.json."""
+
+import sys
+import time
+from pathlib import Path
+
+from jaxgpt import config
+from jaxgpt.config import TokenizerConfig
+
+
+def main() -> None:
+    cfg = config.parse(TokenizerConfig, __doc__ or "", config.join_lists(sys.argv[1:], "--input"))
+    from jaxgpt.data import corpus, tokenizer
+
+    start = time.perf_counter()
+    output = Path(cfg.output)
+    if output.is_dir():
+        raise ValueError(f"output={output}: is a folder; name a file in it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = corpus.Corpus(tuple(cfg.input), val_fraction=0.0, errors=cfg.errors, column=cfg.column)
+    trained = tokenizer.train_bpe(corpus.sample(text, cfg.max_characters), cfg.vocab_size)
+    trained.save(output)
+    seconds = time.perf_counter() - start
+    print(f"{output}: {trained.vocab_size:,} ids, {seconds:.1f} s")
+    if trained.vocab_size < cfg.vocab_size:
+        print(f"the text has no more pairs: fewer ids than vocab_size={cfg.vocab_size:,}")
+
+
+if __name__ == "__main__":
+    config.exit_cleanly(main)
