@@ -1,13 +1,44 @@
-"""x @ kernel in the compute dtype, with a backward pass that stays on XLA:CPU's fast products."""
+"""x @ kernel in the compute dtype, with a backward pass that keeps XLA:CPU's fast products."""
 
+import jax
 import jax.numpy as jnp
 
-from jaxgpt.kernels.platform import accumulator_dtype
+from jaxgpt.kernels.platform import platform, transposed
 from jaxgpt.types import Array
 
 
 def linear(x_BTD: Array, kernel_DF: Array) -> Array:
     """x @ kernel over any leading axes; float32 on CPU, the dtype of x on accelerators."""
-    return jnp.matmul(
-        x_BTD, kernel_DF.astype(x_BTD.dtype), preferred_element_type=accumulator_dtype(x_BTD.dtype)
-    )
+    if platform() != "cpu":
+        return x_BTD @ kernel_DF.astype(x_BTD.dtype)
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    out_shape = (*x_BTD.shape[:-1], kernel_DF.shape[-1])
+    if len(x_ND) == 1 and x_ND.dtype != jnp.float32:
+        # One row makes XLA:CPU widen the whole kernel for a matrix-vector product: give it two.
+        return _linear(jnp.concatenate([x_ND, jnp.zeros_like(x_ND)]), kernel_DF)[:1].reshape(
+            out_shape
+        )
+    return _linear(x_ND, kernel_DF).reshape(out_shape)
+
+
+@jax.custom_vjp
+def _linear(x_ND: Array, kernel_DF: Array) -> Array:
+    return _forward(x_ND, kernel_DF)[0]
+
+
+def _forward(x_ND: Array, kernel_DF: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    cast_DF = kernel_DF.astype(x_ND.dtype)
+    out_NF = jnp.einsum("ND,DF->NF", x_ND, cast_DF, preferred_element_type=jnp.float32)
+    like_kernel = jnp.zeros((), kernel_DF.dtype)  # residuals must be arrays: this carries a dtype
+    return out_NF, (x_ND, cast_DF, like_kernel)
+
+
+def _backward(saved: tuple[Array, Array, Array], g_NF: Array) -> tuple[Array, Array]:
+    x_ND, cast_DF, like_kernel = saved
+    g_NF = g_NF.astype(x_ND.dtype)
+    dx_ND = jnp.einsum("NF,DF->ND", g_NF, cast_DF, preferred_element_type=jnp.float32)
+    dkernel_DF = jnp.einsum("DN,NF->DF", transposed(x_ND), g_NF, preferred_element_type=jnp.float32)
+    return dx_ND.astype(x_ND.dtype), dkernel_DF.astype(like_kernel.dtype)
+
+
+_linear.defvjp(_forward, _backward)

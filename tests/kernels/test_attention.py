@@ -1,0 +1,125 @@
+"""Attention against a plain softmax over the full score matrix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt.kernels import blocked_attention
+from jaxgpt.kernels.attention import attention, cached_attention
+
+
+def plain_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+    """Every score, in float32, with repeated keys and values."""
+    q_BTNH, k_BSKH, v_BSKH = (x.astype(jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH))
+    groups = q_BTNH.shape[2] // k_BSKH.shape[2]
+    k_BSNH, v_BSNH = (jnp.repeat(x, groups, axis=2) for x in (k_BSKH, v_BSKH))
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / np.sqrt(q_BTNH.shape[-1])
+    weights_BNTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf))
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+
+
+def inputs(rng, B, T, N, K, H, dtype=jnp.float32):
+    rngs = jax.random.split(rng, 4)
+    shapes = [(B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)]
+    return [
+        jax.random.normal(r, shape).astype(dtype) for r, shape in zip(rngs, shapes, strict=True)
+    ]
+
+
+def mask_of(T, causal=True, segments_BT=None):
+    mask_BTS = (jnp.tril(jnp.ones((T, T), bool)) if causal else jnp.ones((T, T), bool))[None]
+    if segments_BT is not None:
+        mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None])
+    return mask_BTS
+
+
+def value_and_gradients(function, q, k, v, g):
+    out, pull = jax.vjp(function, q, k, v)
+    return out, *pull(g.astype(out.dtype))
+
+
+def assert_matches_plain(arrays, causal=True, segments_BT=None, tolerance=1e-5):
+    q, k, v, g = arrays
+    mask_BTS = mask_of(q.shape[1], causal, segments_BT)
+    fast = lambda q, k, v: attention(q, k, v, segments_BT=segments_BT, causal=causal)
+    plain = lambda q, k, v: plain_attention(q, k, v, mask_BTS)
+    got = jax.jit(lambda *a: value_and_gradients(fast, *a))(q, k, v, g)
+    want = jax.jit(lambda *a: value_and_gradients(plain, *a))(q, k, v, g)
+    assert got[0].dtype == q.dtype
+    for x, y in zip(got, want, strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        # bf16 rounds the largest entries by 2**-9 of their size: the tolerance is relative to them.
+        np.testing.assert_allclose(x, y, atol=tolerance * max(1, np.abs(y).max()))
+
+
+@pytest.mark.parametrize("T", [1, 5, 63, 64, 65, 150, 300])
+def test_blocks_of_any_length_match_plain(rng, T):
+    assert_matches_plain(inputs(rng, 2, T, 2, 2, 16))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("with_segments", [True, False])
+def test_grouped_queries_and_masks_match_plain(rng, causal, with_segments):
+    segments_BT = jnp.sort(jax.random.randint(rng, (2, 150), 0, 4)) if with_segments else None
+    assert_matches_plain(inputs(rng, 2, 150, 6, 2, 16), causal, segments_BT)
+
+
+def test_recomputed_probabilities_match_plain(rng, monkeypatch):
+    monkeypatch.setattr(blocked_attention, "LONGEST_KEPT", 0)
+    segments_BT = jnp.sort(jax.random.randint(rng, (2, 150), 0, 4))
+    assert_matches_plain(inputs(rng, 2, 150, 4, 2, 16), True, segments_BT)
+
+
+# Some bf16 products compile and then have no kernel at run time: every shape must also run.
+@pytest.mark.parametrize("H", [16, 32, 64, 80, 128])
+@pytest.mark.parametrize(("B", "T", "N", "K"), [(1, 1, 1, 1), (2, 7, 1, 1), (3, 64, 4, 4)])
+def test_bf16_in_one_block_matches_plain(rng, B, T, N, K, H):
+    assert_matches_plain(inputs(rng, B, T, N, K, H, jnp.bfloat16), tolerance=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("H", [16, 32, 64, 80, 128])
+@pytest.mark.parametrize("T", [1, 2, 16, 64, 100, 128, 256, 333, 512])
+@pytest.mark.parametrize(("B", "N", "K"), [(1, 1, 1), (1, 3, 3), (2, 4, 2), (3, 6, 1)])
+def test_bf16_matches_plain_at_every_shape(rng, B, T, N, K, H):
+    assert_matches_plain(inputs(rng, B, T, N, K, H, jnp.bfloat16), tolerance=2e-2)
+
+
+def test_future_tokens_change_nothing(rng):
+    q, k, v, _ = inputs(rng, 1, 100, 2, 2, 16)
+    out = attention(q, k, v)
+    changed = attention(q, k.at[:, 70:].add(1), v.at[:, 70:].add(1))
+    np.testing.assert_array_equal(out[:, :70], changed[:, :70])
+    assert not np.allclose(out[:, 70:], changed[:, 70:])
+
+
+def test_attention_is_the_same_on_eight_devices(rng):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    arrays = inputs(rng, 4, 70, 4, 2, 16)
+    segments_BT = jnp.sort(jax.random.randint(rng, (4, 70), 0, 3))
+    fast = lambda q, k, v, s: attention(q, k, v, segments_BT=s)
+    step = jax.jit(lambda q, k, v, g, s: value_and_gradients(
+        lambda *a: fast(*a, s), q, k, v, g
+    ))  # fmt: skip
+    want = step(*arrays, segments_BT)
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, P("data", None, "tensor", None))
+        placed = [jax.device_put(x, place) for x in arrays]
+        got = step(*placed, jax.device_put(segments_BT, NamedSharding(mesh, P("data", None))))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("T", [1, 3])
+def test_cached_attention_matches_plain(rng, dtype, tolerance, T):
+    _, k, v, _ = inputs(rng, 2, 20, 6, 2, 16, dtype)
+    q = jax.random.normal(rng, (2, T, 6, 16)).astype(dtype)
+    lengths_BT = jnp.array([[7], [20]]) - T + 1 + jnp.arange(T)[None]
+    mask_BTS = jnp.arange(20)[None, None] < lengths_BT[:, :, None]
+    got = cached_attention(q, k, v, mask_BTS)
+    want = plain_attention(q, k, v, mask_BTS)
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=tolerance)
