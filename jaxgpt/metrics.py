@@ -1,4 +1,4 @@
-"""What a run measures: metrics.jsonl and other sinks, the progress line, throughput, MFU.
+"""What a run records: metrics.jsonl, samples.md, other sinks, progress, throughput, environment.
 
 Names have a group before the slash. Those known to the progress line and the report:
 `train/loss`, `val/loss`, `train/learning_rate`, `train/grad_norm`, `train/tokens` (seen so far),
@@ -13,11 +13,12 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -54,13 +55,11 @@ class MetricsLog:
         rewritten = path.with_name(path.name + ".tmp")
         rewritten.write_bytes(b"".join(lines))
         rewritten.replace(path)
-        self._file = path.open("ab", buffering=0)  # one write call a line, so no half lines
+        self._path = path
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self._file.write(_line({"step": step, **metrics}))
-
-    def close(self) -> None:
-        self._file.close()
+        with self._path.open("ab", buffering=0) as file:  # one write call, so no half lines
+            file.write(_line({"step": step, **metrics}))
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -72,9 +71,13 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            raise ValueError(f"{path}, line {number}: not a JSON object: {line[:40]}") from None
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"{path}, line {number}: not a JSON object with a step: {line[:40]}"
+            ) from None
+        records.append(record)
     return records
 
 
@@ -89,6 +92,38 @@ def _plain(value: Any) -> Any:
         return value
     number = float(value)  # scalars of NumPy and JAX too
     return number if math.isfinite(number) else None
+
+
+def append_samples(path: str | Path, step: int, texts: Sequence[str]) -> None:
+    """Adds `## step N` and each text in a fence to samples.md; drops what a resume writes again."""
+    path = Path(path)
+    sections = [*(s for s in read_samples(path) if s[0] < step), (step, list(texts))]
+    rewritten = path.with_name(path.name + ".tmp")
+    rewritten.write_bytes("\n".join(_section(*section) for section in sections).encode())
+    rewritten.replace(path)
+
+
+def read_samples(path: str | Path) -> list[tuple[int, list[str]]]:
+    """(step, texts) of every section of samples.md."""
+    path = Path(path)
+    sections: list[tuple[int, list[str]]] = []
+    pattern = r"^## step (\d+)$|^(`{3,})text\n(.*?)\n\2$"  # in order, so fences hide headings
+    content = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for step, fence, text in re.findall(pattern, content, re.MULTILINE | re.DOTALL):
+        if not fence:
+            sections.append((int(step), []))
+        elif sections:
+            sections[-1][1].append(text)
+    return sections
+
+
+def _section(step: int, texts: list[str]) -> str:
+    blocks = [f"## step {step}\n"]
+    for text in texts:
+        longest = max(map(len, re.findall("`+", text)), default=0)
+        fence = "`" * max(3, longest + 1)
+        blocks.append(f"{fence}text\n{text}\n{fence}\n")
+    return "\n".join(blocks)
 
 
 def open_sinks(cfg: LogConfig, run_dir: str | Path, settings: dict[str, Any]) -> list[Sink]:

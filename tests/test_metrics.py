@@ -30,7 +30,6 @@ def written(path, *records):
     log = metrics.MetricsLog(path)
     for step, values in records:
         log(step, values)
-    log.close()
 
 
 def test_lines_are_valid_json_whatever_the_values(tmp_path):
@@ -78,11 +77,28 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     assert metrics.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 1}]
 
 
-def test_a_damaged_line_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2: not a JSON object: rubbish"):
+@pytest.mark.parametrize("line", ["rubbish", "[1]", '{"loss": 1}', '{"step": "one"}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(ValueError, match=r"line 2: not a JSON object with a step: "):
         metrics.read_jsonl(tmp_path / "metrics.jsonl")
     assert metrics.read_jsonl(tmp_path / "absent.jsonl") == []
+
+
+def test_samples_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "samples.md"
+    texts = ["one", "", "\n", "a\n```text\nb\n```\n````` c", "## step 9\r\nd\u2028é\t", "`" * 9]
+    metrics.append_samples(path, 0, ["first"])
+    metrics.append_samples(path, 5, texts)
+    assert metrics.read_samples(path) == [(0, ["first"]), (5, texts)]
+    assert metrics.read_samples(tmp_path / "absent.md") == []
+
+
+def test_a_resumed_run_replaces_its_later_samples(tmp_path):
+    path = tmp_path / "samples.md"
+    for step, text in [(0, "a"), (5, "b"), (10, "c"), (5, "d")]:
+        metrics.append_samples(path, step, [text])
+    assert metrics.read_samples(path) == [(0, ["a"]), (5, ["d"])]
 
 
 def test_throughput_leaves_out_compilation_and_pauses():
@@ -187,6 +203,7 @@ def test_progress_on_a_terminal_is_a_bar():
     progress(100, MEASURED)
     progress.write("sample")
     progress.close()
+    assert "50/200" in stream.getvalue().partition("loss")[0]  # where a resumed run begins
     assert "50% |" in stream.getvalue() and "100/200" in stream.getvalue()
     assert "loss 2.314" in stream.getvalue() and "sample" in stream.getvalue()
 
@@ -212,7 +229,6 @@ def test_a_missing_package_is_named_with_its_installation(tmp_path, monkeypatch,
         metrics.open_sinks(cfg, tmp_path, {})
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_events_hold_the_metrics(tmp_path):
     pytest.importorskip("tensorboard", reason="the extra `log` is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -1,0 +1,300 @@
+"""The page of a run: report.html (self-contained, light and dark) and plots/*.png.
+
+It reads what the run directory holds and leaves out what is missing:
+
+    metrics.jsonl     every numeric metric becomes a plot; train/x and val/x share one
+    samples.md        the last step's texts are open, the others folded
+    config.yaml       what differs from the defaults is marked
+    environment.json  a flat object
+"""
+
+import dataclasses
+import io
+import json
+import re
+from collections import defaultdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from jaxgpt import config, metrics
+
+Series = tuple[np.ndarray, np.ndarray]  # x, y
+Plot = dict[str, Series]  # label -> curve
+
+_INK = "#010203"  # becomes the page's own text colour in the inlined SVG
+_COLORS = {"train": "#3b82f6", "val": "#f97316", "": "#14a38b"}  # legible on white and on black
+_MAX_POINTS = 2000  # per curve: more is neither visible nor light
+_TITLES = {
+    "loss": "Loss", "loss by tokens": "Loss over tokens", "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm", "speed/tokens_per_second": "Tokens per second",
+    "speed/mfu": "Model FLOPs utilisation",
+}  # fmt: skip
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes report.html and plots/*.png into the run directory; returns the page's path."""
+    run_dir = Path(run_dir)
+    try:
+        records, problem = metrics.read_jsonl(run_dir / "metrics.jsonl"), ""
+    except ValueError as error:  # a damaged log must not cost the rest of the page
+        records, problem = [], f"<p class=note>{escape(str(error))}</p>"
+    series = _series(records)
+    sections = [
+        _tiles(series), problem, _curves(_plots(series), run_dir / "plots"),
+        _samples(run_dir / "samples.md"), _settings(run_dir / "config.yaml"),
+        _environment(run_dir / "environment.json"),
+    ]  # fmt: skip
+    page = run_dir / "report.html"
+    name = escape(run_dir.resolve().name)
+    body = "\n".join(filter(None, sections))
+    page.write_text(_PAGE.replace("NAME", name).replace("BODY", body, 1), encoding="utf-8")
+    return page
+
+
+def _series(records: list[dict[str, Any]]) -> dict[str, Series]:
+    """Every metric by name, where it is a finite number."""
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for record in records:
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float) and abs(value) < 1e300:
+                points[name].append((record["step"], value))
+    columns = {name: np.array(pairs, float).T for name, pairs in points.items()}
+    return {name: (steps, values) for name, (steps, values) in columns.items()}
+
+
+def _plots(series: dict[str, Series]) -> dict[str, Plot]:
+    """Curves by plot: train/x and val/x go into plot x, all others stand alone."""
+    plots: dict[str, Plot] = defaultdict(dict)
+    for name, curve in sorted(series.items()):
+        split, _, rest = name.partition("/")
+        key, label = (rest, split) if split in ("train", "val") and rest else (name, "")
+        plots[key][label] = curve
+    known = plots.pop("tokens", {}).get("train")
+    if known and "loss" in plots:
+        plots["loss by tokens"] = {
+            label: (np.interp(steps, *known), values)
+            for label, (steps, values) in plots["loss"].items()
+        }
+    rank = list(_TITLES)
+    order = lambda key: (rank.index(key) if key in rank else len(rank), key)
+    return {key: plots[key] for key in sorted(plots, key=order)}
+
+
+def _tiles(series: dict[str, Series]) -> str:
+    """The run in a few numbers."""
+    tiles = {}
+    if "val/loss" in series:
+        steps, values = series["val/loss"]
+        best = int(values.argmin())
+        tiles["validation loss"] = f"{values[0]:.3f} → {values[-1]:.3f}"
+        tiles["best validation loss"] = f"{values[best]:.3f} <small>step {steps[best]:,.0f}</small>"
+    if "train/loss" in series:
+        steps, values = series["train/loss"]
+        tiles["training loss"] = f"{values[0]:.3f} → {values[-1]:.3f}"
+        tiles["steps"] = f"{steps[-1]:,.0f}"
+    if "train/tokens" in series:
+        tiles["tokens"] = f"{series['train/tokens'][1][-1]:,.0f}"
+    if "speed/tokens_per_second" in series:
+        tiles["tokens per second"] = f"{np.median(series['speed/tokens_per_second'][1]):,.0f}"
+    if "speed/mfu" in series:
+        tiles["MFU"] = f"{np.median(series['speed/mfu'][1]):.1%}"
+    cells = [f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles.items()]
+    return f"<dl class=tiles>{''.join(cells)}</dl>" if cells else ""
+
+
+def _curves(plots: dict[str, Plot], directory: Path) -> str:
+    """A grid of figures, and a PNG of each."""
+    if not plots:
+        return ""
+    directory.mkdir(exist_ok=True)
+    figures = []
+    for key, plot in plots.items():
+        group, slash, name = key.rpartition("/")
+        title = f"<small>{escape(group + slash)}</small>{escape(name.replace('_', ' '))}"
+        svg = _draw(key, plot, directory / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', key)}.png")
+        caption = f"<figcaption>{_TITLES.get(key, title)}</figcaption>"
+        figures.append(f"<figure>{caption}{svg}</figure>")
+    return f"<h2>Curves</h2>\n<div class=grid>{''.join(figures)}</div>"
+
+
+def _draw(key: str, plot: Plot, png: Path) -> str:
+    """Draws one figure into a PNG and returns it as inline SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    style: dict[Any, Any] = {
+        "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+        "axes.edgecolor": _INK, "grid.color": _INK, "svg.fonttype": "none", "font.size": 9,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.limits": (-3, 5),
+        "axes.formatter.useoffset": False, "svg.hashsalt": key,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.6, 3.1), layout="constrained")
+        axes = figure.add_subplot()
+        for label, curve in plot.items():
+            _draw_curve(axes, label, *curve)
+        values = np.concatenate([y for _, y in plot.values()])
+        if key != "loss" and values.min() > 0 and values.max() > 1000 * values.min():
+            axes.set_yscale("log")
+        axes.grid(alpha=0.13, linewidth=0.7)
+        for axis, quantity in ((axes.xaxis, "by tokens"), (axes.yaxis, "tokens_per_second")):
+            if key.endswith(quantity):
+                axis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel("tokens" if key.endswith("by tokens") else "step")
+        if len(plot) > 1:
+            axes.legend(frameon=False)
+        figure.savefig(png, dpi=150)
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    markup = svg.getvalue()
+    return markup[markup.index("<svg") :].replace(_INK, "currentColor")
+
+
+def _draw_curve(axes: Any, label: str, x: np.ndarray, y: np.ndarray) -> None:
+    """Many noisy points as a pale line under their moving mean, few points with dots."""
+    color = _COLORS[label]
+    stride = -(-len(x) // _MAX_POINTS)
+    many = len(x) >= 50 and label != "val"
+    if many:
+        axes.plot(x[::stride], y[::stride], color=color, alpha=0.3, linewidth=0.8)
+        y = _smooth(y, reach=len(y) // 40)
+    dots = "o" if len(x) < 50 else ""
+    names = {"train": "training", "val": "validation"}
+    axes.plot(
+        x[::stride], y[::stride], dots + "-", color=color, linewidth=1.6, markersize=3.2,
+        label=names.get(label, label),
+    )  # fmt: skip
+
+
+def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
+    """Mean over `reach` points on either side, over fewer but as many on both near the ends."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    reaches = np.minimum(reach, np.minimum(index, index[::-1]))
+    return (total[index + reaches + 1] - total[index - reaches]) / (2 * reaches + 1)
+
+
+def _samples(path: Path) -> str:
+    """One fold per step, newest first and open."""
+    sections = metrics.read_samples(path)
+    folds = []
+    for step, texts in reversed(sections):
+        opened = " open" if step == sections[-1][0] else ""
+        blocks = "".join(f"<pre>{escape(text)}</pre>" for text in texts)
+        folds.append(f"<details{opened}><summary>step {step:,}</summary>{blocks}</details>")
+    return "\n".join(["<h2>Samples</h2>", *folds]) if folds else ""
+
+
+def _settings(path: Path) -> str:
+    """A table of what differs from the defaults, and the whole config with those lines marked."""
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not isinstance(settings, dict):
+        return ""
+    flat, defaults = _flatten(settings), _flatten(_defaults(settings))
+    changed = [name for name, value in flat.items() if value != defaults.get(name)]
+    rows = [(escape(n), _show(flat[n]), _show(defaults.get(n))) for n in changed]
+    lines = []
+    for name, value in flat.items():
+        line = f"{escape(name)}: {_show(value)}"
+        lines.append(f"<mark>{line}</mark>" if name in changed else line)
+    whole = "\n".join(lines)
+    return "\n".join([
+        "<h2>Settings that differ from the defaults</h2>",
+        _table(("setting", "value", "default"), rows) if rows else "<p>None.</p>",
+        f"<details><summary>all settings</summary><pre>{whole}</pre></details>",
+    ])  # fmt: skip
+
+
+def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of the command whose config has just these fields."""
+    kinds: list[type[config.RunConfig]] = [config.RunConfig]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    fields_of = lambda kind: {field.name for field in dataclasses.fields(kind)}
+    kind = next((k for k in kinds if fields_of(k) == set(settings)), config.RunConfig)
+    run = str(settings.get("run", ""))  # where the run lies is no deviation
+    return dataclasses.asdict(kind(run=run))
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        nested = isinstance(value, dict) and value
+        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
+
+
+def _environment(path: Path) -> str:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    rows = [(name.replace("_", " "), _show(value)) for name, value in content.items()]
+    return "<h2>Environment</h2>\n" + _table((), [row for row in rows if row[1]])
+
+
+def _show(value: Any) -> str:
+    return escape(json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Cells are HTML already."""
+    line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
+    header = line(head, "th") if head else ""
+    body = "".join(line(cells, "td") for cells in rows)
+    return f"<div class=scroll><table>{header}{body}</table></div>"
+
+
+_PAGE = """<!doctype html>
+<html lang=en>
+<meta charset=utf-8>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<title>NAME</title>
+<style>
+:root { color-scheme: light dark; --paper: #f6f7f9; --card: #fff; --ink: #1c2430; --faint: #667085;
+  --line: #e3e6eb; --mark: #fff1c2 }
+@media (prefers-color-scheme: dark) { :root { --paper: #0f1319; --card: #181e27; --ink: #e4e8ee;
+  --faint: #98a2b3; --line: #2a323e; --mark: #4d3f10 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 2rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 84rem;
+  background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+h1 { margin: 0 0 1.2rem; font-size: 1.9rem; letter-spacing: -.02em }
+h2 { margin: 2.4rem 0 .8rem; font-size: 1.25rem }
+.tiles, .grid { display: grid; gap: .9rem; margin: 0 }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)) }
+.grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)) }
+.tiles div, figure, .scroll, details { background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px }
+.tiles div { padding: .7rem 1rem }
+dt, figcaption, small { color: var(--faint); font-size: .85rem }
+dd { margin: 0; white-space: nowrap; font-size: 1.15rem; font-weight: 600;
+  font-variant-numeric: tabular-nums }
+small { font-weight: 400 }
+figure { margin: 0; padding: .8rem .8rem .4rem }
+figcaption { color: var(--ink); font-weight: 600; padding-bottom: .3rem }
+svg { display: block; width: 100%; height: auto }
+svg text { font-family: inherit !important }
+details { margin-bottom: .6rem; padding: .6rem 1rem }
+summary { cursor: pointer; font-weight: 600 }
+pre { margin: .6rem 0 .2rem; padding: .8rem 1rem; overflow-x: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; background: var(--paper); border-radius: 6px;
+  font: 13px/1.5 ui-monospace, monospace }
+mark { background: var(--mark); color: inherit; border-radius: 3px; padding: .1em .3em;
+  margin-left: -.3em }
+.scroll { overflow-x: auto; margin-bottom: .6rem }
+table { border-collapse: collapse; width: 100%; font-size: .9rem }
+th, td { text-align: left; padding: .4rem 1rem; vertical-align: top; overflow-wrap: anywhere }
+th { color: var(--faint); font-weight: 500 }
+tr + tr { border-top: 1px solid var(--line) }
+td:first-child { white-space: nowrap }
+td + td { font-family: ui-monospace, monospace; font-size: .85rem }
+.note { color: #b45309 }
+</style>
+<h1>NAME</h1>
+BODY
+"""

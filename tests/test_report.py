@@ -1,0 +1,149 @@
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxgpt import config, metrics, report
+
+
+class Page(HTMLParser):
+    """Every tag, and the text inside of each kind of tag."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.feed(path.read_text(encoding="utf-8"))
+        for texts in self.texts.values():
+            texts[:] = [text.strip() for text in texts]
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.texts.setdefault(tag, []).append("")
+
+    def handle_data(self, data):
+        if self.tags:
+            self.texts[self.tags[-1]][-1] += data
+
+
+def run_of(tmp_path: Path, *records: tuple[int, dict]) -> Path:
+    run = tmp_path / "my-run"
+    log = metrics.MetricsLog(run / "metrics.jsonl")
+    for step, values in records:
+        log(step, values)
+    return run
+
+
+def test_a_whole_run_becomes_a_page(tmp_path):
+    train = lambda s: {"train/loss": 5 - s / 50, "train/tokens": 64 * s, "router/load": s % 3}
+    run = run_of(
+        tmp_path, (0, {"val/loss": 5.1}), *((s, train(s)) for s in range(1, 101)),
+        (50, {"val/loss": 3.25}), (100, {"val/loss": 3.5}),
+    )  # fmt: skip
+    metrics.append_samples(run / "samples.md", 50, ["early"])
+    metrics.append_samples(run / "samples.md", 100, ["late <b>&amp;"])
+    cfg = config.PretrainConfig(run=str(run), model=config.ModelConfig(num_layers=7))
+    (run / "config.yaml").write_text(config.to_yaml(cfg))
+    (run / "environment.json").write_text(json.dumps(metrics.environment()))
+
+    path = report.write_report(run)
+    page = Page(path)
+    assert path == run / "report.html" and page.texts["h1"] == ["my-run"]
+    assert page.texts["dd"][:3] == ["5.100 → 3.500", "3.250", "4.980 → 3.000"]
+    assert page.texts["pre"][:2] == ["late <b>&amp;", "early"]
+    assert page.tags.count("svg") == 3
+    names = {file.name for file in (run / "plots").iterdir()}
+    assert names == {"loss.png", "loss-by-tokens.png", "router-load.png"}
+    assert "jaxlib" in page.texts["td"]
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path):
+    page = Page(report.write_report(run_of(tmp_path, (1, {"train/loss": 2.0}))))
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
+    assert all(value is not None and value.startswith("#") for value in links)
+    styles = " ".join(page.texts["style"])
+    assert "url(http" not in styles and "@import" not in styles
+
+
+def test_plots_take_the_colour_of_the_page(tmp_path):
+    text = report.write_report(run_of(tmp_path, (1, {"train/loss": 2.0}))).read_text()
+    assert "currentColor" in text and report._INK not in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_changed_settings_are_marked_against_their_own_commands_defaults(tmp_path):
+    run = run_of(tmp_path)
+    cfg = config.PretrainConfig(
+        run=str(run),
+        data=config.DataConfig(mixture={"a<b": 0.5}),
+        optim=config.OptimConfig(learning_rate=3e-4),
+    )
+    (run / "config.yaml").write_text(config.to_yaml(cfg))
+    page = Page(report.write_report(run))
+    rows = np.reshape(page.texts["td"], (-1, 3))
+    assert ["optim.learning_rate", "0.0003", "0.001"] in rows.tolist()
+    marked = re.findall(r"<mark>(.*?)</mark>", (run / "report.html").read_text())
+    assert [unescape(line) for line in marked] == [f"{name}: {value}" for name, value, _ in rows]
+    assert marked == ["optim.learning_rate: 0.0003", "data.mixture.a&lt;b: 0.5"]
+    assert "model.num_layers: 4" in page.texts["pre"][-1]
+
+
+def test_smoothing_keeps_a_straight_line_and_both_ends():
+    line = np.linspace(3.0, -1.0, 101)
+    np.testing.assert_allclose(report._smooth(line, reach=4), line, atol=1e-12)
+    noise = np.random.default_rng(0).standard_normal(50)
+    smooth = report._smooth(noise, reach=3)
+    assert smooth[0] == pytest.approx(noise[0]) and smooth[-1] == pytest.approx(noise[-1])
+    assert smooth[20] == pytest.approx(noise[17:24].mean())
+
+
+ODD = {
+    "constant": [(s, 3.0) for s in range(5)],
+    "zero": [(s, 0.0) for s in range(60)],
+    "single": [(7, 1.5)],
+    "null": [(s, float("nan")) for s in range(3)],
+    "gaps": [(s, float("nan") if s % 2 else s) for s in range(9)],
+    "huge": [(1, 1e299), (2, -1e299), (3, 1e308)],
+    "tiny": [(1, 1e-310), (2, 5.0)],
+    "close": [(s, 1 + s * 1e-16) for s in range(9)],
+    "text": [(1, "words")],
+    "bool": [(1, True), (2, False)],
+    "decades": [(s, 10.0**s) for s in range(9)],
+    "negative": [(1, -4), (2, -8.0)],
+    "many": [(s, s % 7) for s in range(5000)],
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ["train/loss", "a/very/d€ep <name>/../x"])
+def test_an_odd_metric_does_not_cost_the_page(tmp_path, kind, name):
+    run = run_of(tmp_path, *((step, {name: value}) for step, value in ODD[kind]))
+    text = report.write_report(run).read_text()
+    drawn = kind not in ("null", "text")
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(svg)
+    files = list((run / "plots").glob("*.png"))
+    assert len(files) == text.count("<svg") == drawn
+    for file in files:
+        assert file.parent == run / "plots"
+        assert np.asarray(Image.open(file).convert("L")).std() > 1  # something is drawn
+
+
+def test_an_empty_or_damaged_run_still_has_a_page(tmp_path):
+    run = tmp_path / "empty"
+    run.mkdir()
+    assert "<h1>empty</h1>" in report.write_report(run).read_text()
+    (run / "metrics.jsonl").write_text("rubbish\n")
+    (run / "environment.json").write_text("{")
+    (run / "config.yaml").write_text("")
+    (run / "samples.md").write_bytes(b"\xff## step\n")
+    assert "line 1: not a JSON object" in report.write_report(run).read_text()
