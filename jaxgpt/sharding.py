@@ -1,8 +1,9 @@
 """The mesh, and one table that places every parameter on it."""
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -49,6 +50,21 @@ def initialize() -> None:
             num_processes=counted if by_hand else None,
             process_id=int(env["JAX_PROCESS_ID"]) if by_hand else None,
         )
+
+
+@contextlib.contextmanager
+def first_process_first(name: str) -> Iterator[None]:
+    """Runs the body in process 0, then, seeing what it wrote, in the others."""
+    if jax.process_count() == 1:
+        yield
+        return
+    from jax.experimental import multihost_utils
+
+    if jax.process_index() > 0:
+        multihost_utils.sync_global_devices(name)
+    yield
+    if jax.process_index() == 0:
+        multihost_utils.sync_global_devices(name)
 
 
 def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:

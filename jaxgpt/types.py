@@ -11,9 +11,9 @@ Batch = dict[str, Any]  # name -> array whose first axis is the row; see train.m
 Carry = dict[str, Any]  # small state outside the gradient, checkpointed
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, weight); their ratio is the value
 
-# (params, batch, rng_B) -> (loss sum, weight, metrics). One random key per row, so that a row
-# draws the same numbers wherever it is computed.
+# (params, batch, rng_B) -> (loss sum, weight, metrics). `params` has one entry per network, and
+# `carry`. There is one random key per row, so that a row draws the same numbers wherever it is.
 LossFn = Callable[[Params, Batch, Array], tuple[Array, Array, Metrics]]
 BatchFn = Callable[[Params, Carry, int], Batch]  # (params, carry, step) -> batch
-EvalFn = Callable[[Params, Carry], dict[str, float]]  # held-out metrics
+EvalFn = Callable[[Params], dict[str, float]]  # held-out metrics
 CarryFn = Callable[[Carry, Mapping[str, Any]], Carry]  # (carry, metrics) -> carry, traced

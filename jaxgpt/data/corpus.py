@@ -30,7 +30,13 @@ PROGRESS = "progress.json"
 FORMAT = 1
 SHARD_TOKENS = 1 << 25  # 64 MiB of uint16: seconds of work to lose, few files
 CHUNK = 1 << 22  # characters encoded at a time, enough to keep all threads busy
-TRAINING_CHARACTERS = 1 << 24  # of the text a BPE is learned from; more hardly changes it
+TRAINING_CHARACTERS = 1 << 23  # a BPE is learned from; more hardly changes it
+
+
+def is_tokens(path: str | Path) -> bool:
+    """Whether a path holds tokens already: ours, nanoGPT's or llm.c's."""
+    path = Path(path)
+    return (path / MANIFEST).is_file() or path.suffix == ".bin" or (path / "train.bin").is_file()
 
 
 def prepare(
@@ -44,7 +50,7 @@ def prepare(
 
     An empty path is Python's standard library; an empty tokenizer is our BPE trained on the text.
     """
-    if (Path(path) / MANIFEST).is_file() or _holds_bins(Path(path)):
+    if is_tokens(path):
         return Path(path)
     out_dir, corpus = Path(out_dir), Corpus((str(path),) if str(path) else (), val_fraction)
     name = tokenizer or f"BPE of {vocab_size} ids, trained on the text"
@@ -60,13 +66,13 @@ def prepare(
 
 
 def sample(corpus: Corpus, characters: int = TRAINING_CHARACTERS) -> Iterator[str]:
-    """Training text to learn a vocabulary from, its beginning if it is long; nothing held out."""
+    """Text to learn a vocabulary from: of a long corpus every n-th piece, and nothing held out."""
+    pieces = (piece.text for piece in corpus.pieces() if not piece.held_out)
     seen = 0
-    for piece in corpus.pieces():
-        if not piece.held_out:
-            yield piece.text
-            seen += len(piece.text)
-        if seen >= characters:
+    for text in itertools.islice(pieces, 0, None, -(-corpus.size() // characters) or 1):
+        yield text
+        seen += len(text)
+        if seen >= characters:  # a Hub data set does not say how long it is
             return
 
 
@@ -100,13 +106,14 @@ def write_tokens(
         _require_same(manifest, state, out_dir)
         return manifest
     out_dir.mkdir(parents=True, exist_ok=True)
+    progress = {**state, "pieces": 0, "text_bytes": 0, "shards": []}
     if (out_dir / PROGRESS).is_file():
-        progress = json.loads((out_dir / PROGRESS).read_text())
-        _require_same(progress, state, out_dir)
-    elif any(not file.name.endswith(".part") for file in out_dir.iterdir()):
+        unfinished = json.loads((out_dir / PROGRESS).read_text())
+        if unfinished["shards"]:  # else there is nothing to lose in starting over
+            _require_same(unfinished, state, out_dir)
+            progress = unfinished
+    elif any(file.suffix != ".part" for file in out_dir.iterdir()):
         raise ValueError(f"output={out_dir}: the folder holds other files; choose an empty one")
-    else:
-        progress = {**state, "pieces": 0, "text_bytes": 0, "shards": []}
     tokenizer.save(out_dir / "tokenizer.json")
     _write(out_dir / PROGRESS, json.dumps(progress, indent=1).encode())
     for _ in _fill_shards(corpus, tokenizer, out_dir, progress):
@@ -123,7 +130,12 @@ def _fill_shards(
     number = len({shard["file"][-9:] for shard in progress["shards"]})
     total = progress["source"]["bytes"] or None
     with tqdm(
-        total=total, initial=progress["text_bytes"], unit="B", unit_scale=True, desc="tokenise"
+        total=total,
+        initial=progress["text_bytes"],
+        unit="B",
+        unit_scale=True,
+        desc="tokenise",
+        delay=0.5,
     ) as bar:
         pieces = itertools.islice(corpus.pieces(), progress["pieces"], None)
         for group in _groups(pieces, tokenizer, progress, bar):
@@ -188,14 +200,15 @@ def _finish(out_dir: Path, progress: dict[str, Any]) -> dict[str, Any]:
         for split in ("train", "val")
     }
     source, fraction = progress["source"]["inputs"], progress["source"]["val_fraction"]
-    if not counts["train"]["tokens"] + counts["val"]["tokens"]:
-        (out_dir / PROGRESS).unlink()
-        (out_dir / "tokenizer.json").unlink()
-        raise ValueError(f"input={' '.join(source)}: holds no text")
+    if not counts["train"]["tokens"] or (fraction and not counts["val"]["tokens"]):
+        for file in ("tokenizer.json", PROGRESS, *(shard["file"] for shard in progress["shards"])):
+            (out_dir / file).unlink()
+    if not counts["train"]["tokens"]:
+        raise ValueError(f"input={' '.join(source)}: holds no text to train on")
     if fraction and not counts["val"]["tokens"]:
         raise ValueError(
             f"val_fraction={fraction}: holds out none of {counts['train']['documents']} documents; "
-            f"delete {out_dir} and choose a larger fraction, or 0 for no validation split"
+            "choose a larger fraction, or 0 for no validation split"
         )
     manifest = {**progress, **counts}
     _write(out_dir / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -228,10 +241,6 @@ def _is_under_way(out_dir: Path, name: str, source: dict[str, Any]) -> bool:
     return False
 
 
-def _holds_bins(path: Path) -> bool:
-    return path.suffix == ".bin" or (path / "train.bin").is_file()
-
-
 def _write(path: Path, content: bytes) -> None:
     """All or nothing, also when the power fails."""
     partial = path.with_name(path.name + ".part")
@@ -240,7 +249,7 @@ def _write(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)  # on a full disk, give the room back
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     partial.replace(path)

@@ -1,0 +1,123 @@
+"""What a running loop tells the world: log lines, progress, samples, and that it has diverged."""
+
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+
+from jaxgpt import metrics
+from jaxgpt.config import RunConfig
+from jaxgpt.types import Array
+
+FLUSH_SECONDS = 1.0  # how stale the progress line may get
+
+
+class Diverged(ArithmeticError):
+    """The loss is not a number, or far too large."""
+
+
+class RunLog:
+    """Takes every step's metrics, and waits for the device only when a line is due.
+
+    Args:
+        start: the step that the run resumes at; what was logged beyond it is dropped.
+    """
+
+    def __init__(self, cfg: RunConfig, start: int) -> None:
+        self._cfg, self._start, self._directory = cfg, start, Path(cfg.run)
+        self._writes = jax.process_index() == 0
+        self._pending: list[tuple[int, Mapping[str, Array], int]] = []
+        self._flushed = time.perf_counter()
+        self._held_out: tuple[int, dict[str, float]] = (-1, {})
+        peak = metrics.peak_flops(jax.devices()[0])
+        self.throughput = metrics.Throughput(
+            metrics.flops_per_token(cfg.model, cfg.model.context_length),
+            peak and peak * jax.device_count(),
+        )
+
+    def __enter__(self) -> Self:
+        self._sinks: list[metrics.Sink] = []
+        self.progress = metrics.Progress(self._cfg.train.steps, self._start)
+        if self._writes:
+            file = metrics.MetricsLog(self._directory / "metrics.jsonl", self._start)
+            environment = metrics.environment()
+            (self._directory / "environment.json").write_text(json.dumps(environment, indent=1))
+            self._sinks = [file, *metrics.open_sinks(self._cfg.log, self._directory, {})]
+            self._drop_later_samples()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.close()
+
+    def step(self, done: int, measures: Mapping[str, Array], tokens: int) -> None:
+        """Metrics of update number `done`, counted from 1, and the tokens it read."""
+        self._pending.append((done, measures, tokens))
+        first = done == self._start + 1  # which shows at once that all has compiled
+        stale = time.perf_counter() - self._flushed > FLUSH_SECONDS
+        if first or stale or self._due(done):
+            self.flush()
+
+    def flush(self) -> None:
+        """Waits for the pending steps, checks their losses and writes the lines that are due.
+
+        Raises:
+            Diverged: naming the step and its loss.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        fetched = jax.device_get([measures for _, measures, _ in pending])
+        self.throughput.lap(sum(tokens for _, _, tokens in pending))
+        self._flushed = time.perf_counter()
+        line: dict[str, Any] = {}
+        for (done, _, tokens), measures in zip(pending, fetched, strict=True):
+            loss = float(measures["loss"])
+            if not math.isfinite(loss) or loss > self._cfg.train.max_loss:
+                raise Diverged(f"step {done}: the loss is {loss:.4g}")
+            named = {name if "/" in name else f"train/{name}": v for name, v in measures.items()}
+            line = named | {"train/tokens": done * tokens} | self.throughput.measures()
+            if self._due(done):
+                for sink in self._sinks:
+                    sink(done, line)
+        self._show(pending[-1][0], line)
+
+    def held_out(self, done: int, measures: Mapping[str, float]) -> None:
+        """Metrics of an evaluation after `done` updates."""
+        named = {name if "/" in name else f"val/{name}": v for name, v in measures.items()}
+        self._held_out = (done, dict(measures))
+        for sink in self._sinks:
+            sink(done, named)
+        self._show(done, named)
+
+    def held_out_loss(self, done: int) -> float | None:
+        """The held-out loss if it was measured after exactly `done` updates."""
+        step, measures = self._held_out
+        return measures.get("loss") if step == done else None
+
+    def samples(self, done: int, text: str) -> None:
+        """Text written by the model after `done` updates, Markdown."""
+        if self._writes:
+            with (self._directory / "samples.md").open("a", encoding="utf-8") as file:
+                file.write(f"## step {done}\n\n{text}\n\n")
+
+    def _due(self, done: int) -> bool:
+        return done % self._cfg.log.every == 0 or done == self._cfg.train.steps
+
+    def _show(self, done: int, line: Mapping[str, Any]) -> None:
+        if self._writes:
+            self.progress(done, line)
+
+    def _drop_later_samples(self) -> None:
+        """Those of the steps that a resumed run repeats."""
+        path = self._directory / "samples.md"
+        if path.exists():
+            parts = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8"))
+            kept = [
+                p for p in parts if int((re.match(r"## step (\d+)", p) or "00")[1]) <= self._start
+            ]
+            path.write_text("".join(kept), encoding="utf-8")

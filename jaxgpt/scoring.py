@@ -1,0 +1,76 @@
+"""What stages and evaluations ask of a network: its next-token loss on a batch."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.kernels import cross_entropy
+from jaxgpt.model import gpt
+from jaxgpt.model.moe import RouterStats
+from jaxgpt.types import Array, Batch, Carry, Metrics, Params
+
+
+def run(
+    cfg: ModelConfig,
+    params: Params,
+    batch: Batch,
+    rng_B: Array | None = None,
+    carry: Carry | None = None,
+) -> gpt.Output:
+    """Hidden states of a batch's `tokens`, with its `positions` and `segments` if it has them."""
+    return gpt.apply(
+        cfg,
+        params,
+        batch["tokens"],
+        positions_BT=batch.get("positions"),
+        segments_BT=batch.get("segments"),
+        rng_B=rng_B if cfg.dropout else None,
+        bias_LE=(carry or {}).get("router_bias"),
+    )
+
+
+def next_token_loss(
+    cfg: ModelConfig,
+    params: Params,
+    batch: Batch,
+    rng_B: Array | None = None,
+    carry: Carry | None = None,
+    **options: Any,
+) -> tuple[Array, Array, Metrics]:
+    """Cross-entropy of `targets` where `mask` is set: (sum, number of targets, metrics).
+
+    The experts' balance loss is added with the weight of every token, so that the one division
+    by the number of targets leaves it in proportion.
+
+    Args:
+        options: z_loss, label_smoothing and chunk of `kernels.cross_entropy`.
+    """
+    output = run(cfg, params, batch, rng_B, carry)
+    mask_N = batch["mask"].reshape(-1).astype(jnp.float32)
+    hidden_ND = output.hidden_BTD.reshape(-1, cfg.model_dim)
+    targets_N = batch["targets"].reshape(-1)
+    result = cross_entropy.cross_entropy(hidden_ND, gpt.head(params), targets_N, mask_N, **options)
+    weight = mask_N.sum()
+    metrics = {"nll": (result.nll, weight), "accuracy": (result.correct, weight)}
+    loss = result.loss
+    if output.router is not None:
+        metrics |= router_metrics(cfg, output.router)
+        if cfg.balance == "loss":
+            loss = loss + cfg.balance_weight * output.router.balance.mean()
+    return loss, weight, metrics
+
+
+def router_metrics(cfg: ModelConfig, stats: RouterStats) -> Metrics:
+    """Means over layers; `load` is each expert's share of an even share, 1 being balance."""
+    tokens = stats.tokens.sum()
+    assignments = tokens * cfg.experts_per_token
+    even_LE = jnp.broadcast_to(
+        stats.tokens[:, None] * cfg.experts_per_token / cfg.num_experts, stats.load_E.shape
+    )
+    return {
+        "router/balance": (stats.balance.sum(), tokens),
+        "router/entropy": (stats.entropy.sum(), tokens),
+        "router/dropped": (stats.dropped.sum(), assignments),
+        "router/load": (stats.load_E, even_LE),
+    }

@@ -1,0 +1,122 @@
+"""Pretraining: predict the next token of plain text."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt import scoring, sharding
+from jaxgpt.config import ModelConfig, PretrainConfig
+from jaxgpt.convert.load import Loaded
+from jaxgpt.data import corpus, datasets
+from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.data.datasets import Rows, Source
+from jaxgpt.train import Stage
+from jaxgpt.types import Array, Batch, Carry, CarryFn, Metrics, Params
+
+Place = Callable[[Callable[[np.ndarray], Rows]], Batch]  # reads the asked rows onto the mesh
+
+
+def begin(cfg: PretrainConfig) -> Loaded:
+    """Tokenises the text, if that is still to be done; a random network of the asked shape."""
+    data, run = cfg.data, Path(cfg.run)
+    name = str(run / "tokenizer.json") if cfg.init else data.tokenizer
+    for path, directory in zip(data.mixture or [data.path], _token_paths(cfg), strict=True):
+        if directory != path:
+            corpus.prepare(path, directory, name, data.vocab_size, data.val_fraction)
+        # The first one decides for all, unless the user has.
+        name = name or datasets.open_tokens(directory).tokenizer
+    if not name:
+        raise ValueError(
+            f"data.tokenizer is empty, and {data.path} does not say what made it; set it"
+        )
+    tokenizer = tokenizers.load(name)
+    model = replace(cfg.model, vocab_size=cfg.model.vocab_size or tokenizer.vocab_size)
+    return Loaded(model, None, tokenizer)
+
+
+def build(cfg: PretrainConfig, start: Loaded) -> Stage:
+    """Trains the network on the token files."""
+    weights = list(cfg.data.mixture.values()) or [1.0]
+    source = datasets.source(
+        dict(zip(map(str, _token_paths(cfg)), weights, strict=True)),
+        start.tokenizer,
+        cfg.train.batch_size,
+        cfg.model.context_length,
+        cfg.seed,
+        cfg.data.documents,
+    )
+    options = {
+        "z_loss": cfg.train.z_loss,
+        "label_smoothing": cfg.train.label_smoothing,
+        "chunk": cfg.train.loss_chunk,
+    }
+    place: Place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
+
+    def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
+        return scoring.next_token_loss(
+            cfg.model, params["policy"], batch, rng_B, params["carry"], **options
+        )
+
+    biased = cfg.model.num_experts > 0 and cfg.model.balance == "bias"
+    return Stage(
+        params={"policy": start.params},
+        trainable="^policy/",
+        loss=loss,
+        next_batch=lambda params, carry, step: place(partial(source.rows, step)),
+        evaluate=partial(evaluate, cfg, source, place),
+        carry={"router_bias": _no_bias(cfg.model)} if biased else {},
+        after_step=_move_bias(cfg.model.balance_weight) if biased else None,
+    )
+
+
+def evaluate(cfg: PretrainConfig, source: Source, place: Place, params: Params) -> dict[str, float]:
+    """Loss and accuracy per held-out token, over the same batches every time."""
+    limit = cfg.eval.batches
+    totals = [
+        held_out(
+            cfg.model,
+            cfg.train.loss_chunk,
+            params,
+            place(partial(source.val_rows, index, limit=limit)),
+        )
+        for index in range(source.num_val_batches(limit))
+    ]
+    nll, correct, weight = np.sum(jax.device_get(totals), axis=0)
+    return {"loss": float(nll / weight), "accuracy": float(correct / weight)}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def held_out(
+    model: ModelConfig, chunk: int, params: Params, batch: Batch
+) -> tuple[Array, Array, Array]:
+    """Summed negative log-likelihood, right guesses and targets of one batch."""
+    _, weight, metrics = scoring.next_token_loss(
+        model, params["policy"], batch, carry=params["carry"], chunk=chunk
+    )
+    return metrics["nll"][0], metrics["accuracy"][0], weight
+
+
+def _token_paths(cfg: PretrainConfig) -> list[str | Path]:
+    """Where the token files of every `--data.path` are: as given, or in the run's own folder."""
+    paths = list(cfg.data.mixture) or [cfg.data.path]
+    own = Path(cfg.run) / "data"
+    return [path if corpus.is_tokens(path) else own / str(n) for n, path in enumerate(paths)]
+
+
+def _no_bias(model: ModelConfig) -> Array:
+    return jnp.zeros((model.num_layers, model.num_experts))
+
+
+def _move_bias(speed: float) -> CarryFn:
+    """Raises the selection bias of experts with less than an even load (arXiv:2408.15664)."""
+
+    def after_step(carry: Carry, metrics: Metrics) -> Carry:
+        load_LE, even_LE = metrics["router/load"]
+        return {"router_bias": carry["router_bias"] + speed * jnp.sign(even_LE - load_LE)}
+
+    return after_step

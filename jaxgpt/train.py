@@ -1,0 +1,321 @@
+"""The one train step and the one training loop, for every stage."""
+
+import contextlib
+import hashlib
+import math
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxgpt import metrics, optim, sharding, tree
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import RunConfig
+from jaxgpt.kernels.platform import compiler_options
+from jaxgpt.runlog import Diverged, RunLog
+from jaxgpt.types import Array, Batch, BatchFn, Carry, CarryFn, EvalFn, LossFn, Metrics, Params
+
+PREFETCHED = 2  # batches made ahead of the step that needs them
+
+
+class Stage(NamedTuple):
+    """One way to train: what is trained, on what, towards what."""
+
+    params: Params  # {"policy": ..., "reference": ...}: one entry per network
+    trainable: str  # regular expression on parameter paths; what it does not match is frozen
+    loss: LossFn  # (params, batch, rng_B) -> (loss sum, weight, metrics as (sum, weight))
+    next_batch: BatchFn  # (params, carry, step) -> batch
+    evaluate: EvalFn | None = None  # params -> held-out metrics
+    carry: Carry = {}  # noqa: RUF012 -- never changed in place; small state outside the gradient, checkpointed
+    after_step: CarryFn | None = None  # (carry, metrics) -> carry, traced
+    on_policy: bool = False  # next_batch looks at the parameters, so no batch is made ahead
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes, and all that a checkpoint holds."""
+
+    step: Array
+    params: Params  # the trainable part; None where a parameter is frozen
+    opt_state: Any
+    carry: Carry
+    ema: Params | None
+
+
+StepFn = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]
+SampleFn = Callable[[Params], str]  # text to show, Markdown
+
+
+def make_state(
+    params: Params, carry: Carry, optimizer: optax.GradientTransformation, ema: bool
+) -> TrainState:
+    """The state before the first step; `params` is the trainable part."""
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.int32(0), params, optimizer.init(params), carry, average)
+
+
+def make_step(stage: Stage, cfg: RunConfig, optimizer: optax.GradientTransformation) -> StepFn:
+    """(state, frozen, batch) -> (state, metrics), to be compiled.
+
+    The loss and its weight are summed over micro-batches and divided once, so the gradient does
+    not depend on how many there are.
+    """
+
+    def step(
+        state: TrainState, frozen: Params, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        step_rng = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+        rows_B = jnp.arange(cfg.train.batch_size)
+        rng_B = jax.vmap(jax.random.fold_in, (None, 0))(step_rng, rows_B)
+
+        def loss_of(params: Params, part: tuple[Batch, Array]) -> tuple[Array, Any]:
+            batch, rng_B = part
+            whole = everything(params, frozen, state.carry)
+            loss, weight, sums = stage.loss(whole, batch, rng_B)
+            return loss, (weight, sums)
+
+        def accumulate(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+            (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, part)
+            return jax.tree.map(jnp.add, total, ((loss, aux), grads)), None
+
+        if cfg.train.micro_batches == 1:
+            total = jax.value_and_grad(loss_of, has_aux=True)(state.params, (batch, rng_B))
+        else:
+            parts = _cut((batch, rng_B), cfg.train.micro_batches)
+            first = jax.tree.map(lambda leaf: leaf[0], parts)
+            shapes = jax.eval_shape(jax.value_and_grad(loss_of, has_aux=True), state.params, first)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            total, _ = jax.lax.scan(accumulate, zeros, parts)
+        (loss, (weight, sums)), grads = total
+        grads = jax.tree.map(lambda grad: grad / weight, grads)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = cfg.optim.ema
+        ema = state.ema and jax.tree.map(
+            lambda a, p: decay * a + (1 - decay) * p, state.ema, params
+        )
+        measures = _values(sums) | {
+            "loss": loss / weight,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": optim.learning_rate(cfg.optim, state.step, cfg.train.steps),
+        }
+        carry = stage.after_step(state.carry, sums) if stage.after_step else state.carry
+        return TrainState(state.step + 1, params, opt_state, carry, ema), measures
+
+    return step
+
+
+def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None) -> None:
+    """Restores, then steps, logs, evaluates, samples and saves up to `train.steps`.
+
+    SIGTERM and Ctrl-C end it early, with everything saved.
+
+    Raises:
+        Diverged: naming the step and the last good checkpoint.
+        ValueError: the run directory was made with other frozen weights.
+    """
+    checkpoints = Checkpoints(Path(cfg.run) / "checkpoints", cfg.checkpoint.keep)
+    optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps)
+    state, frozen = _place(stage, cfg, mesh, optimizer)
+    meta = {"environment": metrics.environment(), "frozen": fingerprint(frozen)}
+    state = _resume(checkpoints, state, meta)
+    start = int(state.step)
+    step_fn = jax.jit(
+        make_step(stage, cfg, optimizer),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)),
+        compiler_options=compiler_options(),
+    )
+
+    def between_steps(done: int, state: TrainState, stopping: bool = False) -> None:
+        last = done == cfg.train.steps
+        due = lambda every: last or (every > 0 and done % every == 0)
+        average = state.params if state.ema is None else state.ema
+        params = everything(average, frozen, state.carry)
+        if stage.evaluate and (due(cfg.eval.every) or done == 0):
+            log.held_out(done, stage.evaluate(params))
+        if sample and done > 0 and due(cfg.sample.every):
+            log.samples(done, sample(params))
+        if done > 0 and (stopping or due(cfg.checkpoint.every)):
+            log.flush()  # which refuses to save a state that has diverged
+            checkpoints.save(done, state, meta, log.held_out_loss(done))
+
+    try:
+        with (
+            RunLog(cfg, start) as log,
+            _stop_signals() as stop,
+            _batches(stage, mesh, cfg, start) as next_batch,
+        ):
+            if start == 0:
+                between_steps(0, state)
+            for step in range(start, cfg.train.steps):
+                _trace(cfg, step)
+                batch = next_batch(state, frozen, step)
+                state, measures = step_fn(state, frozen, batch)
+                stopping = stop.is_set()
+                log.step(step + 1, measures, math.prod(batch["tokens"].shape))
+                with log.throughput.paused():
+                    between_steps(step + 1, state, stopping)
+                if stopping:
+                    log.progress.write(
+                        f"stopped and saved at step {step + 1}; the same command goes on"
+                    )
+                    break
+            checkpoints.wait()
+    except Diverged as error:
+        checkpoints.wait()
+        good = checkpoints.steps()[-1:] or ["none"]
+        raise Diverged(
+            f"{error}; the last good checkpoint is {good[0]}; try a lower "
+            "optim.learning_rate, more optim.warmup_steps or a smaller optim.clip_norm"
+        ) from None
+
+
+def everything(params: Params, frozen: Params, carry: Carry) -> Params:
+    """What losses and evaluations see: all networks whole, and the carry as one more entry."""
+    return tree.combine(params, frozen) | {"carry": carry}
+
+
+def fingerprint(frozen: Params) -> str:
+    """sha256 of the frozen weights; empty if everything is trained."""
+    leaves = tree.flatten(frozen)
+    if not leaves:
+        return ""
+    digest = hashlib.sha256()
+    for name, leaf in leaves.items():
+        digest.update(name.encode() + np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _values(sums: Metrics) -> dict[str, Array]:
+    """sum / weight; a metric with axes is shown by its extremes."""
+    values: dict[str, Array] = {}
+    for name, (total, weight) in sums.items():
+        value = total / weight
+        values |= {name: value} if value.ndim == 0 else {
+            f"{name}_min": value.min(), f"{name}_max": value.max()
+        }  # fmt: skip
+    return values
+
+
+def _cut(batch: Any, num_parts: int) -> Any:
+    """[B, ...] -> [parts, B / parts, ...]; part m gets rows m, m + parts, ... of each device.
+
+    Contiguous parts would move rows between devices.
+    """
+    cut = lambda leaf: jnp.moveaxis(
+        leaf.reshape(leaf.shape[0] // num_parts, num_parts, *leaf.shape[1:]), 1, 0
+    )
+    return jax.tree.map(cut, batch)
+
+
+def _place(
+    stage: Stage, cfg: RunConfig, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Params]:
+    """The initial state and the frozen rest, on the mesh; the stage's own arrays stay untouched."""
+    trainable, frozen = tree.partition(stage.params, stage.trainable)
+    if not jax.tree.leaves(trainable):
+        raise ValueError(f"trainable={stage.trainable!r}: matches no parameter")
+    make = partial(make_state, optimizer=optimizer, ema=cfg.optim.ema > 0)
+    placed = sharding.shardings(mesh, jax.eval_shape(make, trainable, stage.carry))
+    # The state is donated step by step, so it must share no buffer with a frozen reference.
+    state = jax.jit(make, out_shardings=placed)(trainable, stage.carry)
+    return state, jax.device_put(frozen, sharding.shardings(mesh, frozen))
+
+
+def _resume(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any]) -> TrainState:
+    """The newest intact checkpoint, or the state as it is."""
+    latest = checkpoints.latest_valid()
+    if latest is None:
+        return state
+    saved = checkpoints.meta(latest)
+    if saved["frozen"] != meta["frozen"]:
+        raise ValueError("init: the frozen weights are not those that this run began with")
+    for change in metrics.environment_changes(saved["environment"], meta["environment"]):
+        print(f"warning: the resumed run may differ in the last bits: {change}", file=sys.stderr)
+    return checkpoints.restore(latest, state)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or the first Ctrl-C sets; the second Ctrl-C interrupts."""
+    stop = threading.Event()
+
+    def ask(number: int, _: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _batches(
+    stage: Stage, mesh: Mesh, cfg: RunConfig, start: int
+) -> Iterator[Callable[[TrainState, Params, int], Batch]]:
+    """The function that gives each step its batch, made ahead by a thread where possible."""
+    if stage.on_policy:
+        yield lambda state, frozen, step: stage.next_batch(
+            everything(state.params, frozen, state.carry), state.carry, step
+        )
+        return
+    made: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCHED)
+    closed = threading.Event()
+
+    def put(item: Batch | BaseException) -> None:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                return made.put(item, timeout=0.1)
+
+    def work() -> None:
+        try:
+            with jax.set_mesh(mesh):
+                for step in range(start, cfg.train.steps):
+                    put(stage.next_batch({}, {}, step))
+                    if closed.is_set():
+                        return
+        except BaseException as error:  # raised again where the batch is asked for
+            put(error)
+
+    def take(state: TrainState, frozen: Params, step: int) -> Batch:
+        item = made.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield take
+    finally:
+        closed.set()
+        thread.join()
+
+
+def _trace(cfg: RunConfig, step: int) -> None:
+    """Starts and ends JAX's profiler at the steps of log.profile."""
+    if not cfg.log.profile:
+        return
+    first, last = map(int, cfg.log.profile.split(":"))
+    if step == first:
+        jax.profiler.start_trace(f"{cfg.run}/profile")
+    elif step == last + 1:
+        jax.profiler.stop_trace()
