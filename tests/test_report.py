@@ -97,6 +97,17 @@ def test_changed_settings_are_marked_against_their_own_commands_defaults(tmp_pat
     assert "model.num_layers: 4" in page.texts["pre"][-1]
 
 
+def test_loss_over_tokens_places_evaluations_between_the_logged_steps():
+    steps = np.array([10.0, 20.0])
+    series = {
+        "train/loss": (steps, np.array([3.0, 2.0])),
+        "train/tokens": (steps, np.array([640.0, 1280.0])),
+        "val/loss": (np.array([15.0]), np.array([2.5])),
+    }
+    plot = report._plots(series)["loss by tokens"]
+    assert [x.tolist() for x, _ in plot.values()] == [[640, 1280], [960]]
+
+
 def test_smoothing_keeps_a_straight_line_and_both_ends():
     line = np.linspace(3.0, -1.0, 101)
     np.testing.assert_allclose(report._smooth(line, reach=4), line, atol=1e-12)
