@@ -7,6 +7,7 @@ because it means that the file is no text.
 
 import bz2
 import codecs
+import functools
 import gzip
 import hashlib
 import io
@@ -31,6 +32,7 @@ TEXTS = {
 }  # fmt: skip
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_SECONDS = 20
 BLOCK = 1 << 20  # bytes read, and characters encoded, at a time
 LONGEST_BLOCK = 16 * BLOCK
 LEAVE_OUT = re.compile(r"tests?|idle_test|site-packages|dist-packages|__pycache__|config-.*")
@@ -59,22 +61,26 @@ class Corpus:
 
     def describe(self) -> dict[str, Any]:
         """What decides the pieces, with a hash of every file's bytes."""
-        digest, size, files = hashlib.sha256(), 0, self._files()
+        digest, files = hashlib.sha256(), self._files()
         for file in files:
             if isinstance(file, Path):
                 digest.update(_sha256(file))
-                size += file.stat().st_size
-            else:  # the Hub's text is not here to be hashed; its tokens are, shard by shard
-                digest.update(f"{file}:{self.hub_config}:{self.hub_split}".encode())
+            else:  # the Hub's text is not here to be hashed, but its revision is a hash
+                names = (file, self.hub_config, self.hub_split, _hub_revision(file))
+                digest.update(":".join(names).encode())
         return {
             "inputs": list(self.inputs) or ["Python's standard library"],
             "files": len(files),
-            "bytes": size,
+            "bytes": self.size(),
             "sha256": digest.hexdigest(),
             "val_fraction": self.val_fraction,
             "errors": self.errors,
             "column": self.column,
         }
+
+    def size(self) -> int:
+        """Bytes of all files; of a Hub data set it is not known."""
+        return sum(file.stat().st_size for file in self._files() if isinstance(file, Path))
 
     def pieces(self) -> Iterator[Piece]:
         """All text in order.
@@ -170,6 +176,8 @@ def python_files() -> tuple[Path, ...]:
 def _expand(name: str) -> list[Path | str]:
     path = Path(name)
     if path.is_file():
+        if not path.stat().st_size:
+            raise ValueError(f"{name}: the file is empty")
         return [path]
     if path.is_dir():
         found = sorted(f for f in path.rglob("*") if f.is_file() and _kind(f) in TABLES | TEXTS)
@@ -294,17 +302,31 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Any]:
         yield from batch.to_pylist()
 
 
-def _hub_rows(name: str, config: str, split: str) -> Iterator[Any]:
-    """Rows of a Hub data set as they arrive."""
-    import datasets
+@functools.cache
+def _hub_revision(name: str) -> str:
+    """The data set's present commit, so that a continued run reads what the first one read."""
+    import huggingface_hub
 
     try:
-        yield from datasets.load_dataset(name, config or None, split=split, streaming=True)
-    except Exception as error:  # `datasets` raises dozens of kinds, none its own
+        return huggingface_hub.HfApi().dataset_info(name, timeout=HUB_SECONDS).sha or ""
+    except Exception as error:  # no network, no such data set, no permission: dozens of kinds
         raise ValueError(
-            f"{name}: no such file or folder, and as a Hub data set it cannot be read "
+            f"{name}: no such file or folder, and the Hub does not give a data set of that name "
             f"({type(error).__name__}: {error})"
         ) from None
+
+
+def _hub_rows(name: str, config: str, split: str) -> Iterator[Any]:
+    """Rows of a Hub data set as they arrive."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield from load_dataset(
+            name, config or None, split=split, revision=_hub_revision(name), streaming=True
+        )
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(f"{name}: cannot be read from the Hub ({error})") from None
 
 
 def _cell(row: Any, column: str, place: str, errors: Errors) -> str:
