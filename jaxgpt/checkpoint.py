@@ -47,7 +47,7 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, meta: dict[str, Any], best_value: float | None = None
     ) -> None:
-        """Copies the arrays to the host, then writes in the background.
+        """Copies the arrays on the host, then writes in the background.
 
         The caller may donate or change the arrays as soon as this returns.
 
@@ -55,7 +55,7 @@ class Checkpoints:
             OSError: this save cannot start, or the one before it failed.
         """
         self.wait()
-        arrays = _snapshot(tree.flatten(state))
+        arrays = _to_host(tree.flatten(state))
         unfinished = self.directory / f"{step}{_UNFINISHED}"
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ class Checkpoints:
         ocp = _orbax()
         if self._writer is None:
             self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True))
-        try:
+        try:  # returns when Orbax has a copy of every array
             self._writer.save(unfinished / "arrays", args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
             raise self._failure(step, error) from error
@@ -218,8 +218,8 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
-def _snapshot(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Host copies that nobody else can write to."""
+def _to_host(arrays: dict[str, Any]) -> dict[str, Any]:
+    """NumPy where this process has all of an array, which Orbax writes faster than shards."""
     local = {
         name: leaf
         for name, leaf in arrays.items()
@@ -228,8 +228,7 @@ def _snapshot(arrays: dict[str, Any]) -> dict[str, Any]:
     for leaf in local.values():
         if isinstance(leaf, jax.Array):
             leaf.copy_to_host_async()
-    # An array that is spread over processes stays as it is: Orbax copies each process's shards.
-    return {name: np.array(leaf) if name in local else leaf for name, leaf in arrays.items()}
+    return arrays | {name: np.asarray(leaf) for name, leaf in local.items()}
 
 
 def _index(step: int, arrays: dict[str, Any], best_value: float | None) -> dict[str, Any]:
