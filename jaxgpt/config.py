@@ -469,7 +469,4 @@ def join_lists(args: Sequence[str], *flags: str) -> list[str]:
             values.setdefault(flag, []).extend([value] if equals else [])
         else:
             values.setdefault(flag, []).append(arg)
-    for name, found in values.items():
-        is_list = len(found) == 1 and found[0].startswith("[")
-        rest.append(f"{name}={found[0] if is_list else json.dumps(found)}")
-    return rest
+    return rest + [f"{name}={json.dumps(found)}" for name, found in values.items()]
