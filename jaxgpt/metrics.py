@@ -44,14 +44,14 @@ class MetricsLog:
 
     Args:
         resume_step: lines of later steps are dropped, since they will be written again;
-            None starts an empty file.
+            0, before any update, starts an empty file.
     """
 
-    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+    def __init__(self, path: str | Path, resume_step: int = 0) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [] if resume_step is None else read_jsonl(path)
-        lines = [_line(record) for record in kept if record["step"] <= (resume_step or 0)]
+        old = read_jsonl(path) if resume_step > 0 else []
+        lines = [_line(record) for record in old if record["step"] <= resume_step]
         rewritten = path.with_name(path.name + ".tmp")
         rewritten.write_bytes(b"".join(lines))
         rewritten.replace(path)
@@ -222,23 +222,24 @@ class Progress:
         return f"left {clock}:{seconds % 60:02}"
 
 
+def short(value: float) -> str:
+    """Three digits and a unit: 12.3k."""
+    for unit, size in {"G": 1e9, "M": 1e6, "k": 1e3}.items():
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
 def _summary(metrics: Mapping[str, Any]) -> str:
     """`loss 2.314  val 2.401  12.3k tokens/s  MFU 31.2%`, as far as known."""
     formats = {
         "train/loss": lambda value: f"loss {value:.4g}",
         "val/loss": lambda value: f"val {value:.4g}",
-        "speed/tokens_per_second": lambda value: f"{_short(value)} tokens/s",
+        "speed/tokens_per_second": lambda value: f"{short(value)} tokens/s",
         "speed/mfu": lambda value: f"MFU {value:.1%}",
     }
     known = {name: metrics.get(name) for name in formats}
     return "  ".join(formats[n](float(v)) for n, v in known.items() if v is not None)
-
-
-def _short(value: float) -> str:
-    for unit, size in {"G": 1e9, "M": 1e6, "k": 1e3}.items():
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 class Throughput:
@@ -277,7 +278,8 @@ class Throughput:
         """Time spent in here does not count: evaluation, sampling, checkpoints."""
         before = self._clock()
         yield
-        self._start += self._clock() - before
+        # What the lap had before the pause still counts, unless a lap ended within the pause.
+        self._start = self._clock() - max(0.0, before - self._start)
 
     def measures(self) -> dict[str, float]:
         """`speed/tokens_per_second` and `speed/mfu`, once known."""

@@ -97,9 +97,10 @@ def _tiles(series: dict[str, Series]) -> str:
         tiles["training loss"] = f"{values[0]:.3f} → {values[-1]:.3f}"
         tiles["steps"] = f"{steps[-1]:,.0f}"
     if "train/tokens" in series:
-        tiles["tokens"] = f"{series['train/tokens'][1][-1]:,.0f}"
+        tiles["tokens"] = metrics.short(series["train/tokens"][1][-1])
     if "speed/tokens_per_second" in series:
-        tiles["tokens per second"] = f"{np.median(series['speed/tokens_per_second'][1]):,.0f}"
+        rate = np.median(series["speed/tokens_per_second"][1])
+        tiles["tokens/s"] = metrics.short(float(rate))
     if "speed/mfu" in series:
         tiles["MFU"] = f"{np.median(series['speed/mfu'][1]):.1%}"
     cells = [f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles.items()]
@@ -266,11 +267,11 @@ body { margin: 0 auto; padding: 2rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 84r
 h1 { margin: 0 0 1.2rem; font-size: 1.9rem; letter-spacing: -.02em }
 h2 { margin: 2.4rem 0 .8rem; font-size: 1.25rem }
 .tiles, .grid { display: grid; gap: .9rem; margin: 0 }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)) }
+.tiles { display: flex; flex-wrap: wrap }
 .grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)) }
 .tiles div, figure, .scroll, details { background: var(--card); border: 1px solid var(--line);
   border-radius: 10px }
-.tiles div { padding: .7rem 1rem }
+.tiles div { flex: 1 0 auto; padding: .7rem 1rem }
 dt, figcaption, small { color: var(--faint); font-size: .85rem }
 dd { margin: 0; white-space: nowrap; font-size: 1.15rem; font-weight: 600;
   font-variant-numeric: tabular-nums }

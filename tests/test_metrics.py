@@ -58,7 +58,7 @@ def test_resuming_drops_what_comes_after_the_checkpoint(tmp_path):
     log(4, {"train/loss": 9.0})
     assert [line["step"] for line in metrics.read_jsonl(path)] == [0, 1, 2, 3, 4]
     assert metrics.read_jsonl(path)[-1]["train/loss"] == 9.0
-    metrics.MetricsLog(path)
+    metrics.MetricsLog(path, resume_step=0)  # there was no checkpoint: step 0 is repeated too
     assert metrics.read_jsonl(path) == []
 
 
@@ -113,6 +113,20 @@ def test_throughput_leaves_out_compilation_and_pauses():
     clock.now += 1
     throughput.lap(100)
     assert throughput.measures() == {"speed/tokens_per_second": 50.0, "speed/mfu": 0.25}
+
+
+def test_a_lap_may_end_within_a_pause():
+    clock = Clock()
+    throughput = metrics.Throughput(clock=clock)
+    throughput.lap(10)
+    clock.now += 1
+    with throughput.paused():
+        clock.now += 3  # waiting for the lap's steps, before the evaluation
+        throughput.lap(100)
+        clock.now += 30
+    clock.now += 6
+    throughput.lap(100)
+    assert throughput.measures() == {"speed/tokens_per_second": 20.0}
 
 
 def test_throughput_forgets_laps_outside_the_window():
