@@ -9,7 +9,8 @@ Accelerators multiply ragged groups. On XLA:CPU a ragged product costs as much a
 every token, so there each expert's rows are filled up to whole blocks, and each block is one
 dense product (2.7 to 5 times faster).
 
-Axes besides those of STYLE.md: N tokens, J choices of a token, R rows, X blocks of C rows.
+Axes besides those of STYLE.md: N tokens, J choices of a token, A = N * J, R rows, X blocks
+of C rows.
 """
 
 from typing import NamedTuple
@@ -38,16 +39,15 @@ def group_rows(expert_NJ: Array, num_experts: int) -> Layout:
     # Only experts that have rows at all, at most `choices` of them, leave a block unfilled.
     rows = (choices + min(num_experts, choices) * (block - 1)) // block * block
     expert_A = expert_NJ.reshape(-1)
-    order_A = jnp.argsort(expert_A, stable=True)
-    sizes_E = jnp.bincount(expert_A, length=num_experts)
-    filled_E = -(-sizes_E // block) * block
+    chosen_AE = (expert_A[:, None] == jnp.arange(num_experts)[None]).astype(int)
+    rank_A = jnp.take_along_axis(jnp.cumsum(chosen_AE, axis=0), expert_A[:, None], axis=1)[:, 0] - 1
+    filled_E = -(-chosen_AE.sum(0) // block) * block
     ends_E = jnp.cumsum(filled_E)
-    shift_E = (ends_E - filled_E) - (jnp.cumsum(sizes_E) - sizes_E)
-    row_A = jnp.arange(choices) + shift_E[expert_A[order_A]]
+    row_A = (ends_E - filled_E)[expert_A] + rank_A
     expert_R = jnp.searchsorted(ends_E, jnp.arange(rows), side="right")
     return Layout(
-        row_NJ=jnp.zeros(choices, int).at[order_A].set(row_A).reshape(N, J),
-        choice_R=jnp.full(rows, choices).at[row_A].set(order_A),
+        row_NJ=row_A.reshape(N, J),
+        choice_R=jnp.full(rows, choices).at[row_A].set(jnp.arange(choices)),
         expert_R=jnp.minimum(expert_R, num_experts - 1),
         group_sizes_E=filled_E,
     )
