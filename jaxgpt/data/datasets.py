@@ -7,11 +7,11 @@ keyed on (seed, epoch). So an epoch visits every window once, a resume needs the
 process reads only the rows it is asked for.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ class Tokens:
 
     shards: tuple[np.ndarray, ...] = ()
 
-    @cached_property
+    @functools.cached_property
     def size(self) -> int:
         return sum(shard.size for shard in self.shards)
 
@@ -44,7 +44,7 @@ class Tokens:
             if start < first + shard.size and stop > first:
                 parts.append(shard[max(start - first, 0) : stop - first])
             first += shard.size
-        return np.concatenate(parts, dtype=np.int32)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,13 @@ class Source:
         """The asked rows (0 … batch_size - 1) of a step's batch."""
         numbers = np.uint64(step) * np.uint64(self.batch_size) + np.asarray(rows, np.uint64)
         choice, counts = choose(numbers, self.weights)
-        windows = [
-            self._train_window(int(file), int(count))
-            for file, count in zip(choice, counts, strict=True)
-        ]
-        return self._batch(np.stack(windows))
+        tokens_BS = np.empty((numbers.size, self.context_length + 1), np.int32)
+        for file in set(choice.tolist()):
+            mine = np.flatnonzero(choice == file)
+            tokens = self.files[file].train
+            for row, start in zip(mine, self._train_starts(file, counts[mine]), strict=True):
+                tokens_BS[row] = tokens.read(start, start + self.context_length + 1)
+        return self._batch(tokens_BS)
 
     def num_val_batches(self, limit: int = 0) -> int:
         """Batches that cover the held-out split, at most `limit` unless that is 0."""
@@ -107,16 +109,18 @@ class Source:
         for index in range(self.num_val_batches(limit)):
             yield self.val_rows(index, np.arange(self.batch_size), limit)
 
-    def _train_window(self, file: int, count: int) -> np.ndarray:
-        tokens, length = self.files[file].train, self.context_length
+    def _train_starts(self, file: int, counts: np.ndarray) -> list[int]:
+        """Where the windows begin that this file gives as its counts-th ones."""
+        size, length = self.files[file].train.size, self.context_length
         # One window fewer than fit, so that every epoch can cut the text at other places.
-        windows = max(1, (tokens.size - length) // length)
-        epoch, position = divmod(count, windows)
-        key = _key(self.seed, file, epoch)
-        slack = min(length, tokens.size - windows * length)
-        offset = key % slack
-        start = offset + length * int(permute(np.array([position]), windows, key)[0])
-        return tokens.read(start, start + length + 1)
+        windows = max(1, (size - length) // length)
+        slack = min(length, size - windows * length)
+        epochs, positions = np.divmod(counts, windows)
+        starts = np.empty_like(counts)
+        for epoch in set(epochs.tolist()):
+            key, mine = _key(self.seed, file, epoch), epochs == epoch
+            starts[mine] = key % slack + length * permute(positions[mine], windows, key)
+        return starts.tolist()
 
     def _val_windows(self) -> list[int]:
         return [-(-max(0, file.val.size - 1) // self.context_length) for file in self.files]
@@ -219,15 +223,15 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     (cycle walking), at most four times as long on average.
     """
     half = max(1, -(-(size - 1).bit_length() // 2))
-    keys = [np.uint64(_key(key, number)) for number in range(4)]
+    low, half = np.uint64(2**half - 1), np.uint64(half)
     out = np.array(index, np.uint64)
-    todo = np.ones(out.shape, bool)
-    while todo.any():
-        left, right = out[todo] >> np.uint64(half), out[todo] & np.uint64(2**half - 1)
-        for key_ in keys:
-            left, right = right, left ^ (_mix(right ^ key_) & np.uint64(2**half - 1))
-        out[todo] = left << np.uint64(half) | right
-        todo &= out >= size
+    todo = np.arange(out.size)
+    while todo.size:
+        left, right = out[todo] >> half, out[todo] & low
+        for number in range(4):
+            left, right = right, left ^ (_mix(right ^ np.uint64(_key(key, number))) & low)
+        out[todo] = left << half | right
+        todo = todo[out[todo] >= size]
     return out.astype(np.int64)
 
 
@@ -309,6 +313,7 @@ def _memory_map(path: Path, dtype: str, count: int, offset: int = 0) -> np.ndarr
     return np.asarray(np.memmap(path, dtype, "r", offset=offset, shape=(count,)))
 
 
+@functools.lru_cache(1024)
 def _key(*parts: int) -> int:
     digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")

@@ -35,6 +35,8 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_SECONDS = 20
 BLOCK = 1 << 20  # bytes read, and characters encoded, at a time
 LONGEST_BLOCK = 16 * BLOCK
+WORD_END = re.compile(r"[^\W\d_](?=[ \n])")
+WORD_SEARCH = 1 << 14  # characters at a block's end in which to look for it
 LEAVE_OUT = re.compile(r"tests?|idle_test|site-packages|dist-packages|__pycache__|config-.*")
 # Fewer files than this many held-out ones and the end of each is held out instead.
 FEWEST_HELD_OUT = 2
@@ -164,6 +166,7 @@ def read_blocks(path: Path, errors: Errors = "strict") -> Iterator[str]:
         offset += len(block)
 
 
+@functools.cache
 def python_files() -> tuple[Path, ...]:
     """The source files of Python's standard library, without tests and installed packages."""
     root, found = Path(sysconfig.get_path("stdlib")), []
@@ -215,20 +218,19 @@ def _pieces(blocks: Iterable[str], held_out: bool, ends: bool = True) -> Iterato
 
 
 def _at_word_ends(blocks: Iterable[str]) -> Iterator[str]:
-    """The same text, cut between a letter and a line break.
+    """The same text, cut between a letter and the white space after it.
 
-    Every pre-tokenizer we know cuts there itself, so the tokens of the blocks are the tokens of
-    the text. Text without such a place is cut where it becomes long.
+    Every byte-level pre-tokenizer cuts there itself, so the tokens of the blocks are the tokens
+    of the text. Text without such a place is cut where it becomes long.
     """
     text = ""
     for block in blocks:
         text += block
-        cut = text.rfind("\n")
-        while cut > 0 and not text[cut - 1].isalpha():
-            cut = text.rfind("\n", 0, cut)
-        if cut <= 0 and len(text) > LONGEST_BLOCK:
+        start = max(0, len(text) - WORD_SEARCH)
+        cut = max((start + word.end() for word in WORD_END.finditer(text[start:])), default=0)
+        if not cut and len(text) > LONGEST_BLOCK:
             cut = len(text)
-        if cut > 0:
+        if cut:
             yield text[:cut]
             text = text[cut:]
     if text:

@@ -127,7 +127,7 @@ def test_long_files_are_cut_where_tokenizers_cut(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(text)
     pieces = [p.text for p in Corpus((str(tmp_path / "a.txt"),)).pieces() if not p.held_out]
     assert "".join(pieces) == text[: int(len(text) * 0.9)] and len(pieces) > 20
-    assert all(a[-1].isalpha() and b[0] == "\n" for a, b in itertools.pairwise(pieces))
+    assert all(a[-1].isalpha() and b[0] in " \n" for a, b in itertools.pairwise(pieces))
 
 
 def test_text_without_line_breaks_stays_bounded(tmp_path, monkeypatch):
