@@ -362,7 +362,7 @@ class PretrainConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
 
 
-def parse(kind: type[C], description: str, args: Sequence[str] | None = None) -> C:
+def parse(kind: type[C], description: str | None, args: Sequence[str] | None = None) -> C:
     """The config that `--config FILE` and dotted overrides describe.
 
     Raises:
@@ -393,12 +393,15 @@ def to_yaml(cfg: Any) -> str:
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
-    """Runs a command; a user's mistake becomes one line on stderr and exit status 2."""
+    """Runs a command; a failure becomes one line on stderr.
+
+    The exit status is 2 for a user's mistake, 1 for a run that diverged.
+    """
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(1 if isinstance(error, ArithmeticError) else 2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

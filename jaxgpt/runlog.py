@@ -1,16 +1,16 @@
 """What a running loop tells the world: log lines, progress, samples, and that it has diverged."""
 
+import dataclasses
 import json
 import math
-import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 
-from jaxgpt import metrics
+from jaxgpt import hardware, metrics
 from jaxgpt.config import RunConfig
 from jaxgpt.types import Array
 
@@ -34,7 +34,7 @@ class RunLog:
         self._pending: list[tuple[int, Mapping[str, Array], int]] = []
         self._flushed = time.perf_counter()
         self._held_out: tuple[int, dict[str, float]] = (-1, {})
-        peak = metrics.peak_flops(jax.devices()[0])
+        peak = hardware.peak_flops(jax.devices()[0])
         self.throughput = metrics.Throughput(
             metrics.flops_per_token(cfg.model, cfg.model.context_length),
             peak and peak * jax.device_count(),
@@ -42,17 +42,23 @@ class RunLog:
 
     def __enter__(self) -> Self:
         self._sinks: list[metrics.Sink] = []
-        self.progress = metrics.Progress(self._cfg.train.steps, self._start)
         if self._writes:
+            environment = json.dumps(hardware.environment(), indent=1)
+            (self._directory / "environment.json").write_text(environment)
             file = metrics.MetricsLog(self._directory / "metrics.jsonl", self._start)
-            environment = metrics.environment()
-            (self._directory / "environment.json").write_text(json.dumps(environment, indent=1))
-            self._sinks = [file, *metrics.open_sinks(self._cfg.log, self._directory, {})]
-            self._drop_later_samples()
+            settings = dataclasses.asdict(self._cfg)
+            self._progress = metrics.Progress(self._cfg.train.steps, self._start)
+            self._sinks = [file, *metrics.open_sinks(self._cfg.log, self._directory, settings)]
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.progress.close()
+        if self._writes:
+            self._progress.close()
+
+    def write(self, text: str) -> None:
+        """A line for the person who watches."""
+        if self._writes:
+            self._progress.write(text)
 
     def step(self, done: int, measures: Mapping[str, Array], tokens: int) -> None:
         """Metrics of update number `done`, counted from 1, and the tokens it read."""
@@ -99,25 +105,14 @@ class RunLog:
         step, measures = self._held_out
         return measures.get("loss") if step == done else None
 
-    def samples(self, done: int, text: str) -> None:
-        """Text written by the model after `done` updates, Markdown."""
+    def samples(self, done: int, texts: Sequence[str]) -> None:
+        """Texts written by the model after `done` updates."""
         if self._writes:
-            with (self._directory / "samples.md").open("a", encoding="utf-8") as file:
-                file.write(f"## step {done}\n\n{text}\n\n")
+            metrics.append_samples(self._directory / "samples.md", done, texts)
 
     def _due(self, done: int) -> bool:
         return done % self._cfg.log.every == 0 or done == self._cfg.train.steps
 
     def _show(self, done: int, line: Mapping[str, Any]) -> None:
         if self._writes:
-            self.progress(done, line)
-
-    def _drop_later_samples(self) -> None:
-        """Those of the steps that a resumed run repeats."""
-        path = self._directory / "samples.md"
-        if path.exists():
-            parts = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8"))
-            kept = [
-                p for p in parts if int((re.match(r"## step (\d+)", p) or "00")[1]) <= self._start
-            ]
-            path.write_text("".join(kept), encoding="utf-8")
+            self._progress(done, line)

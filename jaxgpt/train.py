@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxgpt import metrics, optim, sharding, tree
+from jaxgpt import hardware, optim, sharding, tree
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import RunConfig
 from jaxgpt.kernels.platform import compiler_options
@@ -52,7 +52,7 @@ class TrainState(NamedTuple):
 
 
 StepFn = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]
-SampleFn = Callable[[Params], str]  # text to show, Markdown
+SampleFn = Callable[[Params], list[str]]  # texts to show
 
 
 def make_state(
@@ -127,7 +127,7 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
     checkpoints = Checkpoints(Path(cfg.run) / "checkpoints", cfg.checkpoint.keep)
     optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps)
     state, frozen = _place(stage, cfg, mesh, optimizer)
-    meta = {"environment": metrics.environment(), "frozen": fingerprint(frozen)}
+    meta = {"environment": hardware.environment(), "frozen": fingerprint(frozen)}
     state = _resume(checkpoints, state, meta)
     start = int(state.step)
     step_fn = jax.jit(
@@ -139,15 +139,20 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
 
     def between_steps(done: int, state: TrainState, stopping: bool = False) -> None:
         last = done == cfg.train.steps
-        due = lambda every: last or (every > 0 and done % every == 0)
+        due = lambda every: last or (done > 0 and every > 0 and done % every == 0)
+        evaluates = stage.evaluate if due(cfg.eval.every) or done == 0 else None
+        samples = sample if due(cfg.sample.every) and done > 0 else None
+        saves = done > 0 and (stopping or due(cfg.checkpoint.every))
+        if not (evaluates or samples or saves):
+            return
+        log.flush()  # refuses to save, or to go on from, a state that has diverged
         average = state.params if state.ema is None else state.ema
         params = everything(average, frozen, state.carry)
-        if stage.evaluate and (due(cfg.eval.every) or done == 0):
-            log.held_out(done, stage.evaluate(params))
-        if sample and done > 0 and due(cfg.sample.every):
-            log.samples(done, sample(params))
-        if done > 0 and (stopping or due(cfg.checkpoint.every)):
-            log.flush()  # which refuses to save a state that has diverged
+        if evaluates:
+            log.held_out(done, evaluates(params))
+        if samples:
+            log.samples(done, samples(params))
+        if saves:
             checkpoints.save(done, state, meta, log.held_out_loss(done))
 
     try:
@@ -167,9 +172,7 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
                 with log.throughput.paused():
                     between_steps(step + 1, state, stopping)
                 if stopping:
-                    log.progress.write(
-                        f"stopped and saved at step {step + 1}; the same command goes on"
-                    )
+                    log.write(f"stopped and saved at step {step + 1}; the same command goes on")
                     break
             checkpoints.wait()
     except Diverged as error:
@@ -241,7 +244,7 @@ def _resume(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any]) -
     saved = checkpoints.meta(latest)
     if saved["frozen"] != meta["frozen"]:
         raise ValueError("init: the frozen weights are not those that this run began with")
-    for change in metrics.environment_changes(saved["environment"], meta["environment"]):
+    for change in hardware.environment_changes(saved["environment"], meta["environment"]):
         print(f"warning: the resumed run may differ in the last bits: {change}", file=sys.stderr)
     return checkpoints.restore(latest, state)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxgpt import config, metrics, report
+from jaxgpt import config, hardware, metrics, report
 
 
 class Page(HTMLParser):
@@ -52,7 +52,7 @@ def test_a_whole_run_becomes_a_page(tmp_path):
     metrics.append_samples(run / "samples.md", 100, ["late <b>&amp;"])
     cfg = config.PretrainConfig(run=str(run), model=config.ModelConfig(num_layers=7))
     (run / "config.yaml").write_text(config.to_yaml(cfg))
-    (run / "environment.json").write_text(json.dumps(metrics.environment()))
+    (run / "environment.json").write_text(json.dumps(hardware.environment()))
 
     path = report.write_report(run)
     page = Page(path)

@@ -62,16 +62,15 @@ def sampler(cfg: RunConfig, start: Loaded) -> SampleFn:
     )
     prompts = [start.tokenizer.encode(prompt) for prompt in cfg.sample.prompts]
 
-    def sample(params: Params) -> str:
+    def sample(params: Params) -> list[str]:
         policy = for_decoding(cfg.model, params["policy"])
         stop = [start.tokenizer.eos_id]
         rng = jax.random.key(cfg.seed)
         written = generate(cfg.model, policy, prompts, how, stop_ids=stop, rng=rng)
-        texts = [
+        return [
             prompt + start.tokenizer.decode(completion.tokens)
             for prompt, completion in zip(cfg.sample.prompts, written, strict=True)
         ]
-        return "\n\n".join(f"~~~~\n{text}\n~~~~" for text in texts)
 
     return sample
 
@@ -83,10 +82,8 @@ def summary(run: Path, page: Path) -> str:
     parts = [f"report: {page}"]
     if losses:
         parts.insert(0, f"validation loss: {losses[0]:.4f} before, {losses[-1]:.4f} after")
-    samples = run / "samples.md"
-    if samples.exists():
-        last = samples.read_text(encoding="utf-8").split("\n## step ")[-1]
-        parts.insert(0, "sample, step " + last.removeprefix("## step ").strip())
+    for step, texts in metrics.read_samples(run / "samples.md")[-1:]:
+        parts = [f"written after step {step}:", *texts, *parts]
     return "\n\n".join(parts)
 
 

@@ -1,0 +1,26 @@
+# Each target does all its own set-up in .venv. Without make: README.md has the same in plain pip.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/installed
+	$(BIN)/python scripts/pretrain.py --run runs/demo
+	$(BIN)/python scripts/sample.py --checkpoint runs/demo --prompt "def " --prompt "class " --max_new_tokens 96
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv runs/demo
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+.venv/installed-test: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -e ".[test]"
+	touch $@
