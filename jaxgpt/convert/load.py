@@ -1,23 +1,34 @@
 """Any model on disk: a run directory, a Hugging Face directory, a GGUF or a llama2.c file."""
 
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxgpt import rundir
 from jaxgpt.config import ModelConfig
-from jaxgpt.convert import gguf, hf, llama2c
+from jaxgpt.convert import gguf, hf, llama2c, tensors, tokenizer_files
+from jaxgpt.data import chat
 from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.data.engines import END_OF_TEXT, HuggingFace
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.types import Params
 
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+
 
 class Loaded(NamedTuple):
-    """A network and what reads and writes its tokens."""
+    """A network, what reads and writes its tokens, and how its texts begin and end."""
 
     config: ModelConfig
     params: Params  # NumPy or JAX arrays
     tokenizer: Tokenizer
+    chat_template: str | None = None  # Jinja
+    begin_ids: tuple[int, ...] = ()  # what every text begins with, such as <s>
+    stop_ids: tuple[int, ...] = ()  # tokens that end a text or a turn
+    files: Mapping[str, bytes] = MappingProxyType({})  # the tokenizer's, as Hugging Face names them
 
 
 def load(path: str | Path) -> Loaded:
@@ -30,17 +41,63 @@ def load(path: str | Path) -> Loaded:
     if not path.exists():
         raise ValueError(f"checkpoint={path}: does not exist")
     if rundir.is_run(path):
-        return Loaded(
-            rundir.model_config(path),
-            rundir.read_params(path),
-            tokenizers.load(str(path / "tokenizer.json")),
-        )
+        files = own_files(tokenizer_files.read(path))
+        return _with_tokenizer(rundir.model_config(path), rundir.read_params(path), files)
     if path.is_dir():
         cfg, params = hf.load(path)
-        return Loaded(cfg, params, tokenizers.load(str(path)))
+        settings = tensors.read_json(path / "config.json")
+        return _with_tokenizer(cfg, params, tokenizer_files.read(path), settings)
     reader = gguf.load if path.suffix == ".gguf" else llama2c.load
-    cfg, params, files = reader(path)
+    return _with_tokenizer(*reader(path))
+
+
+def own_files(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files of a tokenizer of ours, with the settings that tokenizer.json cannot hold."""
+    if "tokenizer_config.json" in files:
+        return files
+    special = _special(files)
+    known = lambda token: token if token in special else None
+    return tokenizer_files.with_settings(
+        files,
+        eos_token=known(END_OF_TEXT),
+        pad_token=known("<|pad|>"),
+        chat_template=chat.CHATML if IM_START in special else None,
+    )
+
+
+def _with_tokenizer(
+    cfg: ModelConfig,
+    params: Params,
+    files: dict[str, bytes],
+    settings: Mapping = MappingProxyType({}),
+) -> Loaded:
+    """Args:
+    settings: config.json, which tells the end token where no other file does.
+    """
     with tempfile.TemporaryDirectory() as directory:
         for name, content in files.items():
             (Path(directory) / name).write_bytes(content)
-        return Loaded(cfg, params, tokenizers.load(directory))
+        tokenizer = tokenizers.load(directory)
+    ids = tokenizer_files.special_ids(files)
+    end = ids.get("eos_token_id", settings.get("eos_token_id"))
+    template = tokenizer_files.chat_template(files)
+    stops = {*end} if isinstance(end, list) else {tokenizer.eos_id if end is None else end}
+    if template and IM_END in template and IM_END in tokenizer.special:
+        stops.add(tokenizer.special[IM_END])
+    begin = _begin_ids(tokenizer, files, ids.get("bos_token_id", settings.get("bos_token_id")))
+    return Loaded(cfg, params, tokenizer, template, begin, tuple(sorted(stops)), files)
+
+
+def _begin_ids(tokenizer: Tokenizer, files: dict[str, bytes], bos: int | None) -> tuple[int, ...]:
+    """What the tokenizer puts before a text by itself, or is told to put there."""
+    told = json.loads(files.get("tokenizer_config.json", b"{}"))
+    if isinstance(tokenizer, HuggingFace):
+        own = tuple(tokenizer.engine.encode("", add_special_tokens=True).ids)
+        if own:
+            return own[:1]  # what follows, such as </s>, ends the text
+    return (bos,) if told.get("add_bos_token") and bos is not None else ()
+
+
+def _special(files: dict[str, bytes]) -> set[str]:
+    added = json.loads(files.get("tokenizer.json", b"{}")).get("added_tokens", [])
+    return {token["content"] for token in added}

@@ -1,0 +1,37 @@
+"""The whole life of a language model in readable JAX.
+
+lm = jaxgpt.load("runs/pretrain")  # or a Hugging Face directory, a GGUF or a llama2.c file
+lm.generate("Once upon a time", max_new_tokens=64)
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from jaxgpt.language_model import LanguageModel
+
+__all__ = ["LanguageModel", "load"]
+
+
+def load(
+    path: str | Path, *, dtype: Literal["float32", "bfloat16"] | None = None
+) -> "LanguageModel":
+    """Opens a run directory, a Hugging Face directory, a GGUF file or a llama2.c file.
+
+    Args:
+        dtype: compute type; default: the one that the model was trained with here, or float32.
+
+    Raises:
+        ValueError: nothing we know, damaged files, or settings that our model does not have.
+    """
+    from jaxgpt import language_model  # here, so that `import jaxgpt` needs no JAX
+
+    return language_model.load(path, dtype=dtype)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "LanguageModel":
+        raise AttributeError(f"module 'jaxgpt' has no attribute {name!r}")
+    from jaxgpt.language_model import LanguageModel
+
+    return LanguageModel

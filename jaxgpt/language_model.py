@@ -1,0 +1,238 @@
+"""LanguageModel: a network and its tokenizer, to be used from Python."""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxgpt import rundir, tree
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import ModelConfig, RunConfig
+from jaxgpt.convert import hf, tokenizer_files
+from jaxgpt.convert.load import Loaded
+from jaxgpt.convert.load import load as load_parts
+from jaxgpt.data import chat as templates
+from jaxgpt.data.chat import Message
+from jaxgpt.model import gpt
+from jaxgpt.sampling import likelihood
+from jaxgpt.sampling.sample import Completion, Sampling, for_decoding, generate
+from jaxgpt.types import Array, Params
+
+
+def load(path: str | Path, dtype: Literal["float32", "bfloat16"] | None = None) -> "LanguageModel":
+    """See `jaxgpt.load`."""
+    parts = load_parts(path)
+    cfg = replace(parts.config, dtype=dtype or parts.config.dtype)
+    return LanguageModel(parts._replace(config=cfg), str(path))
+
+
+class LanguageModel:
+    """A model that reads and writes text; `jaxgpt.load` makes one."""
+
+    def __init__(self, parts: Loaded, name: str = "") -> None:
+        self.config: ModelConfig = parts.config
+        self.params: Params = jax.tree.map(jnp.asarray, parts.params)
+        self.tokenizer = parts.tokenizer
+        self.chat_template = parts.chat_template
+        self.begin_ids = parts.begin_ids
+        self.stop_ids = parts.stop_ids
+        self.name = name
+        self._files = dict(parts.files)
+
+    def __repr__(self) -> str:
+        cfg = self.config
+        experts = f", {cfg.num_experts} experts" if cfg.num_experts else ""
+        return (
+            f"LanguageModel({self.name!r}: {tree.count(self.params) / 1e6:,.1f}M parameters, "
+            f"{cfg.num_layers} layers of width {cfg.model_dim}{experts}, context "
+            f"{cfg.context_length:,}, vocabulary {cfg.vocab_size:,}, {cfg.dtype})"
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text as the model wants it: begin token first, special tokens recognised."""
+        return [*self.begin_ids, *self.tokenizer.encode(text, allow_special=True)]
+
+    def logits(self, tokens_BT: ArrayLike) -> Array:
+        """float32 scores [B, T, V] of the token that follows each one."""
+        checked_BT = np.asarray(tokens_BT)
+        if checked_BT.ndim != 2 or not np.issubdtype(checked_BT.dtype, np.integer):
+            raise ValueError(
+                f"tokens_BT is {checked_BT.dtype}{list(checked_BT.shape)}: must be whole numbers "
+                "with two axes, such as [lm.encode(text)]"
+            )
+        if (
+            checked_BT.size
+            and not 0 <= checked_BT.min() <= checked_BT.max() < self.config.vocab_size
+        ):
+            raise ValueError(f"tokens_BT must lie in [0, vocab_size={self.config.vocab_size})")
+        if checked_BT.shape[1] > self.config.context_length:
+            raise ValueError(
+                f"tokens_BT has {checked_BT.shape[1]} positions: the model's context is "
+                f"{self.config.context_length}; shorten it"
+            )
+        return _logits(self.config, self.params, jnp.asarray(checked_BT, jnp.int32))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        rows: Sequence[int] | None = None,
+    ) -> list[str]:
+        """What the model writes after each prompt, up to its end token or a stop string.
+
+        Args:
+            temperature: 0 is greedy.
+            stop: strings before which the text is cut.
+            rows: numbers that, with the seed, decide the draws of each prompt; default 0, 1, 2, …
+
+        Raises:
+            ValueError: a setting out of range, or a prompt that leaves no room in the context.
+        """
+        settings = Sampling(max_new_tokens, temperature, top_p, top_k)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [self.encode(text) or [self.tokenizer.eos_id] for text in texts]
+        return self.complete(ids, settings, seed, [stop] if isinstance(stop, str) else stop, rows)
+
+    def chat(self, messages: Sequence[Message], **sampling: Any) -> str:
+        """The assistant's next turn, by the model's own chat template.
+
+        Args:
+            messages: such as [{"role": "user", "content": "Hello"}].
+            sampling: as `generate` takes it.
+
+        Raises:
+            ValueError: the model has no chat template, or its template refuses the messages.
+        """
+        ids = self.tokenizer.encode(self.render(messages), allow_special=True)
+        stop = sampling.pop("stop", ())
+        seed = sampling.pop("seed", 0)
+        settings = Sampling(**{"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0} | sampling)
+        return self.complete([ids], settings, seed, [stop] if isinstance(stop, str) else stop)[0]
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The conversation as the text that the model reads."""
+        if self.chat_template is None:
+            raise ValueError(f"{self.name}: has no chat template; use generate, or tune it first")
+        named = {
+            name: self.tokenizer.decode([ids])
+            for name, ids in tokenizer_files.special_ids(self._files).items()
+            if isinstance(ids, int)
+        }
+        return templates.render(
+            self.chat_template,
+            messages,
+            add_generation_prompt,
+            bos_token=named.get("bos_token_id", ""),
+            eos_token=named.get("eos_token_id", ""),
+        )
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        rows: Sequence[int] | None = None,
+        on_text: Callable[[list[str]], None] | None = None,
+    ) -> list[str]:
+        """`generate` for prompts given as ids; `on_text` sees the texts so far, to stream them."""
+        if "" in stop:
+            raise ValueError("stop holds an empty string: drop it")
+
+        def watch(completions: list[Completion]) -> bool:
+            if not stop and on_text is None:
+                return False
+            texts = self._texts(prompts, completions)
+            if on_text is not None:
+                on_text([_cut(text, stop) for text in texts])
+            return all(
+                done.stopped or any(mark in text for mark in stop)
+                for done, text in zip(completions, texts, strict=True)
+            )
+
+        completions = generate(
+            self.config, self._decoding_params, prompts, settings,
+            stop_ids=self.stop_ids, rng=jax.random.key(seed), rows=rows, on_tokens=watch,
+        )  # fmt: skip
+        return [_cut(text, stop) for text in self._texts(prompts, completions)]
+
+    def perplexity(self, text: str, window: int = 1024, stride: int = 1024) -> float:
+        """exp of the mean negative log-likelihood of the text's tokens.
+
+        Windows begin every `stride` tokens. The first token of a window is not scored; where
+        stride < window only its last `stride` tokens are, so that all have much before them.
+        Neither is longer than the model's context.
+
+        Raises:
+            ValueError: a window without room for a prediction, or a text of fewer than two tokens.
+        """
+        tokens = [*self.begin_ids, *self.tokenizer.encode(text)]
+        windows = likelihood.windows(len(tokens), window, stride, self.config.context_length)
+        if not windows:
+            raise ValueError(f"the text has {len(tokens)} token(s): nothing is predicted")
+        rows = [tokens[w.start : w.stop] for w in windows]
+        scores = likelihood.score_rows(self.config, self.params, rows)
+        logprobs = [found.logprobs[-windows[n].scored :] for n, found in scores]
+        return float(np.exp(-np.concatenate(logprobs).mean(dtype=np.float64)))
+
+    def save(
+        self, path: str | Path, format: Literal["huggingface", "jaxgpt"] = "huggingface"
+    ) -> None:
+        """Writes a directory that transformers (or `load`) opens; never over something else's.
+
+        Raises:
+            ValueError: the directory holds other files, or no Hugging Face family has this model.
+        """
+        if format not in ("huggingface", "jaxgpt"):
+            raise ValueError(f"format={format}: must be huggingface or jaxgpt")
+        if format == "huggingface":
+            hf.save(
+                path, self.config, self.params, tokenizer_files=self._files,
+                special_ids=tokenizer_files.special_ids(self._files),
+            )  # fmt: skip
+            return
+        run = rundir.enter(RunConfig(run=str(path), model=self.config))
+        for name, content in self._files.items():
+            (run / name).write_bytes(content)
+        checkpoints = Checkpoints(run / "checkpoints")
+        checkpoints.save(0, {"params": {"policy": self.params}}, meta={})
+        checkpoints.wait()
+
+    @cached_property
+    def _decoding_params(self) -> Params:
+        return for_decoding(self.config, self.params)
+
+    def _texts(
+        self, prompts: Sequence[Sequence[int]], completions: Iterable[Completion]
+    ) -> list[str]:
+        """What stands after the prompts. Some decoders treat a text's first token differently,
+        so prompt and completion are decoded together; a character may span their border."""
+        texts = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            before = list(itertools.dropwhile(lambda i: i in self.begin_ids, prompt))
+            whole = self.tokenizer.decode_bytes([*before, *completion.tokens])
+            start = len(self.tokenizer.decode_bytes(before)) if before else 0
+            texts.append(whole[start:].decode(errors="replace"))
+        return texts
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    found = [text.index(mark) for mark in stop if mark in text]
+    return text[: min(found)] if found else text
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _logits(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Array:
+    return gpt.logits(params, gpt.apply(cfg, params, tokens_BT).hidden_BTD)

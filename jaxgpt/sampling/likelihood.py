@@ -1,0 +1,207 @@
+"""Log-likelihoods of given tokens, in few compiled shapes.
+
+`score_rows` reads whole rows. `score_continuations` reads a context once for all the texts that
+may follow it, and computes the head only where a continuation is predicted.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.model import gpt
+from jaxgpt.model.attention import KVCache, init_cache
+from jaxgpt.types import Array, Params
+
+BATCH_TOKENS = 2048  # positions of one batch, padding included
+HEAD_TOKENS = 256  # of which the logits exist at one time
+
+
+class Scored(NamedTuple):
+    """Of each predicted token: its log-probability, and whether it is the likeliest."""
+
+    logprobs: np.ndarray
+    greedy: np.ndarray
+
+
+class Window(NamedTuple):
+    """A stretch of a text, of which the last `scored` tokens are predicted."""
+
+    start: int
+    stop: int
+    scored: int
+
+
+class Group(NamedTuple):
+    """Texts that may follow one context; none of them is empty."""
+
+    context: Sequence[int]
+    continuations: Sequence[Sequence[int]]
+
+
+def windows(num_tokens: int, window: int, stride: int, context_length: int) -> list[Window]:
+    """The windows of a text. A window's first token is not scored, nor one scored before."""
+    window = min(window, context_length)
+    stride = min(stride, window)
+    if window < 2 or stride < 1:
+        raise ValueError(f"window={window}, stride={stride}: need a window >= 2 and a stride >= 1")
+    found, done = [], 0
+    for start in range(0, num_tokens, stride):
+        stop = min(start + window, num_tokens)
+        scored = min(stop - done, stop - start - 1)
+        if scored > 0:
+            found.append(Window(start, stop, scored))
+        done = stop
+        if stop == num_tokens:
+            break
+    return found
+
+
+def score_rows(
+    cfg: ModelConfig,
+    params: Params,
+    rows: Sequence[Sequence[int]],
+    batch_tokens: int = BATCH_TOKENS,
+) -> Iterator[tuple[int, Scored]]:
+    """Every token of a row but the first, given those before it: (number of the row, scores).
+
+    Rows come in batches of like length, not in their own order.
+    """
+    lengths = [(len(row) - 1, 0) for row in rows]
+    for width, _, numbers in _batches(lengths, batch_tokens):
+        size = _batch_size(len(numbers), width, batch_tokens)
+        tokens_BT = _align_left([rows[n][:-1] for n in numbers], size, width)
+        targets_BT = _align_left([rows[n][1:] for n in numbers], size, width)
+        scores = jax.device_get(_score(cfg, params, None, None, tokens_BT, targets_BT))
+        for row, n in enumerate(numbers):
+            yield n, Scored(*(x_BT[row, : len(rows[n]) - 1] for x_BT in scores))
+
+
+def score_continuations(
+    cfg: ModelConfig,
+    params: Params,
+    groups: Sequence[Group],
+    batch_tokens: int = BATCH_TOKENS,
+) -> Iterator[tuple[int, list[Scored]]]:
+    """Every token of every continuation, given its context: (number of the group, scores).
+
+    Groups come in batches of like length, not in their own order. The last token of a context
+    predicts the first of a continuation, so it is read together with the continuation.
+    """
+    most = max((len(group.continuations) for group in groups), default=0)
+    lengths = [
+        (len(group.context) - 1, max(map(len, group.continuations), default=0)) for group in groups
+    ]
+    for width, tail, numbers in _batches(lengths, batch_tokens):
+        size = _batch_size(len(numbers), width, batch_tokens)
+        tokens_BT = _align_right([groups[n].context[:-1] for n in numbers], size, width)
+        start_B = np.full(size, width, np.int32)
+        start_B[: len(numbers)] = [width - len(groups[n].context) + 1 for n in numbers]
+        cache = _read(cfg, params, tokens_BT, start_B)
+
+        pairs = [(row, c) for row, n in enumerate(numbers) for c in groups[n].continuations]
+        parent_R = np.zeros(size * most, np.int32)
+        parent_R[: len(pairs)] = [row for row, _ in pairs]
+        inputs = [[groups[numbers[row]].context[-1], *c[:-1]] for row, c in pairs]
+        tokens_RC = _align_left(inputs, size * most, tail)
+        targets_RC = _align_left([c for _, c in pairs], size * most, tail)
+        scores = jax.device_get(_score(cfg, params, cache, parent_R, tokens_RC, targets_RC))
+        found = iter(
+            Scored(*(x_RC[i, : len(c)] for x_RC in scores)) for i, (_, c) in enumerate(pairs)
+        )
+        for n in numbers:
+            yield n, [next(found) for _ in groups[n].continuations]
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _read(cfg: ModelConfig, params: Params, tokens_BT: Array, start_B: Array) -> KVCache:
+    """The keys and values of the contexts."""
+    cache = init_cache(cfg, *tokens_BT.shape, start_B)
+    read = gpt.apply(cfg, params, tokens_BT, cache=cache).cache
+    assert read is not None
+    return read
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _score(
+    cfg: ModelConfig,
+    params: Params,
+    cache: KVCache | None,
+    parent_R: Array | None,
+    tokens_RC: Array,
+    targets_RC: Array,
+) -> tuple[Array, Array]:
+    """Log-probability of every target, and whether it is the likeliest token.
+
+    Args:
+        parent_R: the row of the cache that a row of tokens goes on from.
+    """
+    if cache is not None:
+        room = [(0, 0), (0, 0), (0, tokens_RC.shape[1]), (0, 0), (0, 0)]
+        slots = (jnp.pad(a[:, parent_R], room) for a in (cache.keys_LBSKH, cache.values_LBSKH))
+        cache = KVCache(*slots, cache.length, cache.start_B[parent_R], fresh=False)
+    hidden_RCD = gpt.apply(cfg, params, tokens_RC, cache=cache).hidden_BTD
+    count = targets_RC.size
+    chunks = -(-count // HEAD_TOKENS)
+    pad = chunks * -(-count // chunks) - count
+    hidden_MND = jnp.pad(hidden_RCD.reshape(count, -1), [(0, pad), (0, 0)])
+    hidden_MND = hidden_MND.reshape(chunks, -1, cfg.model_dim)
+    targets_MN = jnp.pad(targets_RC.reshape(-1), (0, pad)).reshape(chunks, -1)
+
+    def judge(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden_ND, targets_N = chunk
+        logits_NV = gpt.logits(params, hidden_ND[None])[0]
+        gold_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
+        logprobs_N = gold_N - jax.nn.logsumexp(logits_NV, axis=-1)
+        return logprobs_N, logits_NV.argmax(-1) == targets_N
+
+    scores = jax.lax.map(judge, (hidden_MND, targets_MN))
+    return tuple(x_MN.reshape(-1)[:count].reshape(targets_RC.shape) for x_MN in scores)
+
+
+def _batches(
+    lengths: Sequence[tuple[int, int]], batch_tokens: int
+) -> Iterator[tuple[int, int, list[int]]]:
+    """(width of the first, width of the second, numbers), longest first: it shows what fits."""
+    shapes = [(_bucket(first), second) for first, second in lengths]
+    order = sorted(range(len(shapes)), key=shapes.__getitem__, reverse=True)
+    for width, same in itertools.groupby(order, key=lambda n: shapes[n][0]):
+        numbers = list(same)
+        size = max(1, batch_tokens // width)
+        for start in range(0, len(numbers), size):
+            batch = numbers[start : start + size]
+            yield width, _bucket(max(shapes[n][1] for n in batch), smallest=4), batch
+
+
+def _bucket(length: int, smallest: int = 16) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, 128, … so that few shapes are compiled."""
+    sizes = (
+        size
+        for power in itertools.count()
+        for size in (smallest << power, smallest * 3 << power >> 1)
+    )
+    return next(size for size in sizes if length <= size)
+
+
+def _batch_size(count: int, width: int, batch_tokens: int) -> int:
+    """Rows of a batch: as many as fit, or the next power of two where fewer are left."""
+    return min(max(1, batch_tokens // width), 1 << (count - 1).bit_length())
+
+
+def _align_left(rows: Sequence[Sequence[int]], size: int, width: int) -> np.ndarray:
+    tokens_BT = np.zeros((size, width), np.int32)
+    for row, tokens in enumerate(rows):
+        tokens_BT[row, : len(tokens)] = tokens
+    return tokens_BT
+
+
+def _align_right(rows: Sequence[Sequence[int]], size: int, width: int) -> np.ndarray:
+    tokens_BT = np.zeros((size, width), np.int32)
+    for row, tokens in enumerate(rows):
+        tokens_BT[row, width - len(tokens) :] = tokens
+    return tokens_BT
