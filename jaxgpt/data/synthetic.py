@@ -1,0 +1,159 @@
+"""Embedded tasks: a small arithmetic assistant, generated, so that nothing is downloaded.
+
+Every problem adds or subtracts two numbers from 0 to 99. Which ones are held out follows from a
+hash of the operands, the same for every task: no stage has ever seen a held-out problem.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from jaxgpt.data.conversations import Dialogue, Message, Preference
+
+LARGEST = 99  # operand
+HELD_OUT = 10  # one problem in this many
+
+QUESTIONS = (
+    "What is {}?", "{} = ?", "Compute {}.", "How much is {}?", "Please work out {}.",
+    "Can you tell me what {} is?",
+)  # fmt: skip
+
+
+class Problem(NamedTuple):
+    """a + b or a - b; a difference is never negative."""
+
+    a: int
+    sign: str
+    b: int
+
+    @property
+    def answer(self) -> int:
+        return self.a + self.b if self.sign == "+" else self.a - self.b
+
+    @property
+    def held_out(self) -> bool:
+        """a + b and b + a are one problem, or the one would give the other away."""
+        operands = sorted((self.a, self.b)) if self.sign == "+" else (self.a, self.b)
+        return _draw(HELD_OUT, "split", self.sign, *operands) == 0
+
+    def __str__(self) -> str:
+        return f"{self.a} {self.sign} {self.b}"
+
+
+def problems(held_out: bool) -> Iterator[Problem]:
+    """All problems of one split, in an order that looks random."""
+    every = [Problem(a, s, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1) for s in "+-"]
+    possible = [p for p in every if p.answer >= 0 and p.held_out == held_out]
+    return iter(sorted(possible, key=lambda p: _draw(2**32, "order", *p)))
+
+
+def question(problem: Problem) -> str:
+    """One of several wordings."""
+    return QUESTIONS[_draw(len(QUESTIONS), "wording", *problem)].format(problem)
+
+
+def concise(problem: Problem, slip: int = 0) -> str:
+    """The steps and nothing else: 47 + 30 = 77, 77 + 8 = 85.
+
+    Args:
+        slip: an error made in the last step.
+    """
+    steps = _steps(problem)
+    last, result = steps[-1]
+    return ", ".join(f"{s} = {r}" for s, r in [*steps[:-1], (last, result + slip)])
+
+
+def rambling(problem: Problem) -> str:
+    """The same steps, with everything around them that nobody asked for."""
+    opening = ("Well, let me think about that.", "What a nice question!", "Sure, happy to help.")
+    first = opening[_draw(len(opening), "opening", *problem)]
+    steps = " and then ".join(f"{step} = {result}" for step, result in _steps(problem))
+    return f"{first} To find {problem}, I do {steps}. So the answer is {problem.answer}"
+
+
+def calculator(problem: Problem) -> list[Message]:
+    """The assistant calls a calculator, reads what it gave, and answers."""
+    return [
+        _says("assistant", f"calculator({problem})"),
+        _says("tool", str(problem.answer)),
+        _says("assistant", f"{problem} = {problem.answer}"),
+    ]
+
+
+def wrong(problem: Problem) -> str:
+    """A concise answer whose last step is off, by one, two or ten."""
+    slips = [slip for slip in (1, -1, 2, -2, 10, -10) if problem.answer + slip >= 0]
+    return concise(problem, slips[_draw(len(slips), "slip", *problem)])
+
+
+def stated_answer(text: str) -> int | None:
+    """The last number of a text, which is where every style states its answer."""
+    numbers = re.findall(r"\d+", text)
+    return int(numbers[-1]) if numbers else None
+
+
+def is_correct(problem: Problem, text: str) -> bool:
+    return stated_answer(text) == problem.answer
+
+
+def is_concise(problem: Problem, text: str) -> bool:
+    """Correct, and no longer than it has to be: the rule behind `arithmetic-concise`."""
+    return is_correct(problem, text) and len(text) <= len(concise(problem))
+
+
+def dialogues(task: str, held_out: bool) -> list[Dialogue]:
+    """A task's conversations, one a problem."""
+    return [
+        Dialogue([_says("user", question(p)), *DIALOGUES[task](p)], f"{task}, {p}")
+        for p in problems(held_out)
+    ]
+
+
+def preferences(task: str, held_out: bool) -> list[Preference]:
+    """A task's pairs, one a problem."""
+    return [
+        Preference([_says("user", question(p))], *_answers(task, p), 0.0, f"{task}, {p}")
+        for p in problems(held_out)
+    ]
+
+
+def _answers(task: str, problem: Problem) -> tuple[list[Message], list[Message]]:
+    chosen, rejected = PREFERENCES[task](problem)
+    return [_says("assistant", chosen)], [_says("assistant", rejected)]
+
+
+def _both_styles(problem: Problem) -> list[Message]:
+    style = rambling if _draw(2, "style", *problem) else concise
+    return [_says("assistant", style(problem))]
+
+
+DIALOGUES: dict[str, Callable[[Problem], list[Message]]] = {
+    "arithmetic": lambda problem: [_says("assistant", concise(problem))],
+    "arithmetic-styles": _both_styles,
+    "arithmetic-calculator": calculator,
+}
+PREFERENCES: dict[str, Callable[[Problem], tuple[str, str]]] = {
+    "arithmetic-correct": lambda problem: (concise(problem), wrong(problem)),
+    "arithmetic-concise": lambda problem: (concise(problem), rambling(problem)),
+}
+
+
+def _steps(problem: Problem) -> list[tuple[str, int]]:
+    """The tens of b, then its ones: every step is a small one."""
+    a, sign, b = problem
+    tens, ones = b - b % 10, b % 10
+    if not (tens and ones):
+        return [(str(problem), problem.answer)]
+    half = Problem(a, sign, tens)
+    return [(str(half), half.answer), (f"{half.answer} {sign} {ones}", problem.answer)]
+
+
+def _says(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _draw(size: int, *key: object) -> int:
+    """A number below `size` that depends on the key alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % size
