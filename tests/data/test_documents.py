@@ -91,6 +91,13 @@ def test_of_many_documents_every_tenth_is_held_out(tmp_path):
     assert len(texts(tmp_path / "a.jsonl", held_out=False)) == 32
 
 
+@pytest.mark.parametrize(("fraction", "count"), [(0.29, 29), (0.07, 7), (0.5, 50), (0.0, 0)])
+def test_the_share_of_held_out_documents_is_exact(tmp_path, fraction, count):
+    # 100 * 0.29 is 28.999999999999996 in floating point.
+    file = jsonl(tmp_path / "a.jsonl", [{"text": "row"}] * 100)
+    assert len(texts(file, held_out=True, val_fraction=fraction)) == count
+
+
 def test_tables_give_the_same_documents_in_every_format(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
