@@ -1,40 +1,90 @@
 """What a kernel leaf may be, and the only place where a weight meets an activation.
 
-Layers hand over whatever the parameter tree holds; no layer knows of quantisation or adapters.
+A kernel is a plain array, `Int8`, `Nf4`, or `Lora` around one of these. Layers hand over whatever
+the parameter tree holds; no layer knows of quantisation or adapters. Every leaf may have leading
+axes (layers, experts), which the scan over layers takes off as it does an array's.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 from jaxgpt import tree
-from jaxgpt.kernels import grouped
+from jaxgpt.kernels import grouped, nf4
 from jaxgpt.kernels.linear import linear
+from jaxgpt.kernels.nf4 import Nf4
 from jaxgpt.kernels.platform import dot
 from jaxgpt.types import Array, Params
 
 
-def matmul(x: Array, kernel: Array) -> Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8:
+    """codes * scale; an output channel's scale is its largest magnitude over 127."""
+
+    codes: Array  # [D, F] int8
+    scale: Array  # [F]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Lora:
+    """w + strength * a @ b, of which w is frozen (arXiv:2106.09685).
+
+    With DoRA (arXiv:2402.09353) every column of the sum is then given the length `magnitude`.
+    """
+
+    w: Any  # [D, F]: a plain array, Int8 or Nf4
+    a: Array  # [D, R]; or [B, D, R], an adapter for every row of the batch, as is b
+    b: Array  # [R, F]
+    magnitude: Array | None = None  # [F], DoRA's
+    norm: Array | None = None  # [F], DoRA's: the lengths of w's columns
+    rng: Array | None = None  # [B], keys of the dropout in front of a; None: no dropout
+    strength: float = field(default=1.0, metadata={"static": True})
+    dropout: float = field(default=0.0, metadata={"static": True})
+
+
+Kernel = Array | Int8 | Nf4 | Lora
+
+
+def matmul(x: Array, kernel: Kernel) -> Array:
     """x [..., D] times a kernel [D, F]."""
-    return linear(x, kernel)
+    return _apply(linear, lambda y_F, y: y_F.reshape((1,) * (y.ndim - 1) + y_F.shape), x, kernel)
 
 
-def grouped_matmul(rows_RD: Array, kernel_EDF: Array, layout: grouped.Layout) -> Array:
-    """Each row times the kernel of its expert."""
-    return grouped.grouped_matmul(rows_RD, kernel_EDF, layout)
+def grouped_matmul(rows_RD: Array, kernel: Kernel, layout: grouped.Layout) -> Array:
+    """Each row times the kernel of its expert, of the kernels [E, D, F]."""
+    product = lambda rows_RD, kernel_EDF: grouped.grouped_matmul(rows_RD, kernel_EDF, layout)
+    return _apply(product, lambda y_EF, _: y_EF[layout.expert_R], rows_RD, kernel)
 
 
-def batched_matmul(slots_BECD: Array, kernel_EDF: Array) -> Array:
-    """Every expert's slots [B, E, C, D] times its kernel."""
-    return dot("BECD,EDF->BECF", slots_BECD, kernel_EDF.astype(slots_BECD.dtype))
+def batched_matmul(slots_BECD: Array, kernel: Kernel) -> Array:
+    """Every expert's slots [B, E, C, D] times its kernel, of the kernels [E, D, F]."""
+    product = lambda x, kernel_EDF: dot("BECD,EDF->BECF", x, kernel_EDF.astype(x.dtype))
+    return _apply(product, lambda y_EF, _: y_EF[None, :, None], slots_BECD, kernel)
 
 
-def dense(kernel: Array) -> Array:
-    """The kernel as one plain array."""
+def dense(kernel: Kernel) -> Array:
+    """The kernel as one plain array; adapters are merged in float32."""
+    if isinstance(kernel, Int8):
+        return kernel.codes * kernel.scale[..., None, :]
+    if isinstance(kernel, Nf4):
+        return nf4.dequantize(kernel)
+    if isinstance(kernel, Lora):
+        change = jnp.matmul(kernel.a, kernel.b, precision="highest") * kernel.strength
+        merged = dense(kernel.w) + change
+        if kernel.magnitude is None:
+            return merged
+        return merged * (kernel.magnitude / jnp.linalg.norm(merged, axis=-2))[..., None, :]
     return kernel
 
 
-def transpose(kernel: Array) -> Array:
-    """The kernel [F, D] as [D, F]."""
-    return kernel.T
+def transpose(kernel: Kernel) -> Array:
+    """The kernel [F, D] as a plain [D, F]."""
+    return dense(kernel).T
 
 
 def take(embedding_VD: Array, tokens_BT: Array) -> Array:
@@ -42,7 +92,102 @@ def take(embedding_VD: Array, tokens_BT: Array) -> Array:
     return embedding_VD[tokens_BT].astype(jnp.float32)
 
 
+def quantize(kernel: Array, kind: str) -> Int8 | Nf4:
+    """A plain kernel [..., D, F] as "int8" or "nf4"."""
+    if kind == "nf4":
+        return nf4.quantize(kernel)
+    scale = jnp.maximum(jnp.abs(kernel).max(-2), jnp.finfo(jnp.float32).tiny) / 127
+    return Int8(jnp.round(kernel / scale[..., None, :]).astype(jnp.int8), scale)
+
+
+def is_quantized(params: Params) -> bool:
+    """Whether any kernel is stored in fewer bits."""
+    found = lambda leaf: isinstance(leaf, (Int8, Nf4))
+    return any(map(found, jax.tree.leaves(params, is_leaf=found)))
+
+
+def map_kernels(fn: Callable[[str, Kernel], Any], params: Params) -> Params:
+    """The tree with fn(name, leaf) in place of every leaf; a kernel of any kind is one leaf."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: fn(tree.name_of(path), leaf),
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, (Int8, Nf4, Lora)),
+    )
+
+
 def cast_kernels(params: Params, dtype: str) -> Params:
-    """Plain kernels in another type; embeddings, norms and biases stay."""
-    cast = lambda name, leaf: leaf.astype(dtype) if name.endswith("kernel") else leaf
-    return tree.map_named(cast, params)
+    """Kernels in another type; embeddings, norms, biases and quantised kernels stay."""
+
+    def cast(kernel: Kernel) -> Kernel:
+        if isinstance(kernel, Lora):
+            a, b = kernel.a.astype(dtype), kernel.b.astype(dtype)
+            return replace(kernel, w=cast(kernel.w), a=a, b=b)
+        return kernel.astype(dtype) if isinstance(kernel, jax.Array) else kernel
+
+    return map_kernels(lambda name, k: cast(k) if name.endswith("kernel") else k, params)
+
+
+def _apply(
+    product: Callable[[Array, Array], Array],
+    spread: Callable[[Array, Array], Array],
+    x: Array,
+    kernel: Kernel,
+) -> Array:
+    """product(x, kernel) for any kind of kernel.
+
+    Quantised kernels are decoded under a checkpoint: the backward pass keeps their codes, not
+    what they decode to.
+
+    Args:
+        spread: brings one number per output channel into the form of a product y.
+    """
+    if isinstance(kernel, Int8):
+        cast = lambda x, codes: product(x, codes.astype(x.dtype))
+        y = jax.checkpoint(cast)(x, kernel.codes)
+        return (y * spread(kernel.scale, y)).astype(y.dtype)
+    if isinstance(kernel, Nf4):
+        return jax.checkpoint(lambda x, codes: product(x, nf4.dequantize(codes)))(x, kernel)
+    if isinstance(kernel, Lora):
+        y = _apply(product, spread, x, kernel.w)
+        y = y + (_low_rank(product, x, kernel) * kernel.strength).astype(y.dtype)
+        if kernel.magnitude is None:
+            return y
+        return (y * spread(_stretch(kernel), y)).astype(y.dtype)
+    return product(x, kernel)
+
+
+def _low_rank(product: Callable[[Array, Array], Array], x: Array, kernel: Lora) -> Array:
+    """(x @ a) @ b, which costs R / D of x @ w and never builds a @ b."""
+    if kernel.rng is not None:
+        x = _drop(x, kernel.rng, kernel.dropout)
+    if product is linear and kernel.a.ndim == 3:
+        a_BDR, b_BRF = kernel.a.astype(x.dtype), kernel.b.astype(x.dtype)
+        low_BTR = dot("BTD,BDR->BTR", x, a_BDR).astype(x.dtype)
+        return dot("BTR,BRF->BTF", low_BTR, b_BRF)
+    return product(product(x, kernel.a).astype(x.dtype), kernel.b)
+
+
+def _drop(x_BTD: Array, rng_B: Array, rate: float) -> Array:
+    """Inverted dropout with a key per row."""
+    if len(rng_B) != len(x_BTD):
+        raise ValueError(
+            f"peft.dropout={rate}: this stage passes {len(x_BTD)} sequences for {len(rng_B)} rows "
+            "of a batch through the network; set it to 0"
+        )
+    draw = lambda rng: jax.random.bernoulli(rng, 1 - rate, x_BTD.shape[1:])
+    return jnp.where(jax.vmap(draw)(rng_B), x_BTD / (1 - rate), 0)
+
+
+def _stretch(kernel: Lora) -> Array:
+    """DoRA's factor of every column: magnitude / |w + s a b|; the length has no gradient.
+
+    |w + s a b|^2 = |w|^2 + 2 s sum_r (a'w * b) + s^2 sum_r (b * a'a b) needs products of rank R
+    only, and its ratio to |w|^2 is exactly 1 while b is zero.
+    """
+    assert kernel.magnitude is not None and kernel.norm is not None
+    a_DR, b_RF = jax.lax.stop_gradient((kernel.a, kernel.b))
+    s, square_F = kernel.strength, jnp.square(kernel.norm)
+    cross_F = (matmul(a_DR.T, kernel.w) * b_RF).sum(0)
+    change_F = (b_RF * ((a_DR.T @ a_DR) @ b_RF)).sum(0)
+    ratio_F = 1 + (2 * s * cross_F + s * s * change_F) / square_F
+    return kernel.magnitude / kernel.norm / jnp.sqrt(ratio_F)

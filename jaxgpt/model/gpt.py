@@ -106,7 +106,7 @@ class GPT(nn.Module):
         length = None if cache is None else cache.length
         inputs = BlockInputs(rope, segments_BT, rng_B, length, mask_BTS)
         slots = None if cache is None else (cache.keys_LBSKH, cache.values_LBSKH)
-        blocks = _stack(cfg)(cfg, name="blocks")
+        blocks = _stack(cfg, weights.is_quantized(self.variables))(cfg, name="blocks")
         scanned = (jnp.arange(cfg.num_layers), bias_LE)
         (x_BTD, slots), router = blocks((x_BTD, slots), scanned, inputs)
 
@@ -155,7 +155,7 @@ def logits(params: Params, hidden_BTD: Array) -> Array:
     return weights.matmul(hidden_BTD, kernel).astype(jnp.float32)
 
 
-def _stack(cfg: ModelConfig) -> Any:
+def _stack(cfg: ModelConfig, quantized: bool) -> Any:
     """Block, rematerialised as asked, scanned over layers with one stacked parameter tree."""
     block = Block
     if cfg.remat != "none":
@@ -169,7 +169,7 @@ def _stack(cfg: ModelConfig) -> Any:
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         length=cfg.num_layers,
-        unroll=layer_unroll(cfg.num_layers, remat=cfg.remat != "none", quantized=False),
+        unroll=layer_unroll(cfg.num_layers, remat=cfg.remat != "none", quantized=quantized),
     )
 
 
