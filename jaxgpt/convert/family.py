@@ -72,7 +72,7 @@ def read(family: Family, theirs: Mapping[str, Any]) -> ModelConfig:
 
 def write(family: Family, cfg: ModelConfig) -> dict[str, Any]:
     """The function-defining part of config.json. `differences` tells whether it says everything."""
-    resolved = _resolve(cfg)
+    resolved = resolve(cfg)
     theirs: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -90,17 +90,17 @@ def write(family: Family, cfg: ModelConfig) -> dict[str, Any]:
 def differences(family: Family, cfg: ModelConfig) -> list[str]:
     """Fields of ModelConfig that a model of this family cannot have as they are."""
     try:
-        told = _resolve(read(family, write(family, cfg)))
+        told = resolve(read(family, write(family, cfg)))
     except ValueError:  # its own rules, such as heads that divide the width
         told = ModelConfig(**family.fixed)
-    asked = _resolve(cfg)
+    asked = resolve(cfg)
     names = [f.name for f in dataclasses.fields(cfg) if f.name not in TRAINING]
     if family.fixed.get("bias") == "all":  # zeros stand in for biases that the model lacks
         names.remove("bias")
     return [name for name in names if getattr(told, name) != getattr(asked, name)]
 
 
-def _resolve(cfg: ModelConfig) -> ModelConfig:
+def resolve(cfg: ModelConfig) -> ModelConfig:
     """The config with every derived value stated and every idle setting at its default."""
     stated: dict[str, Any] = {
         "num_kv_heads": cfg.kv_heads, "head_dim": cfg.head_width, "mlp_dim": cfg.mlp_width,

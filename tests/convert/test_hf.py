@@ -1,0 +1,342 @@
+"""Hugging Face directories, against transformers itself."""
+
+import dataclasses
+import json
+import logging
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers", reason="the reference extra is not installed")
+
+import reference_models
+import transformers
+from reference_models import open_hf
+
+from jaxgpt import sharding, tree
+from jaxgpt.config import MeshConfig, ModelConfig
+from jaxgpt.convert import family, hf, table
+from jaxgpt.model import gpt
+from jaxgpt.sampling import sample
+
+
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+def random_params(cfg):
+    random = np.random.default_rng(0)
+    shapes = table.parameter_shapes(cfg).items()
+    return table.nest({n: random.normal(0, 0.3, s).astype(np.float32) for n, s in shapes})
+
+
+def logits(cfg, params, tokens_BT):
+    forward = lambda params: gpt.logits(params, gpt.apply(cfg, params, tokens_BT).hidden_BTD)
+    # A lower level compiles faster.
+    return jax.jit(forward, compiler_options={"xla_backend_optimization_level": "0"})(params)
+
+
+def assert_same_bits(found, expected):
+    found, expected = tree.flatten(found), tree.flatten(expected)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype
+        assert np.array_equal(found[name], expected[name]), name
+
+
+def edit(path, **settings):
+    content = json.loads((path / "config.json").read_text()) | settings
+    (path / "config.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def llama(tmp_path):
+    model = reference_models.build("llama")
+    model.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.mark.parametrize("name", reference_models.CONFIGS)
+def test_export_restores_every_tensor_and_transformers_logits(name, tmp_path, caplog):
+    model = reference_models.build(name)
+    model.save_pretrained(tmp_path / "theirs")
+    cfg, params = hf.load(tmp_path / "theirs")
+    hf.save(tmp_path / "ours", cfg, params)
+
+    transformers.logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        again = open_hf(tmp_path / "ours")
+    assert not caplog.records
+    assert again.config.dtype == reference_models.torch.float32
+    for key, tensor in model.state_dict().items():
+        assert reference_models.torch.equal(again.state_dict()[key], tensor), key
+    tokens_BT = reference_models.tokens()
+    assert np.array_equal(
+        reference_models.logits(again, tokens_BT), reference_models.logits(model, tokens_BT)
+    )
+    cfg_again, params_again = hf.load(tmp_path / "ours")
+    assert family.resolve(cfg_again) == family.resolve(cfg)
+    assert_same_bits(params_again, params)
+
+
+@pytest.mark.parametrize("name", ["llama", *map(slow, ["gpt2", "qwen3_moe"])])
+def test_a_trained_model_is_the_same_in_transformers(name, tmp_path):
+    reference_models.build(name).save_pretrained(tmp_path / "theirs")
+    cfg, params = hf.load(tmp_path / "theirs")
+    tokens_BT = reference_models.tokens(length=16)
+    loss = lambda params: jnp.square(gpt.apply(cfg, params, tokens_BT).hidden_BTD).mean()
+    options = {"xla_backend_optimization_level": "0"}
+    gradients = jax.jit(jax.grad(loss), compiler_options=options)(params)
+    params = jax.tree.map(lambda p, g: p - 0.3 * g, params, gradients)
+    hf.save(tmp_path / "ours", cfg, params)
+    expected_BTV = reference_models.logits(open_hf(tmp_path / "ours"), tokens_BT)
+    before_BTV = reference_models.logits(open_hf(tmp_path / "theirs"), tokens_BT)
+    assert np.abs(expected_BTV - before_BTV).max() > 1e-2
+    np.testing.assert_allclose(logits(cfg, params, tokens_BT), expected_BTV, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", *map(slow, ["qwen2", "qwen3", "qwen3_moe", "mixtral"])]
+)
+def test_greedy_text_equals_that_of_transformers(name, tmp_path):
+    model = reference_models.build(name)
+    model.save_pretrained(tmp_path)
+    cfg, params = hf.load(tmp_path)
+    prompt = reference_models.tokens(rows=1, length=20)
+    expected = model.generate(
+        reference_models.torch.as_tensor(prompt), max_new_tokens=64, do_sample=False
+    )[0, 20:].tolist()
+    settings = sample.Sampling(max_new_tokens=64, temperature=0)
+    (found,) = sample.generate(cfg, params, [prompt[0].tolist()], settings)
+    assert len(set(expected)) > 3  # no single repeated token
+    if found.tokens != expected:  # allowed only where the two leading logits are as good as equal
+        first = next(i for i in range(64) if found.tokens[i] != expected[i])
+        row = np.concatenate([prompt[0], expected[:first]])[None]
+        leading = np.sort(reference_models.logits(model, row)[0, -1])[-2:]
+        assert leading[1] - leading[0] < 1e-4
+
+
+def test_shards_of_transformers_are_read(tmp_path):
+    model = reference_models.build("llama")
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    assert_same_bits(hf.load(tmp_path / "many")[1], hf.load(tmp_path / "one")[1])
+
+
+def test_shards_are_written_below_their_limit(llama, tmp_path):
+    cfg, params = hf.load(llama)
+    hf.save(tmp_path / "ours", cfg, params, shard_bytes=20_000)
+    files = sorted((tmp_path / "ours").glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 20_000 + 4_000 for file in files)  # and a header
+    assert_same_bits(hf.load(tmp_path / "ours")[1], params)
+    tokens_BT = reference_models.tokens()
+    assert np.array_equal(
+        reference_models.logits(open_hf(tmp_path / "ours"), tokens_BT),
+        reference_models.logits(open_hf(llama), tokens_BT),
+    )
+
+
+def test_weights_go_straight_onto_a_mesh(llama):
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
+
+    def place(name, array):
+        spec = sharding.spec_of(name, array.shape, mesh)
+        return jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
+
+    _, params = hf.load(llama, place=place)
+    kernel = params["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 24 // 4, 40)
+    assert_same_bits(params, hf.load(llama)[1])
+
+
+def test_loading_holds_the_model_and_one_tensor(tmp_path):
+    cfg = ModelConfig(
+        vocab_size=64, num_layers=4, model_dim=256, norm="rmsnorm", mlp="gated",
+        activation="silu", position="rope",
+    )  # fmt: skip
+    shapes = table.parameter_shapes(cfg)
+    hf.save(tmp_path / "model", cfg, random_params(cfg))
+    size = sum(4 * np.prod(shape) for shape in shapes.values())
+    hf.load(tmp_path / "model")  # what Python and JAX keep for the next time
+    tracemalloc.start()
+    hf.load(tmp_path / "model")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    largest = 4 * 256 * 1024
+    assert size < peak < size + largest + 300_000
+
+
+def test_bfloat16_is_kept_or_widened(llama, tmp_path):
+    cfg, params = hf.load(llama)
+    hf.save(tmp_path / "half", cfg, params, dtype="bfloat16")
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    assert_same_bits(hf.load(tmp_path / "half", dtype="bfloat16")[1], rounded)
+    widened = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
+    assert_same_bits(hf.load(tmp_path / "half")[1], widened)
+    assert open_hf(tmp_path / "half").config.dtype == reference_models.torch.bfloat16
+
+
+def test_gpt2_without_biases_is_written_with_zeros(tmp_path):
+    cfg = ModelConfig(vocab_size=61, num_layers=2, model_dim=24, num_heads=4, context_length=32)
+    params = random_params(cfg)
+    hf.save(tmp_path / "model", cfg, params)
+    tokens_BT = reference_models.tokens(length=32)
+    expected_BTV = reference_models.logits(open_hf(tmp_path / "model"), tokens_BT)
+    np.testing.assert_allclose(logits(cfg, params, tokens_BT), expected_BTV, atol=1e-4)
+
+
+def test_old_gpt2_files_without_prefix_and_with_masks_are_read(tmp_path):
+    model = reference_models.build("gpt2")
+    model.save_pretrained(tmp_path / "new")
+    model.transformer.save_pretrained(tmp_path / "old")
+    from safetensors import numpy as files
+
+    tensors = files.load_file(tmp_path / "old/model.safetensors")
+    assert "wte.weight" in tensors
+    tensors |= {f"h.{i}.attn.bias": np.ones((1, 1, 8, 8), np.float32) for i in range(2)}
+    files.save_file(tensors, tmp_path / "old/model.safetensors")
+    assert_same_bits(hf.load(tmp_path / "old")[1], hf.load(tmp_path / "new")[1])
+
+
+def test_fused_experts_are_read(tmp_path):
+    model = reference_models.build("qwen3_moe")
+    model.save_pretrained(tmp_path / "each")
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "fused/model.safetensors", "np") as file:
+        assert any("gate_up_proj" in name for name in file.keys())  # noqa: SIM118
+    assert_same_bits(hf.load(tmp_path / "fused")[1], hf.load(tmp_path / "each")[1])
+
+
+def test_a_copy_of_the_tied_head_is_accepted_and_another_head_is_not(tmp_path):
+    reference_models.build("llama-tied-biases").save_pretrained(tmp_path)
+    from safetensors import numpy as files
+
+    file = tmp_path / "model.safetensors"
+    tensors, expected = files.load_file(file), hf.load(tmp_path)[1]
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    files.save_file(tensors, file, {"format": "pt"})
+    assert_same_bits(hf.load(tmp_path)[1], expected)
+    tensors["lm_head.weight"][0, 0] += 1
+    files.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"tie_word_embeddings=True, but lm_head\.weight"):
+        hf.load(tmp_path)
+
+
+def test_settings_of_transformers_4_are_read(llama):
+    new = hf.load(llama)[0]
+    content = json.loads((llama / "config.json").read_text())
+    rope = content.pop("rope_parameters")
+    content["rope_theta"] = rope.pop("rope_theta")
+    content["rope_scaling"] = rope | {"type": rope.pop("rope_type")}
+    (llama / "config.json").write_text(json.dumps(content))
+    assert hf.load(llama)[0] == new
+    assert new.rope_scaling is not None
+    assert new.rope_base == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("llama", {"model_type": "bert"}, "model_type='bert'"),
+        ("llama", {"hidden_act": "relu"}, "hidden_act='relu'"),
+        ("llama", {"attention_bias": True}, "attention_bias=True, mlp_bias=False"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor=0.5",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor=None"),
+        ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ("llama", {"hidden_size": "24"}, "hidden_size='24'"),
+        ("llama", {"hidden_size": True}, "hidden_size=True"),
+        ("llama", {"num_hidden_layers": 10**30}, "num_hidden_layers=1000"),
+        ("llama", {"num_hidden_layers": 10**9}, "lack tensors .*layers.2.input_layernorm"),
+        ("llama", {"vocab_size": 2**31 - 1}, "shapes"),
+        ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+        ("llama", {"num_key_value_heads": 3}, "num_kv_heads=3"),
+        ("llama", {"head_dim": 7}, "head_dim=7"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("mixtral", {"sliding_window": 4096}, "sliding_window=4096"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused_by_name(name, settings, message, tmp_path):
+    reference_models.build(name).save_pretrained(tmp_path)
+    edit(tmp_path, **settings)
+    with pytest.raises(ValueError, match=message) as caught:
+        hf.load(tmp_path)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, "lack tensors that the config asks for: model.norm.weight$"),
+        ({"model.layers.0.extra": np.ones(3, np.float32)}, "no place for: model.layers.0.extra$"),
+        (
+            {"model.norm.weight": np.ones((24, 1), np.float32)},
+            r"model.norm.weight is \[24, 1\] instead of \[24\]",
+        ),
+        ({"model.norm.weight": np.ones(24, np.int8)}, "model.norm.weight is I8"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(llama, change, message):
+    from safetensors import numpy as files
+
+    tensors = files.load_file(llama / "model.safetensors") | change
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    files.save_file(kept, llama / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        hf.load(llama)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adapter_dim": 4}, "model.adapter_dim=4: no Hugging Face family"),
+        ({"num_experts": 4}, "model.num_experts=4"),
+        ({"num_kv_heads": 1}, "model.num_kv_heads=1"),
+        ({"qk_norm": True}, "model.qk_norm=True"),
+    ],
+)
+def test_a_model_that_no_family_has_is_refused_by_name(settings, message):
+    cfg = ModelConfig(vocab_size=61, model_dim=24, num_heads=4, **settings)
+    with pytest.raises(ValueError, match=message):
+        hf.config_to_hf(cfg)
+
+
+def test_parameters_of_another_config_are_refused(tmp_path, tiny):
+    cfg = dataclasses.replace(tiny, num_kv_heads=None)
+    params = random_params(dataclasses.replace(cfg, num_layers=3))
+    with pytest.raises(ValueError, match="not the config's: blocks/attention/key/kernel"):
+        hf.save(tmp_path / "model", cfg, params)
+
+
+def test_only_our_own_export_is_replaced_and_a_failed_one_leaves_nothing(llama, tmp_path):
+    cfg, params = hf.load(llama)
+    with pytest.raises(ValueError, match="holds something else than an export"):
+        hf.save(llama, cfg, params)
+    out = tmp_path / "out"
+    hf.save(out, cfg, params)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, params)
+    hf.save(out, cfg, doubled)
+    assert_same_bits(hf.load(out)[1], doubled)
+    with pytest.raises(OSError, match="missing-folder"):
+        hf.save(out, cfg, params, tokenizer_files={"missing-folder/x": b""})
+    assert_same_bits(hf.load(out)[1], doubled)
+    assert {file.name for file in tmp_path.iterdir()} == {"llama", "out"}

@@ -1,0 +1,75 @@
+"""Tiny random models of every family, made with transformers, for the comparison tests."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the reference extra is not installed")
+transformers = pytest.importorskip("transformers", reason="the reference extra is not installed")
+
+VOCAB, CONTEXT = 61, 96
+# No two axes are of one length, so that a swapped pair cannot pass.
+SHAPE: dict[str, Any] = dict(
+    vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
+    bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+GPT2: dict[str, Any] = dict(
+    vocab_size=VOCAB, n_positions=CONTEXT, n_embd=24, n_layer=2, n_head=4, bos_token_id=None,
+    eos_token_id=None,
+)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=1000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)  # fmt: skip
+
+CONFIGS = {
+    "gpt2": lambda t: t.GPT2Config(**GPT2),
+    "gpt2-untied-erf": lambda t: t.GPT2Config(
+        **GPT2, n_inner=56, activation_function="gelu", tie_word_embeddings=False
+    ),
+    "llama": lambda t: t.LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
+    "llama-tied-biases": lambda t: t.LlamaConfig(
+        **SHAPE, head_dim=8, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "qwen2": lambda t: t.Qwen2Config(**SHAPE),
+    "qwen3": lambda t: t.Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True),
+    "qwen3_moe": lambda t: t.Qwen3MoeConfig(
+        **SHAPE, head_dim=8, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=20
+    ),
+    "qwen3_moe-normalized": lambda t: t.Qwen3MoeConfig(
+        **SHAPE, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True
+    ),
+    "mixtral": lambda t: t.MixtralConfig(**SHAPE, num_local_experts=5),
+}  # fmt: skip
+
+
+def build(name: str) -> Any:
+    """The model with every parameter random: fresh norms and biases would hide mistakes."""
+    model = transformers.AutoModelForCausalLM.from_config(
+        CONFIGS[name](transformers), attn_implementation="eager"
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise + ("norm" in key or "ln_" in key) * key.endswith("weight"))
+    return model.eval()
+
+
+def open_hf(path: Any) -> Any:
+    """What transformers makes of a directory."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="eager"
+    ).eval()
+
+
+def logits(model: Any, tokens_BT: np.ndarray) -> np.ndarray:
+    """float32 scores of a transformers model."""
+    with torch.no_grad():
+        return model(torch.as_tensor(tokens_BT)).logits.float().numpy()
+
+
+def tokens(rows: int = 2, length: int = CONTEXT) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, VOCAB, (rows, length))
