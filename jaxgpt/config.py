@@ -5,6 +5,7 @@ A default lives here and nowhere else; the text under a field is what `--help` p
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,13 @@ C = TypeVar("C")
 def _require(holds: bool, setting: str, value: Any, fix: str) -> None:
     if not holds:
         raise ValueError(f"{setting}={value}: {fix}")
+
+
+def _at_least(section: str, cfg: Any, **least: float) -> None:
+    for name, bound in least.items():
+        value = getattr(cfg, name)
+        fix = f"must be {bound} or more"
+        _require(value is None or value >= bound, f"{section}.{name}", value, fix)
 
 
 @dataclass(frozen=True)
@@ -97,15 +105,11 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products, every block."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.context_length > 0,
-            "model.context_length",
-            self.context_length,
-            "must be at least 1",
-        )
-        _require(self.num_layers > 0, "model.num_layers", self.num_layers, "must be at least 1")
-        _require(self.model_dim > 0, "model.model_dim", self.model_dim, "must be at least 1")
-        _require(self.num_heads > 0, "model.num_heads", self.num_heads, "must be at least 1")
+        _at_least(
+            "model", self, context_length=1, num_layers=1, model_dim=1, num_heads=1,
+            num_kv_heads=1, head_dim=1, mlp_dim=1, vocab_size=0, num_experts=0, expert_capacity=0,
+            adapter_dim=0, norm_eps=0,
+        )  # fmt: skip
         if self.head_dim is None:
             _require(
                 self.model_dim % self.num_heads == 0, "model.num_heads", self.num_heads,
@@ -159,6 +163,7 @@ class DataConfig:
     """Pack whole documents with segment ids and restarted positions; off: one endless stream."""
 
     def __post_init__(self) -> None:
+        _at_least("data", self, vocab_size=1)
         _require(
             0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must be in (0, 1)"
         )
@@ -196,10 +201,10 @@ class TrainConfig:
     """A loss above this, or not finite, stops the run."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, "train.steps", self.steps, "must be 0 or more")
-        _require(self.batch_size > 0, "train.batch_size", self.batch_size, "must be at least 1")
+        _at_least("train", self, steps=0, batch_size=1, micro_batches=1, z_loss=0, loss_chunk=0)
+        _require(self.max_loss > 0, "train.max_loss", self.max_loss, "must be positive")
         _require(
-            self.micro_batches > 0 and self.batch_size % self.micro_batches == 0,
+            self.batch_size % self.micro_batches == 0,
             "train.micro_batches", self.micro_batches,
             f"must divide train.batch_size={self.batch_size}",
         )  # fmt: skip
@@ -209,7 +214,6 @@ class TrainConfig:
             self.label_smoothing,
             "must be in [0, 1)",
         )
-        _require(self.z_loss >= 0, "train.z_loss", self.z_loss, "must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -246,16 +250,19 @@ class OptimConfig:
     """Decay of an exponential moving average of the parameters, used to evaluate; 0: none."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.learning_rate >= 0, "optim.learning_rate", self.learning_rate, "must be 0 or more"
-        )
-        _require(0 <= self.beta1 < 1, "optim.beta1", self.beta1, "must be in [0, 1)")
-        _require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "must be in [0, 1)")
-        _require(
-            self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be 0 or more"
-        )
-        _require(0 <= self.ema < 1, "optim.ema", self.ema, "must be in [0, 1)")
-        _require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "must be 0 or more")
+        _at_least(
+            "optim", self, learning_rate=0, warmup_steps=0, min_ratio=0, decay_steps=1, eps=0,
+            weight_decay=0, clip_norm=0,
+        )  # fmt: skip
+        for name in ("beta1", "beta2", "ema"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.{name}", value, "must be in [0, 1)")
+        share = self.decay_fraction
+        _require(0 <= share <= 1, "optim.decay_fraction", share, "must be in [0, 1]")
+        try:
+            re.compile(self.no_decay)
+        except re.error as error:
+            _require(False, "optim.no_decay", self.no_decay, f"no regular expression: {error}")
 
 
 @dataclass(frozen=True)
@@ -268,8 +275,7 @@ class CheckpointConfig:
     """Latest checkpoints kept, beside the one with the best validation loss."""
 
     def __post_init__(self) -> None:
-        _require(self.every > 0, "checkpoint.every", self.every, "must be at least 1")
-        _require(self.keep > 0, "checkpoint.keep", self.keep, "must be at least 1")
+        _at_least("checkpoint", self, every=1, keep=1)
 
 
 @dataclass(frozen=True)
@@ -282,7 +288,7 @@ class EvalConfig:
     """Batches per evaluation, the same ones each time; the last evaluation reads them all if 0."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "eval.every", self.every, "must be 0 or more")
+        _at_least("eval", self, every=0, batches=0)
 
 
 @dataclass(frozen=True)
@@ -302,6 +308,11 @@ class SampleConfig:
     top_k: int = 0
     """Only the k likeliest tokens; 0: all."""
 
+    def __post_init__(self) -> None:
+        _at_least("sample", self, every=0, max_new_tokens=0, temperature=0, top_k=0)
+        _require(0 < self.top_p <= 1, "sample.top_p", self.top_p, "must be in (0, 1]")
+        _require(all(self.prompts), "sample.prompts", self.prompts, "none may be empty")
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -318,6 +329,10 @@ class MeshConfig:
     expert: int = 1
     """Experts cut over devices."""
 
+    def __post_init__(self) -> None:
+        for axis, size in dataclasses.asdict(self).items():
+            _require(size == -1 or size > 0, f"mesh.{axis}", size, "must be positive, or -1")
+
 
 @dataclass(frozen=True)
 class LogConfig:
@@ -331,6 +346,13 @@ class LogConfig:
     """Weights & Biases project; empty: off."""
     profile: str = ""
     """Steps to trace with JAX's profiler, as first:last; empty: none."""
+
+    def __post_init__(self) -> None:
+        _at_least("log", self, every=1)
+        if self.profile:
+            first, _, last = self.profile.partition(":")
+            holds = first.isdecimal() and last.isdecimal() and int(first) <= int(last)
+            _require(holds, "log.profile", self.profile, "must be first:last, such as 10:12")
 
 
 @dataclass(frozen=True)
@@ -372,8 +394,9 @@ def parse(kind: type[C], description: str | None, args: Sequence[str] | None = N
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog=Path(sys.argv[0]).name, description=description, exit_on_error=False
-    )
+        prog=Path(sys.argv[0]).name, description=description, exit_on_error=False,
+        allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument(
         "--config", action="config", help="YAML file that states what differs from the defaults"
     )
@@ -399,9 +422,9 @@ def exit_cleanly(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, ArithmeticError) else 2) from None
+        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -17,7 +17,7 @@ from jaxgpt.types import Array
 FLUSH_SECONDS = 1.0  # how stale the progress line may get
 
 
-class Diverged(ArithmeticError):
+class Diverged(FloatingPointError):
     """The loss is not a number, or far too large."""
 
 

@@ -1,0 +1,207 @@
+"""Settings: parsing, validation, round trip, and one clear line for every mistake."""
+
+import ast
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+
+from jaxgpt import config
+from jaxgpt.config import ModelConfig, PretrainConfig
+
+DESCRIPTION = "Test."
+
+
+def parse(*args: str) -> PretrainConfig:
+    return config.parse(PretrainConfig, DESCRIPTION, args)
+
+
+def test_defaults_are_those_of_the_dataclasses():
+    assert parse() == PretrainConfig()
+
+
+def test_a_file_states_what_differs_and_the_command_line_wins(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 3\nmodel:\n  num_layers: 2\n  model_dim: 64\noptim:\n  ema: 0.5\n")
+    cfg = parse("--config", str(file), "--model.num_layers", "6", "--run", "somewhere")
+    expected = PretrainConfig(
+        run="somewhere",
+        seed=3,
+        model=ModelConfig(num_layers=6, model_dim=64),
+        optim=config.OptimConfig(ema=0.5),
+    )
+    assert cfg == expected
+
+
+def test_the_written_config_reads_back(tmp_path):
+    cfg = PretrainConfig(
+        run="r",
+        model=ModelConfig(position="rope", rope_scaling=config.RopeScaling(factor=4.0), head_dim=8),
+        data=config.DataConfig(mixture={"a": 0.5, "b/c": 2.0}),
+        sample=config.SampleConfig(prompts=["def f(", "1: 'x'\n"]),
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml(cfg))
+    assert parse("--config", str(file)) == cfg
+
+
+def test_print_config_runs_again(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--model.num_heads", "2", "--optim.ema", "0.9", "--print_config")
+    assert stop.value.code == 0
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert parse("--config", str(file)) == parse("--model.num_heads", "2", "--optim.ema", "0.9")
+
+
+def classes(kind: type = PretrainConfig) -> list[type]:
+    """A config and all that it is made of."""
+    found = [kind]
+    for hint in typing.get_type_hints(kind).values():
+        for part in [hint, *typing.get_args(hint)]:
+            if dataclasses.is_dataclass(part):
+                found += classes(part)
+    return found
+
+
+def test_help_explains_every_field_and_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for kind in set(classes()) - {config.RopeScaling}:  # which has a --help of its own
+        for field in dataclasses.fields(kind):
+            assert f"{field.name} " in shown, field.name
+    assert "Peak learning rate" in shown and "default: 0.001" in shown
+
+
+def test_every_field_is_documented():
+    for node in ast.parse(Path(config.__file__).read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            for item, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(item, ast.AnnAssign) and "Config" not in ast.unparse(item):
+                    has = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                    assert has, f"{node.name}.{ast.unparse(item.target)} has no docstring"
+
+
+WRONG = [
+    ("--model.num_layer", "2"),
+    ("--model.num_layers", "two"),
+    ("--model.num_layers", "0"),
+    ("--model.num_heads", "3"),
+    ("--model.num_heads", "-4"),
+    ("--model.num_kv_heads", "0"),
+    ("--model.num_kv_heads", "3"),
+    ("--model.head_dim", "0"),
+    ("--model.mlp_dim", "-1"),
+    ("--model.vocab_size", "-5"),
+    ("--model.context_length", "0"),
+    ("--model.dropout", "1.0"),
+    ("--model.activation", "relu"),
+    ("--model.num_experts", "-1"),
+    ("--model.expert_capacity", "-1"),
+    ("--model.adapter_dim", "-1"),
+    ("--model.dtype", "float16"),
+    ("--data.val_fraction", "0"),
+    ("--data.vocab_size", "-1"),
+    ("--train.steps", "-1"),
+    ("--train.batch_size", "-8"),
+    ("--train.micro_batches", "3"),
+    ("--train.label_smoothing", "1"),
+    ("--train.z_loss", "-1"),
+    ("--train.loss_chunk", "-1"),
+    ("--train.max_loss", "0"),
+    ("--optim.learning_rate", "-1"),
+    ("--optim.warmup_steps", "-1"),
+    ("--optim.min_ratio", "-0.1"),
+    ("--optim.decay_steps", "-1"),
+    ("--optim.decay_fraction", "1.5"),
+    ("--optim.eps", "-1e-8"),
+    ("--optim.weight_decay", "-0.1"),
+    ("--optim.no_decay", "'('"),
+    ("--optim.beta1", "1"),
+    ("--optim.clip_norm", "-1"),
+    ("--optim.ema", "1"),
+    ("--checkpoint.every", "0"),
+    ("--checkpoint.keep", "0"),
+    ("--eval.every", "-1"),
+    ("--eval.batches", "-1"),
+    ("--sample.every", "-1"),
+    ("--sample.max_new_tokens", "-1"),
+    ("--sample.temperature", "-0.5"),
+    ("--sample.top_p", "0"),
+    ("--sample.top_k", "-1"),
+    ("--mesh.fsdp", "0"),
+    ("--mesh.tensor", "-2"),
+    ("--log.every", "0"),
+    ("--log.profile", "3"),
+    ("--log.profile", "5:2"),
+    ("--seed", "1.5"),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=" ".join)
+def test_a_bad_value_is_one_line_that_names_the_key(wrong):
+    with pytest.raises(ValueError) as error:
+        parse(*wrong)
+    line = str(error.value)
+    assert wrong[0].split(".")[-1].lstrip("-") in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [("model:\n  layers: 3\n", "layers"), ("steps: 3\n", "steps"), ("model: [1\n", "")],
+)
+def test_a_bad_file_is_one_line_that_names_the_key(tmp_path, content, named):
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError) as error:
+        parse("--config", str(file))
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_config_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="absent"):
+        parse("--config", str(tmp_path / "absent.yaml"))
+
+
+def test_exit_cleanly_gives_one_line_and_status_2(capsys):
+    def main() -> None:
+        raise ValueError("model.x=1:\n  must be 2")
+
+    with pytest.raises(SystemExit) as stop:
+        config.exit_cleanly(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: model.x=1: must be 2\n"
+
+
+def test_exit_cleanly_gives_one_line_and_status_1_to_a_diverged_run(capsys):
+    def main() -> None:
+        raise FloatingPointError("step 3: the loss is nan")
+
+    with pytest.raises(SystemExit) as stop:
+        config.exit_cleanly(main)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: step 3: the loss is nan\n"
+
+
+def test_exit_cleanly_leaves_a_bug_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        config.exit_cleanly(lambda: 1 // 0)
+
+
+def test_lists_may_be_given_in_every_way():
+    joined = lambda *args: config.join_lists(args, "--p")
+    assert joined("--p", "a b", "--x", "1", "--p", "c") == ["--x", "1", '--p=["a b", "c"]']
+    assert joined("--p", "a", "c", "--x=1") == ["--x=1", '--p=["a", "c"]']
+    assert joined("--p=[a") == ['--p=["[a"]']  # a prompt may start like YAML
+    assert joined("--x", "1") == ["--x", "1"]
+
+
+def test_widths_follow_from_the_heads():
+    cfg = ModelConfig(model_dim=96, num_heads=4)
+    assert (cfg.kv_heads, cfg.head_width, cfg.mlp_width) == (4, 24, 384)
+    cfg = ModelConfig(model_dim=96, num_heads=5, num_kv_heads=1, head_dim=16, mlp_dim=7)
+    assert (cfg.kv_heads, cfg.head_width, cfg.mlp_width) == (1, 16, 7)
