@@ -242,7 +242,7 @@ class OptimConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
-    no_decay: str = r"(bias|scale|embedding)$"
+    no_decay: str = r"(bias|scale|embedding|magnitude)$"
     """Parameters (regular expression on the path) that are not decayed."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
@@ -356,6 +356,44 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class PeftConfig:
+    """Training a small addition to frozen weights, in place of the weights."""
+
+    kind: Literal["none", "lora", "qlora", "adapter"] = "none"
+    """lora: low-rank changes of kernels; qlora: the same over quantised kernels; adapter: a
+    bottleneck after attention and MLP."""
+    targets: str = "all-linear"
+    """Kernels of lora and qlora: attention, mlp, all-linear, or a regular expression on names such
+    as blocks/attention/query/kernel."""
+    rank: int = 16
+    """Width of a low-rank change."""
+    alpha: float = 32.0
+    """A low-rank change is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead."""
+    dora: bool = False
+    """Train the length of every kernel's columns apart from their direction."""
+    dropout: float = 0.0
+    """Probability of dropping an entry of what a low-rank change reads."""
+    quantize: Literal["nf4", "int8"] = "nf4"
+    """How qlora stores the blocks' kernels."""
+    adapter_dim: int = 64
+    """Width of a bottleneck."""
+    adapter_parallel: bool = False
+    """One bottleneck beside the MLP in place of two behind attention and MLP (Houlsby)."""
+    train_norms: bool = False
+    """Train the norms along with the bottlenecks, as Houlsby did."""
+
+    def __post_init__(self) -> None:
+        _at_least("peft", self, rank=1, alpha=0, adapter_dim=1)
+        _require(0 <= self.dropout < 1, "peft.dropout", self.dropout, "must be in [0, 1)")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            _require(False, "peft.targets", self.targets, f"no regular expression: {error}")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What every training command has."""
 
@@ -368,11 +406,14 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    show_batch: bool = False
+    """Print the first batch, token by token, and end."""
 
 
 @dataclass(frozen=True)
@@ -382,6 +423,165 @@ class PretrainConfig(RunConfig):
     run: str = "runs/pretrain"
     """Directory of the run; the same command on the same directory resumes."""
     data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True)
+class ConversationConfig:
+    """Conversations, or answers to prefer."""
+
+    path: str = ""
+    """JSONL, JSON or Parquet file (or its .gz), Hub data set, or embedded task; empty: arithmetic.
+    The formats are told by their columns: messages, conversations, instruction, prompt, chosen."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    val_path: str = ""
+    """Held-out rows; empty: every n-th row of path. Embedded tasks hold out by themselves."""
+    val_fraction: float = 0.05
+    """Share of path that is held out where there is no val_path."""
+    template: str = ""
+    """chatml, llama3, plain or a Jinja file; empty: the model's own, else chatml, or plain where
+    the vocabulary has no tokens for chat."""
+    tokenizer: str = "byte"
+    """For a model that starts at random; init brings its own."""
+    max_tokens: int = 0
+    """Longest row; 0: model.context_length."""
+    long: Literal["truncate", "drop"] = "truncate"
+    """What happens to a longer one."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must be in [0, 1)"
+        )
+        _require(self.max_tokens >= 0, "data.max_tokens", self.max_tokens, "must be 0 or more")
+
+
+@dataclass(frozen=True)
+class ChatDataConfig(ConversationConfig):
+    """Conversations to learn from, and plain text beside them."""
+
+    packing: bool = True
+    """Several conversations to a row; off: one, padded to the longest of the batch."""
+    learn: Literal["assistant", "all"] = "assistant"
+    """Whose words are targets."""
+    text_share: float = 0.0
+    """Share of the rows that are windows of plain text, against forgetting; 1: nothing else."""
+    text_path: str = ""
+    """That text, as data.path of pretraining; empty: the source code of Python's library."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 <= self.text_share <= 1, "data.text_share", self.text_share, "must be in [0, 1]")
+        _require(
+            self.text_share == 0 or self.packing, "data.text_share", self.text_share,
+            "needs rows of one width; set data.packing",
+        )  # fmt: skip
+
+
+def _tuning(learning_rate: float) -> OptimConfig:
+    """The optimizer of a stage that starts from trained weights."""
+    return OptimConfig(learning_rate=learning_rate, warmup_steps=20, weight_decay=0.0)
+
+
+def _questions() -> SampleConfig:
+    return SampleConfig(prompts=["What is 65 - 47?", "Compute 27 + 58."], temperature=0.0)
+
+
+@dataclass(frozen=True)
+class SftConfig(RunConfig):
+    """Supervised fine-tuning: what the assistant says in conversations."""
+
+    run: str = "runs/sft"
+    """Directory of the run; the same command on the same directory resumes."""
+    data: ChatDataConfig = field(default_factory=ChatDataConfig)
+    optim: OptimConfig = field(default_factory=lambda: _tuning(2e-5))
+    sample: SampleConfig = field(default_factory=_questions)
+
+
+@dataclass(frozen=True)
+class RewardConfig(RunConfig):
+    """A reward model: which of two answers people prefer."""
+
+    run: str = "runs/reward"
+    """Directory of the run; the same command on the same directory resumes."""
+    data: ConversationConfig = field(default_factory=ConversationConfig)
+    optim: OptimConfig = field(default_factory=lambda: _tuning(1e-5))
+    margin: bool = False
+    """Ask for the margin that the data states (Llama 2)."""
+    centering: float = 0.01
+    """Weight of (chosen + rejected)^2, which keeps rewards around zero."""
+
+
+@dataclass(frozen=True)
+class DpoConfig(RunConfig):
+    """Direct preference optimisation and its relatives."""
+
+    run: str = "runs/dpo"
+    """Directory of the run; the same command on the same directory resumes."""
+    data: ConversationConfig = field(default_factory=ConversationConfig)
+    optim: OptimConfig = field(default_factory=lambda: _tuning(1e-6))
+    sample: SampleConfig = field(default_factory=_questions)
+    loss: Literal["sigmoid", "ipo", "hinge", "kto", "orpo", "simpo"] = "sigmoid"
+    """kto learns from single answers, orpo and simpo need no reference."""
+    beta: float = 0.1
+    """How closely the policy keeps to the reference; orpo: weight of the odds; simpo: scale."""
+    label_smoothing: float = 0.0
+    """Chance that a pair is labelled the wrong way round (cDPO)."""
+    gamma: float = 0.5
+    """By how much simpo's chosen answer should win."""
+    desirable_weight: float = 1.0
+    """Weight of kto's good answers."""
+    undesirable_weight: float = 1.0
+    """Weight of kto's bad answers."""
+    reference: Literal["live", "precomputed"] = "live"
+    """Run the frozen reference with every batch, or once over all data, to be read from disk."""
+
+    def __post_init__(self) -> None:
+        _require(self.beta > 0, "beta", self.beta, "must be positive")
+        _require(
+            0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing,
+            "must be in [0, 0.5)",
+        )  # fmt: skip
+        _require(
+            self.label_smoothing == 0 or self.loss == "sigmoid",
+            "label_smoothing", self.label_smoothing, "is for loss=sigmoid",
+        )  # fmt: skip
+        _require(
+            self.loss != "kto" or self.train.batch_size > 1,
+            "train.batch_size", self.train.batch_size, "must be at least 2 for loss=kto",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DistillConfig(RunConfig):
+    """Distillation: a student imitates a teacher's distribution, or its answers."""
+
+    run: str = "runs/distill"
+    """Directory of the run; the same command on the same directory resumes."""
+    data: ChatDataConfig = field(default_factory=ChatDataConfig)
+    sample: SampleConfig = field(default_factory=_questions)
+    teacher: str = ""
+    """The model to imitate: a run directory or a Hugging Face directory."""
+    layers: int = 0
+    """Without init: the student takes this many of the teacher's layers, evenly spaced; 0: it is
+    random, of the shape that model says."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon one."""
+    jsd_beta: float = 0.5
+    """Share of the teacher in jsd's mixture."""
+    temperature: float = 1.0
+    """Flattens both distributions; the loss is scaled by its square."""
+    hard: float = 0.0
+    """Share of the loss that is cross-entropy with the data; 1: no teacher."""
+    top_k: int = 0
+    """Run the teacher once over all data and keep this many of its likeliest tokens on disk;
+    0: it runs with every batch."""
+    sequence_level: bool = False
+    """The teacher writes the answers that the student learns."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        _require(0 <= self.hard <= 1, "hard", self.hard, "must be in [0, 1]")
+        _require(0 < self.jsd_beta < 1, "jsd_beta", self.jsd_beta, "must be in (0, 1)")
 
 
 def parse(kind: type[C], description: str | None, args: Sequence[str] | None = None) -> C:
@@ -402,10 +602,22 @@ def parse(kind: type[C], description: str | None, args: Sequence[str] | None = N
     )
     parser.add_class_arguments(kind, sub_configs=True)
     try:
-        fields = parser.instantiate(parser.parse_args(args))
+        given = _bare_flags(sys.argv[1:] if args is None else args)
+        fields = parser.instantiate(parser.parse_args(given))
     except jsonargparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
     return kind(**{f.name: fields[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+def _bare_flags(args: Sequence[str]) -> list[str]:
+    """`--chat` alone means `--chat=true`, which is all that the parser takes."""
+    own = ("--help", "--print_config")
+    alone = [
+        arg.startswith("--") and "=" not in arg and arg not in own
+        and (n + 1 == len(args) or args[n + 1].startswith("--"))
+        for n, arg in enumerate(args)
+    ]  # fmt: skip
+    return [f"{arg}=true" if bare else arg for arg, bare in zip(args, alone, strict=True)]
 
 
 def to_yaml(cfg: Any) -> str:
@@ -427,6 +639,36 @@ def exit_cleanly(main: Callable[[], None]) -> None:
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+@dataclass(frozen=True)
+class WriteConfig:
+    """Let a model write."""
+
+    checkpoint: str
+    """A run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
+    prompt: list[str] = field(default_factory=list)
+    """Texts to continue, or with chat messages to answer; none: read from standard input."""
+    max_new_tokens: int = 128
+    """Tokens to write."""
+    temperature: float = 0.8
+    """0 is greedy."""
+    top_p: float = 0.95
+    """Nucleus: the fewest tokens whose probability reaches this."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+    min_p: float = 0.0
+    """Only tokens at least this times as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Makes tokens that were written before less likely; 1: does not."""
+    stop: list[str] = field(default_factory=list)
+    """Strings before which the text ends."""
+    seed: int = 0
+    """The same seed writes the same text."""
+    chat: bool = False
+    """Answer as the assistant, by the model's chat template."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute type; null: the one that the model was trained with."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,17 @@ def _measured_cpu_flops() -> float:
     return best
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs; JAX_COMPILATION_CACHE_DIR chooses the folder."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        folder = Path.home() / ".cache" / "jaxgpt" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def environment() -> dict[str, Any]:
     """What a bit-identical repetition of the run needs, and the command."""
     import jax

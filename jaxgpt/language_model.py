@@ -115,11 +115,15 @@ class LanguageModel:
         Raises:
             ValueError: the model has no chat template, or its template refuses the messages.
         """
-        ids = self.tokenizer.encode(self.render(messages), allow_special=True)
+        ids = self.encode_chat(messages)
         stop = sampling.pop("stop", ())
         seed = sampling.pop("seed", 0)
         settings = Sampling(**{"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0} | sampling)
         return self.complete([ids], settings, seed, [stop] if isinstance(stop, str) else stop)[0]
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation up to where the assistant answers."""
+        return self.tokenizer.encode(self.render(messages), allow_special=True)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as the text that the model reads."""
@@ -226,6 +230,19 @@ class LanguageModel:
             start = len(self.tokenizer.decode_bytes(before)) if before else 0
             texts.append(whole[start:].decode(errors="replace"))
         return texts
+
+
+def streamed(write: Callable[[str], Any]) -> Callable[[list[str]], None]:
+    """An `on_text` for one prompt that writes what is new; half a character waits for its rest."""
+    shown = 0
+
+    def on_text(texts: list[str]) -> None:
+        nonlocal shown
+        ready = texts[0].rstrip("\ufffd")
+        write(ready[shown:])
+        shown = max(shown, len(ready))
+
+    return on_text
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

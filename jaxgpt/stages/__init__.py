@@ -8,17 +8,25 @@ from typing import Any
 
 import jax
 
-from jaxgpt import metrics, report, rundir, sharding, train
-from jaxgpt.config import PretrainConfig, RunConfig
+from jaxgpt import hardware, metrics, report, rundir, sharding, train
+from jaxgpt.config import ConversationConfig, RunConfig
+from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load
+from jaxgpt.data import chat, show
 from jaxgpt.model import gpt
 from jaxgpt.sampling.sample import Sampling, for_decoding, generate
-from jaxgpt.stages import pretrain
+from jaxgpt.stages import pretrain, sft
 from jaxgpt.train import SampleFn, Stage
 from jaxgpt.types import Params
 
 BUILD: dict[str, Callable[[Any, Loaded], Stage]] = {
     "pretrain": pretrain.build,
+    "sft": sft.build,
+}
+# Where `init` is empty: the network and tokenizer to start from. The other stages need trained ones.
+BEGIN: dict[str, Callable[[Any], Loaded]] = {
+    "pretrain": pretrain.begin,
+    "sft": sft.begin,
 }
 
 
@@ -29,48 +37,49 @@ def launch(name: str, cfg: RunConfig) -> None:
         ValueError: a setting that does not fit the others, the data or the directory.
         train.Diverged: the loss exploded.
     """
-    use_compilation_cache()
+    hardware.use_compilation_cache()
     sharding.initialize()
     mesh = sharding.make_mesh(cfg.mesh)
+    shows, cfg = cfg.show_batch, dataclasses.replace(cfg, show_batch=False)
     with sharding.first_process_first("run"), jax.set_mesh(mesh):
         run = rundir.enter(cfg)
-        start = _begin(cfg)
+        start = _begin(name, cfg)
         start.tokenizer.save(run / "tokenizer.json")
+        for file in start.files.keys() - {"tokenizer.json"}:
+            (run / file).write_bytes(start.files[file])
         cfg = dataclasses.replace(cfg, model=start.config)
         rundir.write_config(cfg)
     with jax.set_mesh(mesh):
         start = start._replace(params=_on_mesh(cfg, start.params, mesh))
         stage = BUILD[name](cfg, start)
+        if shows:
+            print(show.describe(stage.next_batch({}, {}, 0), start.tokenizer))
+            return
         train.fit(stage, cfg, mesh, sampler(cfg, start))
     if jax.process_index() == 0:
         print(summary(run, report.write_report(run)))
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs; JAX_COMPILATION_CACHE_DIR chooses the folder."""
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        folder = Path.home() / ".cache" / "jaxgpt" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def sampler(cfg: RunConfig, start: Loaded) -> SampleFn:
-    """Continues the prompts of `sample.prompts`; the seed is the same every time."""
+def sampler(cfg: RunConfig, start: Loaded) -> SampleFn | None:
+    """Continues or answers `sample.prompts`; the seed is the same every time."""
+    if not cfg.sample.prompts:
+        return None
     how = Sampling(
         cfg.sample.max_new_tokens, cfg.sample.temperature, cfg.sample.top_p, cfg.sample.top_k
     )
-    prompts = [start.tokenizer.encode(prompt) for prompt in cfg.sample.prompts]
+    read = _reader(cfg, start)
+    prompts = [read(prompt) for prompt in cfg.sample.prompts]
+    stop = start.stop_ids or (start.tokenizer.eos_id,)
 
-    def sample(params: Params) -> list[str]:
+    def sample(params: Params) -> str:
         policy = for_decoding(cfg.model, params["policy"])
-        stop = [start.tokenizer.eos_id]
         rng = jax.random.key(cfg.seed)
         written = generate(cfg.model, policy, prompts, how, stop_ids=stop, rng=rng)
-        return [
-            prompt + start.tokenizer.decode(completion.tokens)
-            for prompt, completion in zip(cfg.sample.prompts, written, strict=True)
+        texts = [
+            start.tokenizer.decode([*prompt, *completion.tokens])
+            for prompt, completion in zip(prompts, written, strict=True)
         ]
+        return "\n\n".join(f"~~~~\n{text}\n~~~~" for text in texts)
 
     return sample
 
@@ -87,15 +96,33 @@ def summary(run: Path, page: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _begin(cfg: RunConfig) -> Loaded:
-    """The weights of `init`, computing and regularised as `cfg` says, or a fresh network."""
+def _begin(name: str, cfg: RunConfig) -> Loaded:
+    """The weights of `init`, computing and regularised as `cfg` says, or what BEGIN gives."""
     if cfg.init:
-        loaded = load(cfg.init)
-        own = {name: getattr(cfg.model, name) for name in ("dtype", "remat", "dropout")}
-        return loaded._replace(config=dataclasses.replace(loaded.config, **own))
-    if isinstance(cfg, PretrainConfig):
-        return pretrain.begin(cfg)
-    raise ValueError("init is empty: this stage starts from trained weights; give --init PATH")
+        start = load(cfg.init)
+        own = {field: getattr(cfg.model, field) for field in ("dtype", "remat", "dropout")}
+        start = start._replace(config=dataclasses.replace(start.config, **own))
+    elif name in BEGIN:
+        start = BEGIN[name](cfg)
+    else:
+        raise ValueError("init is empty: this stage starts from trained weights; give --init PATH")
+    data = getattr(cfg, "data", None)
+    if isinstance(data, ConversationConfig):
+        start = chatting.with_format(start, chatting.chat_format(start, data.template))
+    return start
+
+
+def _reader(cfg: RunConfig, start: Loaded) -> Callable[[str], list[int]]:
+    """What turns a prompt into tokens: by the chat template, where the stage has conversations."""
+    if not isinstance(getattr(cfg, "data", None), ConversationConfig):
+        return start.tokenizer.encode
+    form = chatting.chat_format(start)
+
+    def ask(prompt: str) -> list[int]:
+        said = [{"role": "user", "content": prompt}]
+        return chat.encode(form, said, add_generation_prompt=True).tokens_T.tolist()
+
+    return ask
 
 
 def _on_mesh(cfg: RunConfig, params: Params | None, mesh: Any) -> Params:

@@ -1,0 +1,87 @@
+"""Greedy decoding of GPT-2 124M, 32 -> 128 tokens, against transformers' generate on the CPU.
+
+python benchmarks/decode.py                                  # batch 1 and 8
+python benchmarks/decode.py --dtype float32 --batch 1
+"""
+
+import argparse
+import os
+import sys
+from functools import partial
+
+import paired
+
+PROMPT, NEW, VOCAB = 32, 128, 50257
+PEERS = ["float32", "bfloat16"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--peer", nargs="+", choices=PEERS, default=["float32"])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--side", choices=["jaxgpt", *PEERS], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        side = (
+            partial(jaxgpt_side, args.dtype)
+            if args.side == "jaxgpt"
+            else partial(torch_side, args.side)
+        )
+        side(args.batch[0])
+        return
+    for batch in args.batch:
+        start = partial(
+            paired.Side, __file__, "--batch", str(batch), "--dtype", args.dtype, "--side"
+        )
+        peers = [partial(start, peer) for peer in args.peer]
+        paired.compare(f"batch {batch}", start("jaxgpt"), peers, batch * NEW, "tokens", args.pairs)
+
+
+def jaxgpt_side(dtype: str, batch: int) -> None:
+    import jax
+    import numpy as np
+
+    from jaxgpt import config
+    from jaxgpt.model import gpt
+    from jaxgpt.sampling import sample
+
+    cfg = config.ModelConfig(
+        vocab_size=VOCAB, context_length=1024, num_layers=12, model_dim=768, num_heads=12,
+        bias="all", activation="gelu_tanh", dtype=dtype,
+    )  # fmt: skip
+    params = sample.for_decoding(cfg, gpt.init(cfg, jax.random.key(0)))
+    prompts = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT)).tolist()
+    greedy = sample.Sampling(max_new_tokens=NEW, temperature=0.0)
+
+    def run() -> None:
+        written = sample.generate(cfg, params, prompts, greedy)
+        assert all(len(completion.tokens) == NEW for completion in written)
+
+    paired.serve(f"jaxgpt {dtype}", lambda: paired.timed(run, 1))
+
+
+def torch_side(dtype: str, batch: int) -> None:
+    os.environ["KMP_BLOCKTIME"] = "0"  # idle threads must not spin while the other side runs
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
+    model = model.to(getattr(torch, dtype))
+    ids = torch.randint(0, VOCAB, (batch, PROMPT))
+
+    def run() -> None:
+        with torch.inference_mode():
+            written = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW,
+                min_new_tokens=NEW, pad_token_id=0,
+            )  # fmt: skip
+        assert written.shape == (batch, PROMPT + NEW)
+
+    paired.serve(f"transformers {dtype}", lambda: paired.timed(run, 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

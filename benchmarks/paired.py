@@ -1,0 +1,100 @@
+"""Times two programs against each other: each in its own process, in turn, as ratios.
+
+A machine's speed drifts by more than what is to be measured, so a figure is never compared with
+one of another day: both sides run within seconds of each other, and the ratio of each pair is
+what counts. The peer's best variant is found first.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def serve(name: str, measure: Callable[[], float]) -> None:
+    """The measured side: one line of seconds for every line on stdin."""
+    measure()  # compiles and warms up
+    print(json.dumps(name), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(measure()), flush=True)
+
+
+def timed(run: Callable[[], Any], repeats: int) -> float:
+    """Seconds per call; `run` returns when its result is there."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+class Side:
+    """A process that measures itself when asked, and sleeps in between."""
+
+    def __init__(self, script: str, *args: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, script, *args],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.name = self._read()
+
+    def measure(self) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(map(str, self._process.args))} ended early")  # type: ignore[arg-type]
+        return json.loads(line)
+
+
+def compare(
+    title: str,
+    ours: Side,
+    peers: Sequence[Callable[[], Side]],
+    amount: float,
+    unit: str,
+    pairs: int,
+) -> float:
+    """Prints medians and the ratio to the fastest peer with its range; returns the median ratio.
+
+    Args:
+        peers: start one variant each; all but the fastest are closed again.
+        amount: what one measurement does, in `unit`s, such as tokens.
+    """
+    best, best_seconds = None, float("inf")
+    for start in peers:
+        side = start()
+        seconds = statistics.median(side.measure() for _ in range(3))
+        print(f"  {side.name}: {amount / seconds:,.0f} {unit}/s", flush=True)
+        if seconds < best_seconds:
+            best, side, best_seconds = side, best, seconds
+        if side is not None:
+            side.close()
+    assert best is not None
+    times = [(ours.measure(), best.measure()) for _ in range(pairs)]
+    ratios = sorted(theirs / mine for mine, theirs in times)
+    mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    ratio = statistics.median(ratios)
+    print(
+        f"{title}: {ours.name} {amount / mine:,.0f} {unit}/s, best of the peers ({best.name}) "
+        f"{amount / theirs:,.0f} {unit}/s; ratio {ratio:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}, "
+        f"{pairs} pairs)",
+        flush=True,
+    )
+    for side in (ours, best):
+        side.close()
+    return ratio
