@@ -1,9 +1,13 @@
-"""What stages and evaluations ask of a network: its next-token loss on a batch."""
+"""What stages and evaluations ask of a network: losses and log-probabilities on a batch."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxgpt import losses
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels import cross_entropy
 from jaxgpt.model import gpt
@@ -59,6 +63,33 @@ def next_token_loss(
         if cfg.balance == "loss":
             loss = loss + cfg.balance_weight * output.router.balance.mean()
     return loss, weight, metrics
+
+
+def answer_logprobs(
+    cfg: ModelConfig, params: Params, batch: Batch, chunk: int = 1024
+) -> tuple[Array, Array]:
+    """log p of the targets of every row where `mask` is set, and how many those are."""
+    hidden_ND = run(cfg, params, batch).hidden_BTD.reshape(-1, cfg.model_dim)
+    targets_N = batch["targets"].reshape(-1)
+    logprobs_N = cross_entropy.token_logprobs(hidden_ND, gpt.head(params), targets_N, chunk=chunk)
+    mask_BT = batch["mask"]
+    return losses.sequence_logprobs(logprobs_N.reshape(mask_BT.shape), mask_BT)
+
+
+def flatten_arms(batch: Batch) -> Batch:
+    """[B, A, T] -> [B * A, T]: every sequence of an item its own row."""
+    return {
+        name: array.reshape(-1, array.shape[-1]) for name, array in batch.items() if array.ndim == 3
+    }
+
+
+def measure(
+    fn: Callable[[Params, Batch], Metrics], params: Params, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """Each metric's sum over its weight, over all batches. `fn` is compiled."""
+    totals = jax.device_get([fn(params, batch) for batch in batches])
+    added = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *totals) if totals else {}
+    return {name: float(total / weight) for name, (total, weight) in added.items() if weight}
 
 
 def router_metrics(cfg: ModelConfig, stats: RouterStats) -> Metrics:

@@ -23,7 +23,7 @@ BUILD: dict[str, Callable[[Any, Loaded], Stage]] = {
     "pretrain": pretrain.build,
     "sft": sft.build,
 }
-# Where `init` is empty: the network and tokenizer to start from. The other stages need trained ones.
+# What to start from where `init` is empty; the other stages need trained weights.
 BEGIN: dict[str, Callable[[Any], Loaded]] = {
     "pretrain": pretrain.begin,
     "sft": sft.begin,

@@ -1,0 +1,195 @@
+"""Rows of conversations: packed or padded, in an order that is a function of (seed, step)."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from jaxgpt.config import ConversationConfig
+from jaxgpt.data import datasets, packing
+from jaxgpt.data.chat import Encoded
+from jaxgpt.data.datasets import Rows, Source
+
+T = TypeVar("T")
+Item = tuple[Sequence[Encoded], ...]  # the sequences of a row, each of one or several examples
+BUCKET = 64  # padded rows are as wide as their longest, rounded up: few shapes are compiled
+
+
+@dataclass
+class Tally:
+    """What became of the rows of a data set."""
+
+    used: int = 0
+    truncated: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        reasons = "".join(f", {count:,} {why}" for why, count in self.dropped.items())
+        dropped = f"{self.dropped.total():,} dropped{reasons}"
+        return f"{self.used:,} used, {self.truncated:,} truncated, {dropped}"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Batches of items.
+
+    Args:
+        width: tokens of a row; padded rows may be narrower.
+        numbers: more to know of every item, such as a pair's margin.
+        text: windows of plain text, which take the place of `text_share` of the rows.
+    """
+
+    items: Sequence[Item]
+    width: int
+    batch_size: int
+    seed: int = 0
+    packed: bool = False
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)
+    text: Source | None = None  # of one row a batch
+    text_share: float = 0.0
+
+    def rows(self, step: int, rows: np.ndarray) -> Rows:
+        """The asked rows (0 … batch_size - 1) of a step's batch."""
+        numbers = step * self.batch_size + np.arange(self.batch_size)
+        if self.text is None:
+            return self._batch(self._shuffled(numbers), rows)
+        shares = (1 - self.text_share, self.text_share)
+        source, counts = datasets.choose(numbers.astype(np.uint64), shares)
+        chosen = np.where(source == 0, self._shuffled(counts), -1 - counts)
+        return self._batch(chosen, rows)
+
+    def num_batches(self, limit: int = 0) -> int:
+        """Batches that hold every item once, at most `limit` unless that is 0."""
+        batches = -(-len(self.items) // self.batch_size)
+        return min(batches, limit) if limit else batches
+
+    def in_order(self, index: int, rows: np.ndarray, limit: int = 0) -> Rows:
+        """Batch `index` of every item once; rows beyond the last one are empty.
+
+        With a limit, the batches are spread evenly over the items.
+        """
+        total = len(self.items)
+        wanted = min(total, self.num_batches(limit) * self.batch_size)
+        position = index * self.batch_size + np.arange(self.batch_size)
+        chosen = np.where(position < wanted, position * total // max(wanted, 1), total)
+        return self._batch(chosen, rows)
+
+    def _shuffled(self, counts: np.ndarray) -> np.ndarray:
+        """Item number `count` of the endless sequence of epochs, each in its own order."""
+        size = max(len(self.items), 1)
+        chosen = np.empty_like(counts)
+        for epoch in np.unique(counts // size):
+            inside = counts // size == epoch
+            key = (self.seed << 32) + int(epoch)
+            chosen[inside] = datasets.permute(counts[inside] % size, size, key)
+        return chosen
+
+    def _batch(self, chosen: np.ndarray, rows: np.ndarray) -> Rows:
+        """Args:
+        chosen: the item of every row of the global batch, which decides the width; negative
+            numbers are windows of text, and len(items) is an empty row.
+        """
+        items = [self._item(int(number)) for number in chosen]
+        width = self.width if self.packed else self._width(items)
+        made = [[fill(sequence, width) for sequence in items[row]] for row in rows]
+        batch = {
+            name: np.stack([np.stack([sequence[name] for sequence in item]) for item in made])
+            for name in made[0][0]
+        }
+        if len(self.items) == 0 or len(self.items[0]) == 1:
+            batch = {name: array[:, 0] for name, array in batch.items()}
+        inside = np.minimum(chosen[rows], max(len(self.items), 1) - 1)
+        return batch | {name: values[inside] for name, values in self.numbers.items()}
+
+    def _item(self, number: int) -> Item:
+        if number < 0:
+            assert self.text is not None
+            return plain(self.text.rows(-1 - number, np.zeros(1, np.int64)))
+        if number == len(self.items):
+            return ((),) * (len(self.items[0]) if self.items else 1)
+        return self.items[number]
+
+    def _width(self, items: Sequence[Item]) -> int:
+        longest = max(sum(map(_slots, sequence)) for item in items for sequence in item)
+        return min(-(-max(longest, 1) // BUCKET) * BUCKET, self.width)
+
+
+def split(
+    cfg: ConversationConfig,
+    read: Callable[[str, str], Iterable[T]],
+    embedded: Callable[[str, bool], list[T]],
+    tasks: Iterable[str],
+) -> tuple[list[T], list[T]]:
+    """Training and held-out rows of `data.path`.
+
+    Args:
+        read: (path or Hub name, split) -> rows.
+        embedded: (task, held out) -> rows of one of `tasks`, of which the first is the default.
+    """
+    path = cfg.path or next(iter(tasks))
+    if path in tasks:
+        return embedded(path, False), embedded(path, True)
+    rows = list(read(path, cfg.split))
+    if cfg.val_path:
+        return rows, list(read(cfg.val_path, cfg.split))
+    every = max(round(1 / cfg.val_fraction), 2) if cfg.val_fraction else len(rows) + 1
+    held_out = rows[every - 1 :: every]
+    return [row for number, row in enumerate(rows, 1) if number % every], held_out
+
+
+def fill(sequence: Sequence[Encoded], width: int) -> Rows:
+    """One row: examples one after another, each its own segment with positions from 0."""
+    row = {
+        "tokens": np.zeros(width, np.int32),
+        "targets": np.zeros(width, np.int32),
+        "mask": np.zeros(width, np.float32),
+        "segments": np.zeros(width, np.int32),
+        "positions": np.zeros(width, np.int32),
+        "roles": np.zeros(width, np.int8),
+    }
+    start = 0
+    for number, example in enumerate(sequence, 1):
+        stop = start + _slots(example)
+        row["tokens"][start:stop] = example.tokens_T[:-1]
+        row["targets"][start:stop] = example.tokens_T[1:]
+        row["mask"][start:stop] = example.target_T[1:]
+        row["segments"][start:stop] = number
+        row["positions"][start:stop] = np.arange(stop - start)
+        row["roles"][start:stop] = example.role_T[:-1]
+        start = stop
+    return row
+
+
+def fit(encoded: Encoded, width: int, truncate: bool, tally: Tally) -> Encoded | None:
+    """The example if it fits a row, or its beginning, or nothing; counted in the tally."""
+    long = _slots(encoded) > width
+    if long and not truncate:
+        tally.dropped[f"longer than {width} tokens"] += 1
+        return None
+    if not encoded.target_T[1 : width + 1].any():
+        tally.dropped[f"without a target in the first {width} tokens"] += 1
+        return None
+    tally.used += 1
+    tally.truncated += long
+    return Encoded(*(array[: width + 1] for array in encoded))
+
+
+def pack(examples: Iterable[Encoded], width: int) -> list[Item]:
+    """Several examples to a row."""
+    examples = list(examples)
+    rows = packing.first_fit([_slots(example) for example in examples], width)
+    return [([examples[index] for index in sorted(row)],) for row in rows]
+
+
+def plain(window: Rows) -> Item:
+    """A window of text as an item: everything is a target, nobody says it."""
+    tokens_T = np.append(window["tokens"][0], window["targets"][0, -1:])
+    target_T = np.append(False, window["mask"][0] > 0)
+    return ((Encoded(tokens_T, target_T, np.zeros(len(tokens_T), np.int8)),),)
+
+
+def _slots(example: Encoded) -> int:
+    """Positions in a row: the last token is only ever a target."""
+    return len(example.tokens_T) - 1

@@ -1,0 +1,97 @@
+"""Conversations to learn from, as batches: what fine-tuning and distillation train on."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxgpt.config import ChatDataConfig
+from jaxgpt.data import chat, conversations, corpus, datasets, examples, synthetic
+from jaxgpt.data.chat import Encoded, Format
+from jaxgpt.data.conversations import Dialogue
+from jaxgpt.data.datasets import Source
+from jaxgpt.data.examples import Examples, Tally
+
+Splits = tuple[Examples, Examples]  # training, held out
+
+
+def dialogues(cfg: ChatDataConfig) -> tuple[list[Dialogue], list[Dialogue]]:
+    """Training and held-out conversations of `data.path`."""
+    if cfg.text_share == 1:
+        return [], []
+    return examples.split(cfg, conversations.dialogues, synthetic.dialogues, synthetic.DIALOGUES)
+
+
+def batches(
+    cfg: ChatDataConfig,
+    splits: tuple[list[Dialogue], list[Dialogue]],
+    form: Format,
+    width: int,
+    batch_size: int,
+    seed: int,
+    run: str,
+) -> Splits:
+    """Both splits tokenised and laid out in rows; a summary goes to stderr.
+
+    Raises:
+        ValueError: nothing to train on, or no example whose end is a target.
+    """
+    made = []
+    for name, part in zip(("training", "held-out"), splits, strict=True):
+        tally = Tally()
+        encoded = _encode(cfg, part, form, width, tally)
+        if part:
+            print(f"{name} conversations: {tally}", file=sys.stderr)
+        made.append(encoded)
+    if cfg.text_share < 1:
+        check_targets(made[0], form)
+    text = _text(cfg, form, width, seed, run) if cfg.text_share else None
+    lay_out = (lambda part: examples.pack(part, width)) if cfg.packing else _singly
+    items, held_out = (lay_out(part) for part in made)
+    if text is not None and cfg.text_share == 1:
+        windows = (text.val_rows(n, np.zeros(1, np.int64)) for n in range(text.num_val_batches()))
+        held_out = [examples.plain(window) for window in windows]
+    return (
+        Examples(items, width, batch_size, seed, cfg.packing, text=text, text_share=cfg.text_share),
+        Examples(held_out, width, batch_size, seed, cfg.packing),
+    )
+
+
+def check_targets(encoded: Sequence[Encoded], form: Format) -> None:
+    """Refuses data from which a model would learn nothing, or not when to stop."""
+    if not encoded:
+        raise ValueError("data.path: no row has a target; see the reasons above")
+    end = form.end_of_turn
+    if not any((example.tokens_T[example.target_T] == end).any() for example in encoded):
+        raise ValueError(
+            f"data.path: {form.tokenizer.decode([end])}, which ends the assistant's turn, is never "
+            "a target, so the model would not learn to stop; raise data.max_tokens"
+        )
+
+
+def _encode(
+    cfg: ChatDataConfig, part: list[Dialogue], form: Format, width: int, tally: Tally
+) -> list[Encoded]:
+    found = []
+    for dialogue in part:
+        try:
+            example = chat.encode(form, dialogue.messages)
+        except ValueError as error:
+            raise ValueError(f"{dialogue.place}: {error}") from None
+        if cfg.learn == "all":
+            example.target_T[:] = True
+        example = examples.fit(example, width, cfg.long == "truncate", tally)
+        found += [] if example is None else [example]
+    return found
+
+
+def _singly(encoded: Sequence[Encoded]) -> list[examples.Item]:
+    return [([example],) for example in encoded]
+
+
+def _text(cfg: ChatDataConfig, form: Format, width: int, seed: int, run: str) -> Source:
+    """Windows of the plain text, one a batch, so that they can be had by their number."""
+    directory = Path(run)
+    path = corpus.prepare(cfg.text_path, directory / "data", str(directory / "tokenizer.json"))
+    return datasets.source(path, form.tokenizer, 1, width, seed)

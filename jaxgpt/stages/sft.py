@@ -1,0 +1,69 @@
+"""Supervised fine-tuning: predict what the assistant says in conversations."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+
+from jaxgpt import scoring, sharding
+from jaxgpt.config import SftConfig
+from jaxgpt.convert import chatting
+from jaxgpt.convert.load import Loaded
+from jaxgpt.data import instructions
+from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.train import Stage
+from jaxgpt.types import Array, Batch, Metrics, Params
+
+
+def begin(cfg: SftConfig) -> Loaded:
+    """A random network of the asked shape, for tasks small enough to be learned from nothing."""
+    tokenizer = tokenizers.load(cfg.data.tokenizer)
+    model = replace(cfg.model, vocab_size=cfg.model.vocab_size or tokenizer.vocab_size)
+    return Loaded(model, None, tokenizer)
+
+
+def build(cfg: SftConfig, start: Loaded) -> Stage:
+    """Trains the network on conversations, and on plain text beside them if asked."""
+    train, held_out = instructions.batches(
+        cfg.data,
+        instructions.dialogues(cfg.data),
+        chatting.chat_format(start),
+        cfg.data.max_tokens or cfg.model.context_length,
+        cfg.train.batch_size,
+        cfg.seed,
+        cfg.run,
+    )
+    place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
+    options = {
+        "z_loss": cfg.train.z_loss,
+        "label_smoothing": cfg.train.label_smoothing,
+        "chunk": cfg.train.loss_chunk,
+    }
+
+    def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
+        return scoring.next_token_loss(
+            cfg.model, params["policy"], batch, rng_B, params["carry"], **options
+        )
+
+    @jax.jit
+    def held_out_metrics(params: Params, batch: Batch) -> Metrics:
+        _, _, metrics = scoring.next_token_loss(
+            cfg.model, params["policy"], batch, chunk=cfg.train.loss_chunk
+        )
+        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"]}
+
+    def evaluate(params: Params) -> dict[str, float]:
+        limit = cfg.eval.batches
+        batches = (
+            place(partial(held_out.in_order, index, limit=limit))
+            for index in range(held_out.num_batches(limit))
+        )
+        return scoring.measure(held_out_metrics, params, batches)
+
+    return Stage(
+        params={"policy": start.params},
+        trainable="^policy/",
+        loss=loss,
+        next_batch=lambda params, carry, step: place(partial(train.rows, step)),
+        evaluate=evaluate,
+    )

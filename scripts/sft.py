@@ -1,0 +1,14 @@
+"""Fine-tune a model on conversations. Without data: on an embedded arithmetic assistant."""
+
+from jaxgpt import config
+
+
+def main() -> None:
+    cfg = config.parse(config.SftConfig, __doc__)
+    from jaxgpt import stages  # here, so that --help and mistakes need no JAX
+
+    stages.launch("sft", cfg)
+
+
+if __name__ == "__main__":
+    config.exit_cleanly(main)
