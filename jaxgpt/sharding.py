@@ -18,17 +18,38 @@ from jaxgpt.types import Batch
 # Rows of a batch are cut over both axes; `context` cuts the positions within a row.
 ROWS = ("data", "fsdp")
 
+
+def _kernel(owner: str, *axes: str | None) -> list[tuple[str, P]]:
+    """Rules for a kernel [..., D, F] and for what weights.py may put in its place.
+
+    w and codes are cut as the kernel; NF4's bytes, which lie [F, D], the other way round; a and b
+    along the axis that they share with the kernel; numbers per output channel along F.
+    """
+    *lead, inward, outward = axes
+    return [
+        (owner + r"/kernel(/w)?(/codes)?$", P(*axes)),
+        (owner + r"/kernel(/w)?/packed$", P(*lead, outward, inward)),
+        (owner + r"/kernel/a$", P(*lead, inward, None)),
+        (owner + r"/kernel/b$", P(*lead, None, outward)),
+        (owner + r"/kernel(/w)?/(scale|magnitude|norm)$", P(*lead, outward)),
+    ]
+
+
 # First match wins; blocks have a leading layer axis, which is never cut. The moments of the
-# optimizer and the arrays of an adapter end like the parameters they belong to.
+# optimizer end like the parameters they belong to.
 RULES: list[tuple[str, P]] = [
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"positions/embedding$", P(None, "fsdp")),
     (r"moe/router/kernel$", P()),
-    (r"moe/(gate|up)/kernel$", P(None, "expert", "fsdp", "tensor")),
-    (r"moe/down/kernel$", P(None, "expert", "tensor", "fsdp")),
-    (r"(query|key|value|gate|up)/kernel$", P(None, "fsdp", "tensor")),
-    (r"(output|down)/kernel$", P(None, "tensor", "fsdp")),
-    (r"head/kernel$", P("fsdp", "tensor")),
+    *_kernel(r"moe/(gate|up)", None, "expert", "fsdp", "tensor"),
+    *_kernel(r"moe/down", None, "expert", "tensor", "fsdp"),
+    *_kernel(r"_adapter/down", None, "fsdp", None),
+    *_kernel(r"_adapter/up", None, None, "fsdp"),
+    (r"_adapter/(down|up)/bias$", P()),
+    *_kernel(r"(query|key|value|gate|up)", None, "fsdp", "tensor"),
+    *_kernel(r"(output|down)", None, "tensor", "fsdp"),
+    *_kernel(r"head", "fsdp", "tensor"),
+    (r"kernel(/w)?/(scales|groups|offset)$", P()),
     (r"score/kernel$", P("fsdp", None)),
     (r"(query|key|value|gate|up)/bias$", P(None, "tensor")),
     (r"(bias|scale)$", P()),

@@ -122,7 +122,7 @@ def cast_kernels(params: Params, dtype: str) -> Params:
         if isinstance(kernel, Lora):
             a, b = kernel.a.astype(dtype), kernel.b.astype(dtype)
             return replace(kernel, w=cast(kernel.w), a=a, b=b)
-        return kernel.astype(dtype) if isinstance(kernel, jax.Array) else kernel
+        return kernel if isinstance(kernel, (Int8, Nf4)) else kernel.astype(dtype)
 
     return map_kernels(lambda name, k: cast(k) if name.endswith("kernel") else k, params)
 
