@@ -71,15 +71,14 @@ def sampler(cfg: RunConfig, start: Loaded) -> SampleFn | None:
     prompts = [read(prompt) for prompt in cfg.sample.prompts]
     stop = start.stop_ids or (start.tokenizer.eos_id,)
 
-    def sample(params: Params) -> str:
+    def sample(params: Params) -> list[str]:
         policy = for_decoding(cfg.model, params["policy"])
         rng = jax.random.key(cfg.seed)
         written = generate(cfg.model, policy, prompts, how, stop_ids=stop, rng=rng)
-        texts = [
+        return [
             start.tokenizer.decode([*prompt, *completion.tokens])
             for prompt, completion in zip(prompts, written, strict=True)
         ]
-        return "\n\n".join(f"~~~~\n{text}\n~~~~" for text in texts)
 
     return sample
 
