@@ -17,6 +17,7 @@ from jaxgpt import tree
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert import family as families
 from jaxgpt.convert import table, tensors
+from jaxgpt.convert import tokenizer_files as side_files
 from jaxgpt.convert.family import Family
 from jaxgpt.convert.gpt2 import GPT2
 from jaxgpt.convert.llama import LLAMA
@@ -63,7 +64,8 @@ def save(
 
     Args:
         tokenizer_files: content by file name, as `tokenizer_files.read` gives it.
-        special_ids: bos_token_id, eos_token_id, pad_token_id for the two config files.
+        special_ids: bos_token_id, eos_token_id, pad_token_id for the two config files; default:
+            what the tokenizer's files tell.
         dtype: of the weights on disk; default: the parameters' own.
     """
     path = Path(path)
@@ -72,7 +74,9 @@ def save(
     cfg, params = _complete(family, cfg, params)
     dtype_of = lambda leaf: tensors.as_dtype(dtype or jnp.dtype(leaf.dtype).name)
     kinds = {dtype_of(leaf).name for leaf in tree.flatten(params).values()}
-    ids = {"bos_token_id": None, "eos_token_id": None, **(special_ids or {})}
+    if special_ids is None:
+        special_ids = side_files.special_ids(dict(tokenizer_files or {}))
+    ids = {"bos_token_id": None, "eos_token_id": None, **special_ids}
     settings |= {"dtype": "float32" if len(kinds) > 1 else kinds.pop(), **ids, **PRODUCER}
     files = {
         "config.json": _json(settings),

@@ -80,13 +80,18 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file")
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a JSON file")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(content: bytes, name: str) -> dict[str, Any]:
+    """A JSON object from bytes that nobody vouches for."""
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        found = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
-    return content
+        raise ValueError(f"{name}: not a JSON file ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: must hold a JSON object")
+    return found
 
 
 def save(

@@ -47,25 +47,37 @@ def chat_template(files: dict[str, bytes]) -> str | None:
     """The Jinja source of the chat template, where one is given."""
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode()
-    found = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+    found = _content(files, "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):  # several by name
-        named = {entry.get("name"): entry.get("template") for entry in found}
-        return named.get("default")
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        found = next((e.get("template") for e in entries if e.get("name") == "default"), None)
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"tokenizer_config.json: chat_template={found!r:.80}: must be text")
     return found
 
 
 def special_ids(files: dict[str, bytes]) -> dict[str, Any]:
     """bos_token_id, eos_token_id (an id or several) and pad_token_id, as far as they are told."""
-    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
-    added = json.loads(files.get("tokenizer.json", b"{}")).get("added_tokens", [])
-    told = json.loads(files.get("generation_config.json", b"{}"))
+    settings, told = (_content(files, f"{n}_config.json") for n in ("tokenizer", "generation"))
+    added = _content(files, "tokenizer.json").get("added_tokens", [])
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict)
+        and isinstance(token.get("content"), str)
+        and type(token.get("id")) is int
+        for token in added
+    ):
+        raise ValueError(
+            "tokenizer.json: added_tokens must be a list of tokens with id and content"
+        )
     id_of = {token["content"]: token["id"] for token in added}
     ids = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         token = settings.get(name)
         text = token.get("content") if isinstance(token, dict) else token
-        value = told.get(f"{name}_id", id_of.get(text))
+        value = told.get(f"{name}_id", id_of.get(text) if isinstance(text, str) else None)
         if value is not None:
+            if not all(type(i) is int for i in (value if isinstance(value, list) else [value])):
+                raise ValueError(f"generation_config.json: {name}_id={value!r:.80}: must be ids")
             ids[f"{name}_id"] = value
     return ids
 
@@ -136,10 +148,14 @@ def sentencepiece(
 
 def with_settings(files: dict[str, bytes], **settings: Any) -> dict[str, bytes]:
     """The files with these settings in tokenizer_config.json."""
-    old = json.loads(files.get("tokenizer_config.json", b"{}"))
+    old = _content(files, "tokenizer_config.json")
     new = old | {name: value for name, value in settings.items() if value is not None}
     new.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     return files | {"tokenizer_config.json": json.dumps(new, ensure_ascii=False).encode()}
+
+
+def _content(files: dict[str, bytes], name: str) -> dict[str, Any]:
+    return tensors.parse_json(files.get(name, b"{}"), name)
 
 
 def _files(

@@ -1,5 +1,6 @@
 """GGUF files: ones written with the `gguf` library, and the real SmolLM2."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from jaxgpt import tree
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert import gguf, hf, table, tokenizer_files
 from jaxgpt.convert.llama import LLAMA
+from jaxgpt.convert.qwen3 import QWEN2, QWEN3
 from jaxgpt.model import gpt
 from jaxgpt.sampling import sample
 
@@ -28,7 +30,8 @@ NAMES = {  # Hugging Face's -> GGUF's
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    "mlp.down_proj": "ffn_down", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "lm_head": "output",
 }  # fmt: skip
 
 
@@ -41,9 +44,9 @@ def permute(weights, heads):
     )
 
 
-def write(path, params, kind=TYPES.F32, **metadata):
+def write(path, params, kind=TYPES.F32, family=LLAMA, cfg=CFG, **metadata):
     """A GGUF file as llama.cpp's converter makes it."""
-    writer = library.GGUFWriter(path, "llama")
+    writer = library.GGUFWriter(path, family.model_type)
     writer.add_context_length(CFG.context_length)
     writer.add_embedding_length(CFG.model_dim)
     writer.add_block_count(CFG.num_layers)
@@ -63,8 +66,8 @@ def write(path, params, kind=TYPES.F32, **metadata):
     writer.add_chat_template("{{ messages }}")
     for key, value in metadata.items():
         writer.add_uint32(key, value)
-    for name, array in table.write(LLAMA.table, CFG, params):
-        if "q_proj" in name or "k_proj" in name:
+    for name, array in table.write(family.table, cfg, params):
+        if family is LLAMA and ("q_proj" in name or "k_proj" in name):
             array = permute(array, CFG.num_heads if "q_proj" in name else CFG.kv_heads)
         for theirs, short in NAMES.items():
             name = name.replace(theirs, short)
@@ -77,11 +80,15 @@ def write(path, params, kind=TYPES.F32, **metadata):
     writer.close()
 
 
+def random_params(cfg):
+    random = np.random.default_rng(0)
+    shapes = table.parameter_shapes(cfg).items()
+    return table.nest({n: random.normal(size=s).astype(np.float32) for n, s in shapes})
+
+
 @pytest.fixture(scope="module")
 def params():
-    random = np.random.default_rng(0)
-    shapes = table.parameter_shapes(CFG).items()
-    return table.nest({n: random.normal(size=s).astype(np.float32) for n, s in shapes})
+    return random_params(CFG)
 
 
 def test_config_and_weights_are_restored(params, tmp_path):
@@ -108,6 +115,33 @@ def test_quantised_weights_are_near_the_true_ones(params, tmp_path, kind, error)
         if name.endswith(("kernel", "embedding")):
             off = np.linalg.norm(leaf - expected[name]) / np.linalg.norm(expected[name])
             assert 0 < off < error, name
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [(QWEN2, {"bias": "qkv", "tie_embeddings": False}), (QWEN3, {"qk_norm": True})],
+)
+def test_other_architectures_are_restored(tmp_path, family, settings):
+    cfg = dataclasses.replace(CFG, **settings)
+    expected = random_params(cfg)
+    write(tmp_path / "model.gguf", expected, family=family, cfg=cfg)
+    found_cfg, found, _ = gguf.load(tmp_path / "model.gguf")
+    assert found_cfg == cfg
+    assert tree.flatten(found).keys() == tree.flatten(expected).keys()
+    for name, leaf in tree.flatten(found).items():
+        assert np.array_equal(leaf, tree.flatten(expected)[name]), name
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_k_quants_are_what_the_library_makes_of_them(kind):
+    block, size = library.GGML_QUANT_SIZES[TYPES[kind]]
+    # Small bytes, so that the half-precision scales among them are finite.
+    stored = np.random.default_rng(0).integers(0, 60, (3, 2 * size), np.uint8)
+    source = gguf._Source(np.concatenate([np.zeros(32, np.uint8), stored.ravel()]))
+    source.add("w", (3, 2 * block), TYPES[kind].value, 32)
+    expected = quants.dequantize(stored, TYPES[kind])
+    assert np.abs(expected).max() > 0
+    assert np.array_equal(source.read("w"), expected)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,28 @@ def test_tokenizer_text_that_is_not_utf8(model, name):
         tokenizer_files.read(model)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": 5}),
+        ("tokenizer.json", {"added_tokens": [{"id": 1}]}),
+        ("tokenizer.json", {"added_tokens": [["a", "b"]]}),
+        ("generation_config.json", {"eos_token_id": {"a": 1}}),
+        ("generation_config.json", {"eos_token_id": ["a"]}),
+    ],
+)
+def test_special_tokens_of_the_wrong_type(name, content):
+    with pytest.raises(ValueError, match=name):
+        tokenizer_files.special_ids({name: json.dumps(content).encode()})
+
+
+@pytest.mark.parametrize("template", [5, {"a": "b"}, [{"name": "default", "template": 3}]])
+def test_a_chat_template_that_is_no_text(template):
+    content = json.dumps({"chat_template": template}).encode()
+    with pytest.raises(ValueError, match=r"chat_template=.*must be text"):
+        tokenizer_files.chat_template({"tokenizer_config.json": content})
+
+
 # Fuzzing: whatever bytes a file holds, it is read, or refused with a ValueError.
 
 fuzz = settings(
