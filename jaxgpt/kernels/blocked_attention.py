@@ -51,8 +51,9 @@ def _forward(
 ) -> tuple[Array, _Saved]:
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    # The barriers here and below keep XLA from folding the change of layout into the products:
-    # it would widen them to float32, or compile a bf16 form that has no kernel at run time.
+    # The barriers here and below keep XLA from folding the change of layout into the products: it
+    # would widen them to float32, or compile a bf16 form that has no kernel (`UNIMPLEMENTED
+    # DotThunk` when there is a single block).
     q_BKGTH, k_BKSH, v_BKSH = jax.lax.optimization_barrier(
         (
             q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4),
@@ -66,10 +67,9 @@ def _forward(
         start, stop, seen = block
         scores_BKSC = _scores(q_BKGTH, k_BKSH, segments_BT, block, causal)
         max_BK1C = scores_BKSC.max(-2, keepdims=True)
-        probs_BKSC = jnp.exp(scores_BKSC - max_BK1C).astype(q_BTNH.dtype)
-        # Sum what is multiplied: the rounded probabilities.
-        probs_BKSC = jax.lax.optimization_barrier(probs_BKSC)
-        total_BK1C = probs_BKSC.sum(-2, keepdims=True, dtype=jnp.float32)
+        exp_BKSC = jnp.exp(scores_BKSC - max_BK1C)
+        total_BK1C = exp_BKSC.sum(-2, keepdims=True)
+        probs_BKSC = exp_BKSC.astype(q_BTNH.dtype)
         out_BKHC = _dot("BKHS,BKSC->BKHC", v_BKHS[..., :seen], probs_BKSC) / total_BK1C
         outs.append(out_BKHC.reshape(B, K, H, N // K, stop - start))
         probs.append(probs_BKSC)

@@ -68,7 +68,7 @@ def logprobs_and_entropy(
     """log p(target) and the entropy of the whole distribution, at every token, float32."""
     hidden_MCD, targets_MC = _split((hidden_ND, targets_N), chunk)
     both = _logprobs_and_entropy(hidden_MCD, head_VD, targets_MC, temperature)
-    return tuple(_join(x_MC, len(targets_N)) for x_MC in both)
+    return jax.tree.map(lambda x_MC: _join(x_MC, len(targets_N)), both)
 
 
 def _split(arrays_N: tuple[Array, ...], chunk: int) -> list[Array]:
