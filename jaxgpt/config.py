@@ -738,3 +738,70 @@ def join_lists(args: Sequence[str], *flags: str) -> list[str]:
         else:
             values.setdefault(flag, []).append(arg)
     return rest + [f"{name}={json.dumps(found)}" for name, found in values.items()]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to measure, and on what."""
+
+    checkpoint: str
+    """A run directory, a Hugging Face directory, a GGUF or a llama2.c file."""
+    task: Literal[
+        "perplexity", "multiple_choice", "hellaswag", "piqa", "arc", "winogrande", "lambada",
+        "gsm8k", "arithmetic",
+    ]  # fmt: skip
+    """Measure; multiple_choice reads any JSONL of {query, choices, gold}."""
+    data: str
+    """Plain text (perplexity), or JSONL as on the Hub or in its local layout, also .gz or .bz2."""
+    limit: int = 0
+    """Only the first items; 0: all."""
+    output: str = ""
+    """JSONL of single items' results, from which the same command continues; empty: a file in
+    the run directory, and none for other checkpoints."""
+    window: int = 1024
+    """Tokens of a window of perplexity, at most the model's context."""
+    stride: int = 1024
+    """Tokens between two windows; fewer than window: only that many are scored in each."""
+    samples: int = 1
+    """Answers drawn for each question; more than one gives pass@k and a majority vote."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus: the fewest tokens whose probability reaches this."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+    max_new_tokens: int = 256
+    """Tokens of a generated answer."""
+    seed: int = 0
+    """Of the samples."""
+    chat: bool = False
+    """Ask generative questions by the model's chat template."""
+    batch_tokens: int = 2048
+    """Positions computed at a time, padding included."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute type; null: the model's own."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("limit", 0), ("window", 2), ("stride", 1), ("samples", 1), ("batch_tokens", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _require(value >= least, name, value, f"must be {least} or more")
+        _require(
+            self.samples == 1 or self.temperature > 0,
+            "samples", self.samples, "greedy answers are all the same; set a temperature",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Which model to write, and how."""
+
+    checkpoint: str
+    """A run directory, a Hugging Face directory, a GGUF or a llama2.c file."""
+    output: str
+    """Directory to write; never over something else's."""
+    to: Literal["huggingface", "jaxgpt"] = "huggingface"
+    """Hugging Face's layout, or a run directory."""
+    merge_lora: bool = False
+    """Fold adapters into the weights they adapt."""

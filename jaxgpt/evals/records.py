@@ -1,0 +1,137 @@
+"""Data files of evaluations, and the file in which the results of single items are kept."""
+
+import bz2
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, unpacked if it ends in .gz or .bz2.
+
+    Raises:
+        ValueError: it is empty, damaged or not UTF-8 (naming the place).
+        OSError: it cannot be read.
+    """
+    if path.is_dir():
+        raise ValueError(f"data={path}: is a directory; name a file")
+    try:
+        with OPENERS.get(path.suffix, open)(path, "rb") as file:
+            content = file.read()
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"data={path}, line {line}: not UTF-8 ({error.reason})") from None
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"data={path}: damaged ({error})") from None
+    if not text.strip():
+        raise ValueError(f"data={path}: is empty")
+    return text
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, or of a JSON list, each with its place for error messages."""
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        rows = [
+            (f"data={path}, entry {n}", row) for n, row in enumerate(_parse(text, str(path)), 1)
+        ]
+    else:
+        places = ((f"data={path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1))
+        rows = ((place, _parse(line, place)) for place, line in places if line.strip())
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: must be an object such as {{…}}")
+        yield place, row
+
+
+def text_field(row: Mapping[str, Any], name: str, place: str) -> str:
+    """A field that must be text with something in it."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{place}: {name} must be text, not {value!r:.80}")
+    return value
+
+
+class Results:
+    """Results by item, one JSON object a line after a header that says what was asked.
+
+    The same question continues where it was left; another one is refused.
+    """
+
+    def __init__(self, path: Path | None, question: Mapping[str, Any]) -> None:
+        self.found: dict[int, dict[str, Any]] = {}
+        self._file = None
+        if path is None:
+            return
+        if path.is_dir():
+            raise ValueError(f"output={path}: is a directory; name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        intact = self._read(path, question) if path.exists() else 0
+        self._file = path.open("r+b" if intact else "wb")
+        self._file.truncate(intact)
+        self._file.seek(intact)
+        if not intact:
+            self._write({"question": question})
+
+    def add(self, index: int, result: dict[str, Any]) -> None:
+        self.found[index] = result
+        self._write({"index": index} | result)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _read(self, path: Path, question: Mapping[str, Any]) -> int:
+        """Takes what is there; returns the length of the intact part (a kill may tear a line)."""
+        lines = path.read_bytes().split(b"\n")[:-1]
+        if not lines:
+            return 0
+        try:
+            asked = json.loads(lines[0])["question"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"output={path}: holds something else; choose another file") from None
+        differing = [
+            f"{name}: {asked.get(name)} -> {question.get(name)}"
+            for name in {**asked, **question}
+            if asked.get(name) != question.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"output={path}: holds the results of another evaluation ({'; '.join(differing)}); "
+                "choose another file"
+            )
+        for line in lines[1:]:
+            result = json.loads(line)
+            self.found[result.pop("index")] = result
+        return sum(len(line) + 1 for line in lines)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not JSON ({error})") from None
+
+
+def strings(value: Any, name: str, place: str) -> Sequence[str]:
+    """A field that must be a list of at least two texts."""
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{place}: {name} must be a list of two texts or more")
+    return value

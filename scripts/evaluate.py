@@ -1,0 +1,40 @@
+"""Evaluate any model: a run, a Hugging Face directory, a GGUF or a llama2.c file.
+
+The last line of the output is one JSON object: measures, their standard errors, the count.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from jaxgpt import config
+from jaxgpt.config import EvaluateConfig
+
+
+def main() -> None:
+    cfg = config.parse(EvaluateConfig, __doc__ or "")
+    if not Path(cfg.data).exists():
+        raise ValueError(f"data={cfg.data}: does not exist")
+    import jaxgpt
+    from jaxgpt import evals, hardware, rundir
+
+    hardware.use_compilation_cache()
+    lm = jaxgpt.load(cfg.checkpoint, dtype=cfg.dtype)
+    print(lm)
+    output = Path(cfg.output) if cfg.output else None
+    if output is None and rundir.is_run(cfg.checkpoint):
+        output = Path(cfg.checkpoint) / "evals" / evals.results_name(lm, cfg)
+    measures = evals.evaluate(lm, cfg, output)
+    for name, value in measures.items():
+        if isinstance(value, float) and not name.endswith("_stderr"):
+            print(f"{name:>16} {value:.4f} ± {measures[f'{name}_stderr']:.4f}")
+    print(json.dumps({name: _plain(value) for name, value in measures.items()}))
+
+
+def _plain(value: float | str) -> float | str | None:
+    """JSON has no NaN: the standard error of a single item is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    config.exit_cleanly(main)
