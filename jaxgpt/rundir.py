@@ -2,24 +2,28 @@
 
 config.yaml      the resolved settings, which run again
 tokenizer.json   in Hugging Face's format
-checkpoints/     see checkpoint.py
+checkpoints/     see checkpoint.py; of a run with --peft.kind only what it adds to its base
+base.json        path and hash of that base
 metrics.jsonl, samples.md, report.html, plots/, environment.json
 """
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from jaxgpt import tree
 from jaxgpt.checkpoint import Checkpoints, read_arrays
-from jaxgpt.config import ModelConfig, RopeScaling, RunConfig, to_yaml
+from jaxgpt.config import ModelConfig, PeftConfig, RopeScaling, RunConfig, to_yaml
 from jaxgpt.types import Params
 
 # Settings that change what is watched, kept or where it is computed, but no number of the run.
 FREE = ("run", "log", "sample", "mesh", "checkpoint")
+# What a run that starts from other weights decides itself; the rest of its model is theirs.
+OWN = ("model/dtype", "model/remat", "model/dropout")
 
 
 def enter(cfg: RunConfig) -> Path:
@@ -33,9 +37,9 @@ def enter(cfg: RunConfig) -> Path:
     if path.exists() and not path.is_dir():
         raise ValueError(f"run={path}: is a file; choose a directory")
     file = path / "config.yaml"
-    if file.is_file():
+    if (path / "metrics.jsonl").exists():  # else nothing has been trained: mistakes may be mended
         _require_same(path, yaml.safe_load(file.read_text()), dataclasses.asdict(cfg))
-    elif path.is_dir() and any(path.iterdir()):
+    elif path.is_dir() and any(path.iterdir()) and not file.is_file():
         raise ValueError(f"run={path}: holds files that are no run of jaxgpt; choose another")
     path.mkdir(parents=True, exist_ok=True)
     write_config(cfg)
@@ -78,29 +82,74 @@ def read_params(path: str | Path, network: str = "policy") -> Params:
     except ValueError:
         prefix = f"params/{network}/"
         arrays = read_arrays(directory, prefix)
-    return nest({name.removeprefix(prefix): array for name, array in arrays.items()})
+    return tree.nest({name.removeprefix(prefix): array for name, array in arrays.items()})
 
 
-def nest(leaves: dict[str, np.ndarray]) -> Params:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    root: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        node = root
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return root
+def fingerprint(path: str | Path) -> str:
+    """sha256 of the files that hold a model's weights: a run's newest, safetensors, or one file.
+
+    Raises:
+        ValueError: there are none.
+    """
+    path = Path(path)
+    if is_run(path):
+        checkpoints = Checkpoints(path / "checkpoints")
+        step = checkpoints.latest_valid()
+        if step is None:
+            raise ValueError(f"{path}: has no intact checkpoint; train it first")
+        files = [checkpoints.directory / str(step) / "manifest.json", path / "base.json"]
+    else:
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.exists():
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def write_base(cfg: RunConfig) -> None:
+    """Notes on which weights the run builds, since its checkpoints do not hold them.
+
+    Raises:
+        ValueError: the run began on other weights.
+    """
+    file = Path(cfg.run) / "base.json"
+    found = {"path": str(Path(cfg.init).absolute()), "sha256": fingerprint(cfg.init)}
+    if file.exists() and json.loads(file.read_text())["sha256"] != found["sha256"]:
+        raise ValueError(f"init={cfg.init}: has changed since {cfg.run} began; use another --run")
+    file.write_text(json.dumps(found, indent=1))
+
+
+def read_base(path: str | Path) -> tuple[Path, PeftConfig] | None:
+    """Where the base of a run is and how the run builds on it; None if the run is whole.
+
+    Raises:
+        ValueError: the base is gone or has changed.
+    """
+    file = Path(path) / "base.json"
+    if not file.exists():
+        return None
+    base = json.loads(file.read_text())
+    if not Path(base["path"]).exists():
+        raise ValueError(f"{path}: builds on {base['path']}, which is gone; name it in {file}")
+    if fingerprint(base["path"]) != base["sha256"]:
+        raise ValueError(f"{path}: builds on {base['path']}, which has changed since")
+    settings = yaml.safe_load((Path(path) / "config.yaml").read_text())["peft"]
+    return Path(base["path"]), PeftConfig(**settings)
 
 
 def _require_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     before, after = tree.flatten(old), tree.flatten(new)
     if not after["model/vocab_size"]:  # resolved from the tokenizer, then as now
         after["model/vocab_size"] = before.get("model/vocab_size")
+    given = lambda name: new["init"] and name.startswith("model/") and name not in OWN
     differing = [
         f"{name.replace('/', '.')}: {before.get(name)} -> {after.get(name)}"
         for name in {**before, **after}
-        if before.get(name) != after.get(name) and name.split("/")[0] not in FREE
+        if before.get(name) != after.get(name)
+        and name.split("/")[0] not in FREE
+        and not given(name)
     ]
     if differing:
         raise ValueError(

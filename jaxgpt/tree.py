@@ -1,7 +1,7 @@
 """Pytrees by name: path names, first-match rules, partition and combine."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -22,6 +22,18 @@ def flatten(tree: Any) -> dict[str, Any]:
 def unflatten(like: Any, leaves: dict[str, Any]) -> Any:
     """The tree shaped as `like` whose leaves are taken from `leaves` by name."""
     return map_named(lambda name, _: leaves[name], like)
+
+
+def nest(leaves: Mapping[str, Any]) -> Any:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    root: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return root
 
 
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:

@@ -15,8 +15,8 @@ LAYERS = (
     {"kernels"},
     {"hardware"},
     {"weights", "losses", "optim", "sharding", "metrics", "checkpoint", "data"},
-    {"model", "rundir", "runlog", "report"},
-    {"sampling", "peft", "convert", "train", "scoring"},
+    {"model", "peft", "rundir", "runlog", "report"},
+    {"sampling", "convert", "train", "scoring"},
     {"stages", "evals", "serve", "language_model"},
     {"jaxgpt"},  # the front door, jaxgpt/__init__.py
     {"scripts"},

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from jaxgpt import rundir
+from jaxgpt import peft, rundir, tree
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert import gguf, hf, llama2c, tensors, tokenizer_files
+from jaxgpt.convert.table import Place
 from jaxgpt.data import chat
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.engines import END_OF_TEXT, HuggingFace
@@ -31,8 +32,12 @@ class Loaded(NamedTuple):
     files: Mapping[str, bytes] = MappingProxyType({})  # the tokenizer's, as Hugging Face names them
 
 
-def load(path: str | Path) -> Loaded:
+def load(path: str | Path, *, place: Place | None = None, merged: bool = False) -> Loaded:
     """Opens a model by what its path is.
+
+    Args:
+        place: see hf.load; what other formats hold is passed through it too.
+        merged: adapters become part of their base; otherwise they stand beside it.
 
     Raises:
         ValueError: nothing we know, damaged files, or settings that our model does not have.
@@ -42,13 +47,30 @@ def load(path: str | Path) -> Loaded:
         raise ValueError(f"checkpoint={path}: does not exist")
     if rundir.is_run(path):
         files = own_files(tokenizer_files.read(path))
-        return _with_tokenizer(rundir.model_config(path), rundir.read_params(path), files)
+        params = _placed(_read_run(path, merged), place)
+        return _with_tokenizer(rundir.model_config(path), params, files)
     if path.is_dir():
-        cfg, params = hf.load(path)
+        cfg, params = hf.load(path, place=place)
         settings = tensors.read_json(path / "config.json")
         return _with_tokenizer(cfg, params, tokenizer_files.read(path), settings)
     reader = gguf.load if path.suffix == ".gguf" else llama2c.load
-    return _with_tokenizer(*reader(path))
+    cfg, params, files = reader(path)
+    return _with_tokenizer(cfg, _placed(params, place), files)
+
+
+def _read_run(path: Path, merged: bool) -> Params:
+    """A run's weights, together with those that it builds on."""
+    trained, base = rundir.read_params(path), rundir.read_base(path)
+    if base is None:
+        return trained
+    source, cfg = base
+    under = load(source, place=peft.place(cfg), merged=True).params
+    params = peft.restore(cfg, under, tree.flatten(trained))
+    return peft.merge(params) if merged else params
+
+
+def _placed(params: Params, place: Place | None) -> Params:
+    return tree.map_named(place, params) if place else params
 
 
 def own_files(files: dict[str, bytes]) -> dict[str, bytes]:
