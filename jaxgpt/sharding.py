@@ -141,6 +141,8 @@ def place_rows(
 ) -> Batch:
     """The global batch whose rows come from `read(row numbers)`; only this process's are read.
 
+    The first axis of an array is the row and, if it has more, the last one is the position.
+
     Raises:
         ValueError: the devices do not divide the rows or positions.
     """
@@ -155,10 +157,10 @@ def place_rows(
 
     def place(array: np.ndarray) -> jax.Array:
         shape = (num_rows, *array.shape[1:])
-        spec = P(ROWS, "context") if array.ndim > 1 else P(ROWS)
-        if array.ndim > 1 and array.shape[1] % mesh.shape["context"]:
+        spec = P(ROWS, *[None] * (array.ndim - 2), "context") if array.ndim > 1 else P(ROWS)
+        if array.ndim > 1 and array.shape[-1] % mesh.shape["context"]:
             raise ValueError(
-                f"mesh.context={mesh.shape['context']}: does not divide {array.shape[1]} positions"
+                f"mesh.context={mesh.shape['context']}: does not divide {array.shape[-1]} positions"
             )
         rows = lambda index: np.searchsorted(mine, np.arange(num_rows)[index[0]])
         return jax.make_array_from_callback(

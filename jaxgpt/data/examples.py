@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxgpt.config import ConversationConfig
 from jaxgpt.data import datasets, packing
-from jaxgpt.data.chat import Encoded
+from jaxgpt.data.chat import Encoded, Format
 from jaxgpt.data.datasets import Rows, Source
 
 T = TypeVar("T")
@@ -162,18 +162,49 @@ def fill(sequence: Sequence[Encoded], width: int) -> Rows:
     return row
 
 
-def fit(encoded: Encoded, width: int, truncate: bool, tally: Tally) -> Encoded | None:
-    """The example if it fits a row, or its beginning, or nothing; counted in the tally."""
-    long = _slots(encoded) > width
+def fit(
+    arms: Sequence[Encoded], width: int, truncate: bool, tally: Tally, read_end: bool = False
+) -> list[Encoded] | None:
+    """The sequences of an item up to their last targets, if they fit a row, or their beginnings.
+
+    None if that leaves no target, which the tally counts.
+
+    Args:
+        read_end: the last target is read too, not only predicted (a reward stands there).
+    """
+    arms = [_up_to_last_target(arm, read_end) for arm in arms]
+    long = any(_slots(arm) > width for arm in arms)
     if long and not truncate:
         tally.dropped[f"longer than {width} tokens"] += 1
         return None
-    if not encoded.target_T[1 : width + 1].any():
+    if not all(arm.target_T[1 : width + 1].any() for arm in arms):
         tally.dropped[f"without a target in the first {width} tokens"] += 1
         return None
     tally.used += 1
     tally.truncated += long
-    return Encoded(*(array[: width + 1] for array in encoded))
+    return [Encoded(*(array[: width + 1] for array in arm)) for arm in arms]
+
+
+def check_targets(encoded: Sequence[Encoded], form: Format) -> None:
+    """Refuses data from which a model would learn nothing, or not when to stop."""
+    if not encoded:
+        raise ValueError("data.path: no row has a target; see the reasons above")
+    end = form.end_of_turn
+    if not any((example.tokens_T[example.target_T] == end).any() for example in encoded):
+        raise ValueError(
+            f"data.path: {form.tokenizer.decode([end])}, which ends the assistant's turn, is never "
+            "a target, so the model would not learn to stop; raise data.max_tokens"
+        )
+
+
+def row_width(max_tokens: int, context_length: int) -> int:
+    """Tokens of a row: `data.max_tokens`, or all that the model can read."""
+    if max_tokens > context_length:
+        raise ValueError(
+            f"data.max_tokens={max_tokens}: the model reads at most {context_length} "
+            "(model.context_length)"
+        )
+    return max_tokens or context_length
 
 
 def pack(examples: Iterable[Encoded], width: int) -> list[Item]:
@@ -188,6 +219,12 @@ def plain(window: Rows) -> Item:
     tokens_T = np.append(window["tokens"][0], window["targets"][0, -1:])
     target_T = np.append(False, window["mask"][0] > 0)
     return ((Encoded(tokens_T, target_T, np.zeros(len(tokens_T), np.int8)),),)
+
+
+def _up_to_last_target(arm: Encoded, read_end: bool) -> Encoded:
+    stop = len(arm.target_T) - int(np.argmax(arm.target_T[::-1])) if arm.target_T.any() else 0
+    after = [0] if read_end else []  # something to predict after the end; it is no target
+    return Encoded(*(np.append(x[:stop], np.array(after, x.dtype)) for x in arm))
 
 
 def _slots(example: Encoded) -> int:

@@ -45,7 +45,7 @@ def batches(
             print(f"{name} conversations: {tally}", file=sys.stderr)
         made.append(encoded)
     if cfg.text_share < 1:
-        check_targets(made[0], form)
+        examples.check_targets(made[0], form)
     text = _text(cfg, form, width, seed, run) if cfg.text_share else None
     lay_out = (lambda part: examples.pack(part, width)) if cfg.packing else _singly
     items, held_out = (lay_out(part) for part in made)
@@ -56,18 +56,6 @@ def batches(
         Examples(items, width, batch_size, seed, cfg.packing, text=text, text_share=cfg.text_share),
         Examples(held_out, width, batch_size, seed, cfg.packing),
     )
-
-
-def check_targets(encoded: Sequence[Encoded], form: Format) -> None:
-    """Refuses data from which a model would learn nothing, or not when to stop."""
-    if not encoded:
-        raise ValueError("data.path: no row has a target; see the reasons above")
-    end = form.end_of_turn
-    if not any((example.tokens_T[example.target_T] == end).any() for example in encoded):
-        raise ValueError(
-            f"data.path: {form.tokenizer.decode([end])}, which ends the assistant's turn, is never "
-            "a target, so the model would not learn to stop; raise data.max_tokens"
-        )
 
 
 def _encode(
@@ -81,8 +69,7 @@ def _encode(
             raise ValueError(f"{dialogue.place}: {error}") from None
         if cfg.learn == "all":
             example.target_T[:] = True
-        example = examples.fit(example, width, cfg.long == "truncate", tally)
-        found += [] if example is None else [example]
+        found += examples.fit([example], width, cfg.long == "truncate", tally) or []
     return found
 
 

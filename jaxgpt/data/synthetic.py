@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from jaxgpt.data.conversations import Dialogue, Message, Preference
+from jaxgpt.data.conversations import Dialogue, Message, Preference, Rated
 
 LARGEST = 99  # operand
 HELD_OUT = 10  # one problem in this many
@@ -115,6 +115,15 @@ def preferences(task: str, held_out: bool) -> list[Preference]:
     return [
         Preference([_says("user", question(p))], *_answers(task, p), 0.0, f"{task}, {p}")
         for p in problems(held_out)
+    ]
+
+
+def ratings(task: str, held_out: bool) -> list[Rated]:
+    """A task's answers, good or bad, one of the pair's two for every problem."""
+    return [
+        Rated(pair.prompt, pair.chosen if good else pair.rejected, good, pair.place)
+        for pair in preferences(task, held_out)
+        for good in [_draw(2, "rated", pair.place) == 0]
     ]
 
 

@@ -9,7 +9,7 @@ from jaxgpt import scoring, sharding
 from jaxgpt.config import SftConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
-from jaxgpt.data import instructions
+from jaxgpt.data import examples, instructions
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.train import Stage
 from jaxgpt.types import Array, Batch, Metrics, Params
@@ -28,7 +28,7 @@ def build(cfg: SftConfig, start: Loaded) -> Stage:
         cfg.data,
         instructions.dialogues(cfg.data),
         chatting.chat_format(start),
-        cfg.data.max_tokens or cfg.model.context_length,
+        examples.row_width(cfg.data.max_tokens, cfg.model.context_length),
         cfg.train.batch_size,
         cfg.seed,
         cfg.run,

@@ -1,0 +1,91 @@
+"""A reward model: one number for an answer, higher for those that people prefer."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxgpt import losses, scoring, sharding
+from jaxgpt.config import ModelConfig, RewardConfig
+from jaxgpt.convert import chatting
+from jaxgpt.convert.load import Loaded
+from jaxgpt.data import examples, preferences
+from jaxgpt.model import gpt
+from jaxgpt.train import Stage
+from jaxgpt.types import Array, Batch, Metrics, Params
+
+
+def build(cfg: RewardConfig, start: Loaded) -> Stage:
+    """Trains the network with a scalar head in the place of its vocabulary."""
+    train, held_out = preferences.pairs(
+        cfg.data,
+        chatting.chat_format(start),
+        examples.row_width(cfg.data.max_tokens, cfg.model.context_length),
+        cfg.train.batch_size,
+        cfg.seed,
+    )
+    mesh = jax.sharding.get_mesh()
+    place = partial(sharding.place_rows, mesh, cfg.train.batch_size)
+
+    def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
+        reward_B2 = score_pairs(cfg.model, params, batch)
+        chosen_B, rejected_B = reward_B2[:, 0], reward_B2[:, 1]
+        margin_B = batch["margin"] if cfg.margin else 0.0
+        loss_B = losses.bradley_terry(chosen_B, rejected_B, margin_B, cfg.centering)
+        # A row without an answer fills up the last held-out batch.
+        weight_B = (batch["mask"].sum(-1).min(-1) > 0).astype(jnp.float32)
+        weight = weight_B.sum()
+        mean = lambda x_B: ((x_B * weight_B).sum(), weight)
+        metrics = {
+            "accuracy": mean(chosen_B > rejected_B),
+            "reward/chosen": mean(chosen_B),
+            "reward/rejected": mean(rejected_B),
+            "reward/margin": mean(chosen_B - rejected_B),
+        }
+        return (loss_B * weight_B).sum(), weight, metrics
+
+    @jax.jit
+    def held_out_metrics(params: Params, batch: Batch) -> Metrics:
+        total, weight, metrics = loss(params, batch, jnp.zeros(0))
+        return metrics | {"loss": (total, weight)}
+
+    def evaluate(params: Params) -> dict[str, float]:
+        limit = cfg.eval.batches
+        batches = (
+            place(partial(held_out.in_order, index, limit=limit))
+            for index in range(held_out.num_batches(limit))
+        )
+        found = scoring.measure(held_out_metrics, params, batches)
+        return {f"val/{name}" if "/" in name else name: value for name, value in found.items()}
+
+    return Stage(
+        params={"policy": start.params, "reward": _head(cfg, mesh)},
+        trainable="^(policy|reward)/",
+        loss=loss,
+        next_batch=lambda params, carry, step: place(partial(train.rows, step)),
+        evaluate=evaluate,
+    )
+
+
+def score_pairs(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
+    """The rewards [B, 2] of both answers of every row, read at their last token.
+
+    Args:
+        params: networks `policy`, the body, and `reward`, the head.
+    """
+    arms = scoring.flatten_arms(batch)
+    hidden_BTD = scoring.run(cfg, params["policy"], arms).hidden_BTD
+    length_B = (arms["segments"] > 0).sum(-1)
+    last_B11 = jnp.maximum(length_B, 1)[:, None, None] - 1
+    last_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
+    return gpt.ScalarHead(cfg).apply({"params": params["reward"]}, last_B1D).reshape(-1, 2)  # type: ignore[union-attr]
+
+
+def _head(cfg: RewardConfig, mesh: Mesh) -> Params:
+    """A random scalar head."""
+    hidden_BTD = jnp.zeros((1, 1, cfg.model.model_dim))
+    draw = lambda rng: gpt.ScalarHead(cfg.model).init(rng, hidden_BTD)["params"]
+    rng = jax.random.key(cfg.seed)
+    placed = sharding.shardings(mesh, {"reward": jax.eval_shape(draw, rng)})["reward"]
+    return jax.jit(draw, out_shardings=placed)(rng)

@@ -1,0 +1,14 @@
+"""Tune a model on preferred and rejected answers: DPO, IPO, hinge, KTO, ORPO or SimPO."""
+
+from jaxgpt import config
+
+
+def main() -> None:
+    cfg = config.parse(config.DpoConfig, __doc__)
+    from jaxgpt import stages  # here, so that --help and mistakes need no JAX
+
+    stages.launch("dpo", cfg)
+
+
+if __name__ == "__main__":
+    config.exit_cleanly(main)
