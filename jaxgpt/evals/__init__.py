@@ -12,15 +12,13 @@ from jaxgpt.evals import choice, exact_match, lambada, perplexity, records
 from jaxgpt.evals.statistics import Measures
 from jaxgpt.language_model import LanguageModel
 
-Result = dict[str, Any]
-
 
 class Task(NamedTuple):
     """Three pure functions."""
 
     read: Callable[[LanguageModel, EvaluateConfig, Path], Sequence[Any]]
-    # Yields (index of the item, its result), in whatever order is quick.
-    score: Callable[[LanguageModel, EvaluateConfig, Sequence[Any]], Iterator[tuple[int, Result]]]
+    # Items by their number; yields (number, result), in whatever order is quick.
+    score: Callable[[LanguageModel, EvaluateConfig, Mapping[int, Any]], Iterator]
     summarize: Callable[[Sequence[Mapping[str, Any]]], Measures]
 
 
@@ -53,16 +51,16 @@ def evaluate(
     items = task.read(lm, cfg, path)
     items = items[: cfg.limit] if cfg.limit else items
     results = records.Results(output, _question(lm, cfg) if output else {})
-    pending = [index for index in range(len(items)) if index not in results.found]
+    pending = {n: item for n, item in enumerate(items) if n not in results.found}
     bar = tqdm.tqdm(
         total=len(items), initial=len(items) - len(pending), desc=cfg.task, disable=None
     )
     with bar:
-        for number, result in task.score(lm, cfg, [items[index] for index in pending]):
-            results.add(pending[number], result)
+        for number, result in task.score(lm, cfg, pending):
+            results.add(number, result)
             bar.update()
     results.close()
-    measures = task.summarize([results.found[index] for index in range(len(items))])
+    measures = task.summarize([results.found[n] for n in range(len(items))])
     return {"task": cfg.task, **measures, "count": len(items)}
 
 

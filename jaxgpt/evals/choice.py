@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.config import EvaluateConfig
-from jaxgpt.evals import records, requests, statistics
+from jaxgpt.evals import queries, records, statistics
 from jaxgpt.evals.statistics import Measures
 from jaxgpt.language_model import LanguageModel
 
@@ -28,10 +28,14 @@ class Item(NamedTuple):
     gold: int
     blank: str = " "  # between context and ending
 
+    @property
+    def num_choices(self) -> int:
+        return max(len(self.contexts), len(self.endings))
+
     def pairs(self) -> list[tuple[str, str]]:
-        count = max(len(self.contexts), len(self.endings))
-        contexts = self.contexts * (count // len(self.contexts))
-        endings = self.endings * (count // len(self.endings))
+        """Context and continuation of every choice."""
+        contexts = self.contexts * (self.num_choices // len(self.contexts))
+        endings = self.endings * (self.num_choices // len(self.endings))
         return [(c, self.blank + e) for c, e in zip(contexts, endings, strict=True)]
 
 
@@ -58,27 +62,32 @@ def read_hellaswag(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[I
 
 
 def score(
-    lm: LanguageModel, cfg: EvaluateConfig, items: Sequence[Item]
+    lm: LanguageModel, cfg: EvaluateConfig, items: Mapping[int, Item]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """log p of every choice, the two decisions, and whether they are right."""
-    pairs = [[requests.encode_pair(lm, *pair) for pair in item.pairs()] for item in items]
-    for number, scores in requests.score(lm, pairs, cfg.batch_tokens):
-        item = items[number]
-        logprobs = [requests.total(scored) for scored in scores]
-        # The likelihood of one ending under several beginnings needs no correction.
-        lengths = [len(ending) for ending in item.endings] if len(item.endings) > 1 else [1]
-        choice = int(np.argmax(logprobs))
-        choice_norm = int(np.argmax(np.divide(logprobs, lengths)))
-        yield (
-            number,
-            {
+    """log p of every choice, the two decisions, and which would be right."""
+    pairs = {
+        (number, place): queries.encode_pair(lm, *pair)
+        for number, item in items.items()
+        for place, pair in enumerate(item.pairs())
+    }
+    found: dict[int, dict[int, float]] = {}
+    for (number, place), scored in queries.score(lm, pairs, cfg.batch_tokens):
+        item, mine = items[number], found.setdefault(number, {})
+        mine[place] = queries.total(scored)
+        if len(mine) == item.num_choices:
+            logprobs = [mine[place] for place in range(item.num_choices)]
+            # The likelihood of one ending under several beginnings needs no correction.
+            lengths = [len(ending) for ending in item.endings] if len(item.endings) > 1 else [1]
+            result = {
                 "logprobs": logprobs,
                 "gold": item.gold,
-                "choice": choice,
-                "choice_norm": choice_norm,
-                "truncated": any(pair.truncated for pair in pairs[number]),
-            },
-        )
+                "choice": int(np.argmax(logprobs)),
+                "choice_norm": int(np.argmax(np.divide(logprobs, lengths))),
+                "truncated": any(
+                    pairs[number, place].truncated for place in range(item.num_choices)
+                ),
+            }
+            yield number, result
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:

@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxgpt.config import EvaluateConfig
-from jaxgpt.evals import records, statistics
+from jaxgpt.evals import queries, records, statistics
 from jaxgpt.evals.statistics import Measures
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.sampling.sample import Sampling
 
 NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
-FEWEST_ROWS = 8  # of a batch, however long: decoding reads all weights for each token
+# What begins the next question, or ends the line, when a model just goes on.
+STOP = {"gsm8k": ("Question:",), "arithmetic": ("\n",)}
 
 
 class Item(NamedTuple):
-    """A prompt, the right number, and where an answer ends at the latest."""
+    """A prompt and the right number."""
 
     prompt: str
     answer: str
-    stop: tuple[str, ...]
 
 
 def read_gsm8k(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Item]:
@@ -33,7 +33,7 @@ def read_gsm8k(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Item]
         if answer is None:
             raise ValueError(f'{place}: answer must end in "#### N"')
         prompt = question if cfg.chat else f"Question: {question}\nAnswer:"
-        items.append(Item(prompt, answer, () if cfg.chat else ("Question:",)))
+        items.append(Item(prompt, answer))
     return items
 
 
@@ -44,34 +44,32 @@ def read_arithmetic(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[
         answer = last_number(records.text_field(row, "continuation", place))
         if answer is None:
             raise ValueError(f"{place}: continuation={row['continuation']!r:.40} is no number")
-        items.append(Item(records.text_field(row, "context", place), answer, ("\n",)))
+        items.append(Item(records.text_field(row, "context", place), answer))
     return items
 
 
 def score(
-    lm: LanguageModel, cfg: EvaluateConfig, items: Sequence[Item]
+    lm: LanguageModel, cfg: EvaluateConfig, items: Mapping[int, Item]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every sample's answers: as stated after ####, and as the last number that was written."""
     settings = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
-    room = lm.config.context_length - cfg.max_new_tokens
-    if room < 1:
-        raise ValueError(
-            f"max_new_tokens={cfg.max_new_tokens}: leaves no room for a prompt in the model's "
-            f"context of {lm.config.context_length}"
-        )
-    prompts = [_encode(lm, cfg, item) for item in items]
-    order = sorted(range(len(items)), key=lambda n: -len(prompts[n]))
-    rows = [(n, sample) for n in order for sample in range(cfg.samples)]
-    texts: dict[int, list[str]] = {}
-    for batch in _batches(rows, [len(prompt) for prompt in prompts], cfg):
-        written = lm.complete(
-            [prompts[n][-room:] for n, _ in batch], settings, cfg.seed, items[batch[0][0]].stop,
-            rows=[n * cfg.samples + sample for n, sample in batch],
-        )  # fmt: skip
-        for (n, _), text in zip(batch, written, strict=True):
-            texts.setdefault(n, []).append(text)
-            if len(texts[n]) == cfg.samples:
-                yield n, _judge(items[n], texts.pop(n)) | {"truncated": len(prompts[n]) > room}
+    stop = () if cfg.chat else STOP[cfg.task]
+    room = queries.prompt_room(lm, settings)
+    prompts = {number: _encode(lm, cfg, item) for number, item in items.items()}
+    samples = {
+        number * cfg.samples + sample: prompt
+        for number, prompt in prompts.items()
+        for sample in range(cfg.samples)
+    }
+    texts: dict[int, dict[int, str]] = {}
+    for row, text in queries.write(lm, samples, settings, stop, cfg.batch_tokens, cfg.seed):
+        number, sample = divmod(row, cfg.samples)
+        mine = texts.setdefault(number, {})
+        mine[sample] = text
+        if len(mine) == cfg.samples:
+            written = [mine[sample] for sample in range(cfg.samples)]
+            truncated = len(prompts[number]) > room
+            yield number, _judge(items[number], written) | {"truncated": truncated}
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:
@@ -113,21 +111,8 @@ def plain(number: str) -> str:
 
 def _encode(lm: LanguageModel, cfg: EvaluateConfig, item: Item) -> list[int]:
     if cfg.chat:
-        text = lm.render([{"role": "user", "content": item.prompt}])
-        return lm.tokenizer.encode(text, allow_special=True)
+        return lm.encode_chat([{"role": "user", "content": item.prompt}])
     return lm.encode(item.prompt)
-
-
-def _batches(
-    rows: list[tuple[int, int]], lengths: Sequence[int], cfg: EvaluateConfig
-) -> Iterator[list[tuple[int, int]]]:
-    """Rows of like length, as many as fit beside what they will write."""
-    start = 0
-    while start < len(rows):
-        width = lengths[rows[start][0]] + cfg.max_new_tokens
-        size = max(FEWEST_ROWS, cfg.batch_tokens // width)
-        yield rows[start : start + size]
-        start += size
 
 
 def _judge(item: Item, texts: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import EvaluateConfig
-from jaxgpt.evals import records, requests, statistics
+from jaxgpt.evals import queries, records, statistics
 from jaxgpt.evals.statistics import Measures
 from jaxgpt.language_model import LanguageModel
 
@@ -28,19 +28,20 @@ def read(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Item]:
 
 
 def score(
-    lm: LanguageModel, cfg: EvaluateConfig, items: Sequence[Item]
+    lm: LanguageModel, cfg: EvaluateConfig, items: Mapping[int, Item]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """log p of the last word, and whether greedy decoding writes it."""
-    pairs = [[requests.encode_pair(lm, context, f" {word}")] for context, word in items]
-    for number, (scored,) in requests.score(lm, pairs, cfg.batch_tokens):
-        yield (
-            number,
-            {
-                "logprob": requests.total(scored),
-                "greedy": bool(scored.greedy.all()),
-                "truncated": pairs[number][0].truncated,
-            },
-        )
+    pairs = {
+        number: queries.encode_pair(lm, context, f" {word}")
+        for number, (context, word) in items.items()
+    }
+    for number, scored in queries.score(lm, pairs, cfg.batch_tokens):
+        result = {
+            "logprob": queries.total(scored),
+            "greedy": bool(scored.greedy.all()),
+            "truncated": pairs[number].truncated,
+        }
+        yield number, result
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:

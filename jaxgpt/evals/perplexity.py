@@ -14,6 +14,8 @@ from jaxgpt.evals.statistics import Measures
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.sampling import likelihood
 
+UNITS = ("tokens", "bytes", "words")
+
 
 class Item(NamedTuple):
     """A window of which the last `scored` tokens are predicted."""
@@ -42,21 +44,15 @@ def read(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Item]:
 
 
 def score(
-    lm: LanguageModel, cfg: EvaluateConfig, items: Sequence[Item]
+    lm: LanguageModel, cfg: EvaluateConfig, items: Mapping[int, Item]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Summed negative log-likelihood of each window's scored tokens."""
-    rows = [item.tokens for item in items]
-    for number, found in likelihood.score_rows(lm.config, lm.params, rows, cfg.batch_tokens):
-        item = items[number]
-        yield (
-            number,
-            {
-                "nll": -float(found.logprobs[-item.scored :].sum(dtype=np.float64)),
-                "tokens": item.scored,
-                "bytes": item.num_bytes,
-                "words": item.num_words,
-            },
-        )
+    numbers, rows = list(items), [item.tokens for item in items.values()]
+    for row, found in likelihood.score_rows(lm.config, lm.params, rows, cfg.batch_tokens):
+        item = items[numbers[row]]
+        nll = -float(found.logprobs[-item.scored :].sum(dtype=np.float64))
+        counts = {"tokens": item.scored, "bytes": item.num_bytes, "words": item.num_words}
+        yield numbers[row], {"nll": nll, **counts}
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:
@@ -71,6 +67,3 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:
         "bits_per_byte_stderr": bits_error,
         **{unit: round(sum(r[unit] for r in results)) for unit in UNITS},
     }
-
-
-UNITS = ("tokens", "bytes", "words")

@@ -94,7 +94,6 @@ def score_continuations(
     Groups come in batches of like length, not in their own order. The last token of a context
     predicts the first of a continuation, so it is read together with the continuation.
     """
-    most = max((len(group.continuations) for group in groups), default=0)
     lengths = [
         (len(group.context) - 1, max(map(len, group.continuations), default=0)) for group in groups
     ]
@@ -106,11 +105,12 @@ def score_continuations(
         cache = _read(cfg, params, tokens_BT, start_B)
 
         pairs = [(row, c) for row, n in enumerate(numbers) for c in groups[n].continuations]
-        parent_R = np.zeros(size * most, np.int32)
+        count = -(-len(pairs) // size) * size  # few shapes: so many continuations a context
+        parent_R = np.zeros(count, np.int32)
         parent_R[: len(pairs)] = [row for row, _ in pairs]
         inputs = [[groups[numbers[row]].context[-1], *c[:-1]] for row, c in pairs]
-        tokens_RC = _align_left(inputs, size * most, tail)
-        targets_RC = _align_left([c for _, c in pairs], size * most, tail)
+        tokens_RC = _align_left(inputs, count, tail)
+        targets_RC = _align_left([c for _, c in pairs], count, tail)
         scores = jax.device_get(_score(cfg, params, cache, parent_R, tokens_RC, targets_RC))
         found = iter(
             Scored(*(x_RC[i, : len(c)] for x_RC in scores)) for i, (_, c) in enumerate(pairs)
