@@ -45,6 +45,7 @@ class RunLog:
         if self._writes:
             environment = json.dumps(hardware.environment(), indent=1)
             (self._directory / "environment.json").write_text(environment)
+            # A run that begins again repeats the evaluation before its first step, too.
             file = metrics.MetricsLog(self._directory / "metrics.jsonl", self._start)
             settings = dataclasses.asdict(self._cfg)
             self._progress = metrics.Progress(self._cfg.train.steps, self._start)
@@ -82,9 +83,11 @@ class RunLog:
         self._flushed = time.perf_counter()
         line: dict[str, Any] = {}
         for (done, _, tokens), measures in zip(pending, fetched, strict=True):
-            loss = float(measures["loss"])
+            loss, norm = float(measures["loss"]), float(measures["grad_norm"])
             if not math.isfinite(loss) or loss > self._cfg.train.max_loss:
                 raise Diverged(f"step {done}: the loss is {loss:.4g}")
+            if not math.isfinite(norm):  # the parameters are lost although the loss was not yet
+                raise Diverged(f"step {done}: the gradient's norm is {norm:.4g}")
             named = {name if "/" in name else f"train/{name}": v for name, v in measures.items()}
             line = named | {"train/tokens": done * tokens} | self.throughput.measures()
             if self._due(done):
@@ -93,7 +96,13 @@ class RunLog:
         self._show(pending[-1][0], line)
 
     def held_out(self, done: int, measures: Mapping[str, float]) -> None:
-        """Metrics of an evaluation after `done` updates."""
+        """Metrics of an evaluation after `done` updates.
+
+        Raises:
+            Diverged: naming the step and the loss.
+        """
+        if not math.isfinite(measures.get("loss", 0.0)):
+            raise Diverged(f"step {done}: the held-out loss is {measures['loss']:.4g}")
         named = {name if "/" in name else f"val/{name}": v for name, v in measures.items()}
         self._held_out = (done, dict(measures))
         for sink in self._sinks:

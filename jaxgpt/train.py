@@ -106,7 +106,7 @@ def make_step(stage: Stage, cfg: RunConfig, optimizer: optax.GradientTransformat
         )
         measures = _values(sums) | {
             "loss": loss / weight,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": optim.learning_rate(cfg.optim, state.step, cfg.train.steps),
         }
         carry = stage.after_step(state.carry, sums) if stage.after_step else state.carry
@@ -160,11 +160,12 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
             RunLog(cfg, start) as log,
             _stop_signals() as stop,
             _batches(stage, mesh, cfg, start) as next_batch,
+            _profiler(cfg) as trace,
         ):
             if start == 0:
                 between_steps(0, state)
             for step in range(start, cfg.train.steps):
-                _trace(cfg, step)
+                trace(step)
                 batch = next_batch(state, frozen, step)
                 state, measures = step_fn(state, frozen, batch)
                 stopping = stop.is_set()
@@ -313,12 +314,22 @@ def _batches(
         thread.join()
 
 
-def _trace(cfg: RunConfig, step: int) -> None:
-    """Starts and ends JAX's profiler at the steps of log.profile."""
-    if not cfg.log.profile:
-        return
-    first, last = map(int, cfg.log.profile.split(":"))
-    if step == first:
-        jax.profiler.start_trace(f"{cfg.run}/profile")
-    elif step == last + 1:
-        jax.profiler.stop_trace()
+@contextlib.contextmanager
+def _profiler(cfg: RunConfig) -> Iterator[Callable[[int], None]]:
+    """What to call before each step: JAX's profiler traces those of log.profile."""
+    first, last = map(int, cfg.log.profile.split(":")) if cfg.log.profile else (0, -1)
+    tracing = False
+
+    def trace(step: int) -> None:
+        nonlocal tracing
+        if tracing != (first <= step <= last):
+            tracing = not tracing
+            if tracing:
+                jax.profiler.start_trace(f"{cfg.run}/profile")
+            else:
+                jax.profiler.stop_trace()
+
+    try:
+        yield trace
+    finally:
+        trace(-1)

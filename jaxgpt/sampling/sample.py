@@ -83,7 +83,7 @@ def generate(
     Raises:
         ValueError: an empty prompt, or one that leaves no room in the context.
     """
-    _check_prompts(cfg, prompts)
+    check_prompts(cfg, prompts)
     rng = jax.random.key(0) if rng is None else rng
     rows_B = jnp.arange(len(prompts)) if rows is None else jnp.asarray(rows)
     rng_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows_B)
@@ -189,7 +189,8 @@ def draw(
     return token_B, jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
 
 
-def _check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError for a prompt that is empty or leaves no room in the context."""
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {number} is empty: give it at least one token")

@@ -68,7 +68,7 @@ def build(cfg: PretrainConfig, start: Loaded) -> Stage:
         trainable="^policy/",
         loss=loss,
         next_batch=lambda params, carry, step: place(partial(source.rows, step)),
-        evaluate=partial(evaluate, cfg, source, place),
+        evaluate=partial(evaluate, cfg, source, place) if source.num_val_batches() else None,
         carry={"router_bias": _no_bias(cfg.model)} if biased else {},
         after_step=_move_bias(cfg.model.balance_weight) if biased else None,
     )
