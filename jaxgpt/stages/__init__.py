@@ -1,32 +1,36 @@
 """The ways to train. A stage's `build` says what is trained; `launch` turns a config into a run."""
 
 import dataclasses
+import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxgpt import hardware, metrics, report, rundir, sharding, train
-from jaxgpt.config import ConversationConfig, RunConfig
+from jaxgpt import hardware, metrics, peft, report, rundir, sharding, train, tree
+from jaxgpt.config import ConversationConfig, PeftConfig, RewardConfig, RunConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load
 from jaxgpt.data import chat, show
 from jaxgpt.model import gpt
 from jaxgpt.sampling.sample import Sampling, for_decoding, generate
-from jaxgpt.stages import pretrain, sft
+from jaxgpt.stages import distill, dpo, pretrain, reward, sft
 from jaxgpt.train import SampleFn, Stage
-from jaxgpt.types import Params
+from jaxgpt.types import Array, Params
 
 BUILD: dict[str, Callable[[Any, Loaded], Stage]] = {
     "pretrain": pretrain.build,
     "sft": sft.build,
+    "reward": reward.build,
+    "dpo": dpo.build,
+    "distill": distill.build,
 }
 # What to start from where `init` is empty; the other stages need trained weights.
 BEGIN: dict[str, Callable[[Any], Loaded]] = {
     "pretrain": pretrain.begin,
     "sft": sft.begin,
+    "distill": distill.begin,
 }
 
 
@@ -49,9 +53,13 @@ def launch(name: str, cfg: RunConfig) -> None:
             (run / file).write_bytes(start.files[file])
         cfg = dataclasses.replace(cfg, model=start.config)
         rundir.write_config(cfg)
+        if cfg.peft.kind != "none":
+            rundir.write_base(cfg)
+        if cfg.init and name == "pretrain":
+            pretrain.begin(cfg)  # tokenises the text as init would
     with jax.set_mesh(mesh):
         start = start._replace(params=_on_mesh(cfg, start.params, mesh))
-        stage = BUILD[name](cfg, start)
+        stage = _efficient(cfg.peft, BUILD[name](cfg, start))
         if shows:
             print(show.describe(stage.next_batch({}, {}, 0), start.tokenizer))
             return
@@ -62,7 +70,7 @@ def launch(name: str, cfg: RunConfig) -> None:
 
 def sampler(cfg: RunConfig, start: Loaded) -> SampleFn | None:
     """Continues or answers `sample.prompts`; the seed is the same every time."""
-    if not cfg.sample.prompts:
+    if not cfg.sample.prompts or isinstance(cfg, RewardConfig):
         return None
     how = Sampling(
         cfg.sample.max_new_tokens, cfg.sample.temperature, cfg.sample.top_p, cfg.sample.top_k
@@ -98,9 +106,12 @@ def summary(run: Path, page: Path) -> str:
 def _begin(name: str, cfg: RunConfig) -> Loaded:
     """The weights of `init`, computing and regularised as `cfg` says, or what BEGIN gives."""
     if cfg.init:
-        start = load(cfg.init)
+        start = load(cfg.init, place=peft.place(cfg.peft), merged=True)
         own = {field: getattr(cfg.model, field) for field in ("dtype", "remat", "dropout")}
-        start = start._replace(config=dataclasses.replace(start.config, **own))
+        model = peft.model_config(cfg.peft, dataclasses.replace(start.config, **own))
+        start = start._replace(config=model)
+    elif cfg.peft.kind != "none":
+        raise ValueError(f"peft.kind={cfg.peft.kind}: needs trained weights; give --init PATH")
     elif name in BEGIN:
         start = BEGIN[name](cfg)
     else:
@@ -125,10 +136,33 @@ def _reader(cfg: RunConfig, start: Loaded) -> Callable[[str], list[int]]:
 
 
 def _on_mesh(cfg: RunConfig, params: Params | None, mesh: Any) -> Params:
-    """The weights where sharding.RULES puts them; drawn at random if there are none."""
-    draw = partial(gpt.init, cfg.model)
-    shapes = jax.eval_shape(draw, jax.random.key(0))
-    placed = sharding.shardings(mesh, shapes)
-    if params is not None:
-        return jax.device_put(params, placed)
-    return jax.jit(draw, out_shardings=placed)(jax.random.key(cfg.seed))
+    """The weights where sharding.RULES puts them; what is missing is drawn at random.
+
+    That is everything, or what peft adds.
+    """
+    rng = jax.random.key(cfg.seed)
+    given = peft.leaves(peft.add(cfg.peft, params, rng)) if params else {}
+
+    def draw(rng: Array) -> dict[str, Array]:
+        fresh = tree.flatten(gpt.init(cfg.model, rng))
+        return {name: leaf for name, leaf in fresh.items() if name not in given}
+
+    placed = sharding.shardings(mesh, jax.eval_shape(draw, rng))
+    drawn = jax.jit(draw, out_shardings=placed)(rng)
+    return tree.nest({**jax.device_put(given, sharding.shardings(mesh, given)), **drawn})
+
+
+def _efficient(cfg: PeftConfig, stage: Stage) -> Stage:
+    """The stage that trains only what peft adds to its networks; the others do without that."""
+    if cfg.kind == "none":
+        return stage
+    pattern = peft.trainable(cfg, stage.trainable)
+    trained = {
+        name.split("/")[0] for name in tree.flatten(stage.params) if re.search(pattern, name)
+    }
+    params = {
+        network: held if network in trained else peft.without(held)
+        for network, held in stage.params.items()
+    }
+    loss = peft.with_dropout(cfg, stage.loss)
+    return stage._replace(params=params, trainable=pattern, loss=loss)
