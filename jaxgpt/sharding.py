@@ -54,6 +54,7 @@ RULES: list[tuple[str, P]] = [
     (r"(query|key|value|gate|up)/bias$", P(None, "tensor")),
     (r"(bias|scale)$", P()),
     (r"(^|/)carry/", P()),
+    (r"ns_coeffs$", P()),  # of Muon: the coefficients of its polynomial
 ]
 
 
