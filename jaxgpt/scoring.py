@@ -1,14 +1,18 @@
 """What stages and evaluations ask of a network: losses and log-probabilities on a batch."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import losses
+from jaxgpt import losses, sharding
 from jaxgpt.config import ModelConfig
+from jaxgpt.data.examples import Examples
 from jaxgpt.kernels import cross_entropy
 from jaxgpt.model import gpt
 from jaxgpt.model.moe import RouterStats
@@ -90,6 +94,78 @@ def measure(
     totals = jax.device_get([fn(params, batch) for batch in batches])
     added = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *totals) if totals else {}
     return {name: float(total / weight) for name, (total, weight) in added.items() if weight}
+
+
+def by_chunks(fn: Callable[..., Array], arrays_N: tuple[Array, ...], chunk: int) -> Array:
+    """fn(*arrays) on `chunk` tokens at a time; what is inside is computed again backward."""
+    num_tokens = len(arrays_N[0])
+    M = -(-num_tokens // chunk) if 0 < chunk < num_tokens else 1
+    C = -(-num_tokens // M)
+    fill = lambda x: jnp.pad(x, [(0, M * C - num_tokens)] + [(0, 0)] * (x.ndim - 1))
+    # Every M-th token, so that each chunk of a batch that is cut over devices lies on all of them.
+    parts = tuple(jnp.swapaxes(fill(x).reshape(C, M, *x.shape[1:]), 0, 1) for x in arrays_N)
+    out_MC = jax.lax.map(jax.checkpoint(lambda part: fn(*part)), parts)
+    out_N = jnp.swapaxes(out_MC, 0, 1).reshape(M * C, *out_MC.shape[2:])
+    return out_N[:num_tokens]
+
+
+def precompute(
+    directory: Path,
+    key: str,
+    fn: Callable[[Params, Batch], dict[str, Array]],
+    params: Params,
+    rows: Examples,
+) -> Examples:
+    """The rows with what a frozen network says of them, computed once and kept in `directory`.
+
+    Args:
+        key: what `fn` and `params` are; the rows' own hash is added.
+
+    Raises:
+        ValueError: the directory was made for another network or other rows.
+    """
+    key = f"{key}, rows {rows.fingerprint}"
+    done = directory / "key.txt"
+    if not done.is_file():
+        _compute(directory, fn, params, rows)
+        if jax.process_index() == 0:
+            done.write_text(key)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(str(directory))
+    if done.read_text() != key:
+        raise ValueError(f"{directory}: is of another network or other data; delete it")
+    found = {file.stem: np.load(file, mmap_mode="r") for file in sorted(directory.glob("*.npy"))}
+    return replace(rows, numbers=rows.numbers | found)
+
+
+def _compute(
+    directory: Path,
+    fn: Callable[[Params, Batch], dict[str, Array]],
+    params: Params,
+    rows: Examples,
+) -> None:
+    mesh = jax.sharding.get_mesh()
+    whole = jax.jit(fn, out_shardings=sharding.replicated(mesh))  # every process can read that
+    place = partial(sharding.place_rows, mesh, rows.batch_size)
+    files: dict[str, np.ndarray] = {}
+    directory.mkdir(parents=True, exist_ok=True)
+    for index in range(rows.num_batches()):
+        found = whole(params, place(partial(rows.in_order, index)))
+        if jax.process_index() > 0:
+            continue
+        first = index * rows.batch_size
+        for name, array in jax.device_get(found).items():
+            if name not in files:
+                shape = (len(rows.items), *array.shape[1:])
+                files[name] = np.lib.format.open_memmap(
+                    directory / f"{name}.npy", "w+", array.dtype, shape
+                )
+            left = len(rows.items) - first
+            files[name][first : first + len(array)] = array[:left]
+    for file in files.values():
+        file.flush()
 
 
 def router_metrics(cfg: ModelConfig, stats: RouterStats) -> Metrics:

@@ -1,5 +1,6 @@
 """Rows of conversations: packed or padded, in an order that is a function of (seed, step)."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,8 @@ class Examples:
 
     Args:
         width: tokens of a row; padded rows may be narrower.
-        numbers: more to know of every item, such as a pair's margin.
+        numbers: more to know of every item, such as a pair's margin; position by position only
+            if packed.
         text: windows of plain text, which take the place of `text_share` of the rows.
     """
 
@@ -49,6 +51,16 @@ class Examples:
     numbers: dict[str, np.ndarray] = field(default_factory=dict)
     text: Source | None = None  # of one row a batch
     text_share: float = 0.0
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all tokens and targets."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            for sequence in item:
+                for example in sequence:
+                    digest.update(example.tokens_T.tobytes() + example.target_T.tobytes())
+        return digest.hexdigest()
 
     def rows(self, step: int, rows: np.ndarray) -> Rows:
         """The asked rows (0 … batch_size - 1) of a step's batch."""
@@ -101,7 +113,8 @@ class Examples:
         if len(self.items) == 0 or len(self.items[0]) == 1:
             batch = {name: array[:, 0] for name, array in batch.items()}
         inside = np.minimum(chosen[rows], max(len(self.items), 1) - 1)
-        return batch | {name: values[inside] for name, values in self.numbers.items()}
+        known = {name: np.asarray(values[inside]) for name, values in self.numbers.items()}
+        return batch | known
 
     def _item(self, number: int) -> Item:
         if number < 0:

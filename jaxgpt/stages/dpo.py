@@ -1,14 +1,11 @@
 """Direct preference optimisation and its relatives: DPO, cDPO, IPO, hinge, KTO, ORPO, SimPO."""
 
-import hashlib
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxgpt import losses, scoring, sharding, train
 from jaxgpt.config import DpoConfig
@@ -153,45 +150,11 @@ def _kto(
 
 
 def _with_reference(cfg: DpoConfig, params: Params, pairs: Examples, name: str) -> Examples:
-    """The pairs with the reference's log-probabilities, from the run's directory if they are there.
+    """The pairs with the reference's log-probabilities, kept in the run's directory."""
 
-    Raises:
-        ValueError: those on disk are of another reference or other data.
-    """
-    file = Path(cfg.run) / f"reference_{name}.npz"
-    key = _key(params, pairs)
-    if file.is_file():
-        stored = np.load(file)
-        if str(stored["key"]) != key:
-            raise ValueError(f"{file}: is of another reference or other data; delete it")
-        found_N2 = stored["logprobs"]
-    else:
-        found_N2 = _all_logprobs(cfg, params, pairs)
-        if jax.process_index() == 0:
-            partial_file = file.with_suffix(".part.npz")
-            np.savez(partial_file, logprobs=found_N2, key=key)
-            partial_file.replace(file)
-    known = {f"reference_{arm}": found_N2[:, index] for index, arm in enumerate(ARMS)}
-    return replace(pairs, numbers=pairs.numbers | known)
+    def known(params: Params, batch: Batch) -> dict[str, Array]:
+        logprobs_B2 = score(cfg, params, batch).logprobs_B2
+        return {f"reference_{arm}": logprobs_B2[:, index] for index, arm in enumerate(ARMS)}
 
-
-def _all_logprobs(cfg: DpoConfig, params: Params, pairs: Examples) -> np.ndarray:
-    mesh = jax.sharding.get_mesh()
-    whole = jax.jit(
-        lambda params, batch: score(cfg, params, batch).logprobs_B2,
-        out_shardings=sharding.replicated(mesh),  # so that every process can read it
-    )
-    place = partial(sharding.place_rows, mesh, cfg.train.batch_size)
-    parts = [
-        np.asarray(whole(params, place(partial(pairs.in_order, index))))
-        for index in range(pairs.num_batches())
-    ]
-    return np.concatenate([np.zeros((0, 2), np.float32), *parts])[: len(pairs.items)]
-
-
-def _key(params: Params, pairs: Examples) -> str:
-    digest = hashlib.sha256(train.fingerprint(params).encode())
-    for item in pairs.items:
-        for sequence in item:
-            digest.update(sequence[0].tokens_T.tobytes() + sequence[0].target_T.tobytes())
-    return digest.hexdigest()
+    directory = Path(cfg.run) / "reference" / name
+    return scoring.precompute(directory, train.fingerprint(params), known, params, pairs)

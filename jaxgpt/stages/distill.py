@@ -1,0 +1,234 @@
+"""Distillation: a student imitates a teacher's distributions, or learns the answers it writes."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt import losses, scoring, sharding, train, tree
+from jaxgpt.config import DistillConfig, ModelConfig
+from jaxgpt.convert import chatting
+from jaxgpt.convert.load import Loaded, load
+from jaxgpt.data import chat, conversations, examples, instructions
+from jaxgpt.data.conversations import Dialogue
+from jaxgpt.data.examples import Examples
+from jaxgpt.model import gpt
+from jaxgpt.sampling.sample import Sampling, for_decoding, generate
+from jaxgpt.train import Stage
+from jaxgpt.types import Array, Batch, Metrics, Params
+
+ANSWERED = 64  # prompts that the teacher answers at a time
+
+
+def begin(cfg: DistillConfig) -> Loaded:
+    """A student that reads the teacher's tokens: some of its layers, or a random network."""
+    teacher = _load_teacher(cfg)
+    if cfg.layers:
+        return teacher._replace(
+            config=replace(teacher.config, num_layers=cfg.layers, dropout=cfg.model.dropout),
+            params=some_layers(teacher.config, teacher.params, cfg.layers),
+        )
+    model = replace(cfg.model, vocab_size=teacher.config.vocab_size)
+    return teacher._replace(config=model, params=None)
+
+
+def build(cfg: DistillConfig, start: Loaded) -> Stage:
+    """Trains the student on text or conversations, towards what the teacher says of each token."""
+    teacher = _load_teacher(cfg)
+    _require_same_vocabulary(start, teacher)
+    width = examples.row_width(
+        cfg.data.max_tokens, min(cfg.model.context_length, teacher.config.context_length)
+    )
+    form = chatting.chat_format(start)
+    said = instructions.dialogues(cfg.data)
+    if cfg.sequence_level:
+        said = (answers(cfg, teacher, said[0], form, width), said[1])
+    train_rows, held_out = instructions.batches(
+        cfg.data, said, form, width, cfg.train.batch_size, cfg.seed, cfg.run
+    )
+    params = {"policy": start.params}
+    if cfg.top_k:
+        train_rows = _with_top_k(cfg, teacher, train_rows, "train")
+        held_out = _with_top_k(cfg, teacher, held_out, "val")
+    else:
+        params["teacher"] = teacher.params
+    place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
+    apart = partial(_divergence, cfg, teacher.config)
+
+    def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
+        hard, weight, metrics = scoring.next_token_loss(
+            cfg.model, params["policy"], batch, rng_B, params["carry"], chunk=cfg.train.loss_chunk
+        )
+        if cfg.hard == 1:
+            return hard, weight, metrics
+        soft = apart(params, batch, cfg.divergence, cfg.temperature, rng_B)
+        metrics |= {cfg.divergence: (soft, weight)}
+        soft *= cfg.temperature**2  # or its gradient would shrink with the temperature
+        return cfg.hard * hard + (1 - cfg.hard) * soft, weight, metrics
+
+    @jax.jit
+    def held_out_metrics(params: Params, batch: Batch) -> Metrics:
+        _, weight, metrics = scoring.next_token_loss(
+            cfg.model, params["policy"], batch, chunk=cfg.train.loss_chunk
+        )
+        kl = apart(params, batch, "forward_kl", 1.0)
+        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "kl": (kl, weight)}
+
+    def evaluate(params: Params) -> dict[str, float]:
+        limit = cfg.eval.batches
+        batches = (
+            place(partial(held_out.in_order, index, limit=limit))
+            for index in range(held_out.num_batches(limit))
+        )
+        return scoring.measure(held_out_metrics, params, batches)
+
+    return Stage(
+        params=params,
+        trainable="^policy/",
+        loss=loss,
+        next_batch=lambda params, carry, step: place(partial(train_rows.rows, step)),
+        evaluate=evaluate,
+    )
+
+
+def some_layers(cfg: ModelConfig, params: Params, count: int) -> Params:
+    """`count` of the layers, evenly spaced with the first and the last among them.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if count > cfg.num_layers:
+        raise ValueError(f"layers={count}: the teacher has only {cfg.num_layers}")
+    last = cfg.num_layers - 1
+    chosen = [round(i * last / (count - 1)) for i in range(count)] if count > 1 else [0]
+    kept = jnp.array(chosen)
+    take = lambda name, leaf: leaf[kept] if name.startswith("blocks/") else leaf
+    return tree.map_named(take, jax.tree.map(jnp.asarray, params))
+
+
+def answers(
+    cfg: DistillConfig, teacher: Loaded, said: list[Dialogue], form: chat.Format, width: int
+) -> list[Dialogue]:
+    """The conversations with the teacher's own last turns, kept in the run's directory."""
+    file = Path(cfg.run) / "teacher_answers.jsonl"
+    if not file.is_file():
+        lines = _write_answers(cfg, teacher, said, form, width)
+        partial_file = file.with_suffix(".part")
+        partial_file.write_text("".join(lines), encoding="utf-8")
+        partial_file.replace(file)
+    return list(conversations.dialogues(str(file)))
+
+
+def _write_answers(
+    cfg: DistillConfig, teacher: Loaded, said: list[Dialogue], form: chat.Format, width: int
+) -> list[str]:
+    """JSONL of the teacher's conversations; an answer that is cut off teaches nobody to stop."""
+    policy = for_decoding(teacher.config, jax.tree.map(jnp.asarray, teacher.params))
+    how = Sampling(cfg.sample.max_new_tokens, cfg.sample.temperature)
+    asked = []
+    for dialogue in said:
+        prompt = dialogue.messages[:-1]
+        tokens_T = chat.encode(form, prompt, add_generation_prompt=True).tokens_T
+        asked += [(prompt, tokens_T.tolist())] if len(tokens_T) < width else []
+    lines = []
+    for first in range(0, len(asked), ANSWERED):
+        some = asked[first : first + ANSWERED]
+        written = generate(
+            teacher.config, policy, [tokens for _, tokens in some], how,
+            stop_ids=teacher.stop_ids, rng=jax.random.key(cfg.seed),
+            rows=range(first, first + len(some)),
+        )  # fmt: skip
+        for (prompt, _), completion in zip(some, written, strict=True):
+            if completion.stopped:
+                text = teacher.tokenizer.decode(completion.tokens)
+                messages = [*prompt, {"role": "assistant", "content": text}]
+                lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return lines
+
+
+def _load_teacher(cfg: DistillConfig) -> Loaded:
+    if not cfg.teacher:
+        raise ValueError("teacher is empty: give the model to imitate, --teacher PATH")
+    loaded = load(cfg.teacher, merged=True)
+    return loaded._replace(config=replace(loaded.config, dtype=cfg.model.dtype, dropout=0.0))
+
+
+def _require_same_vocabulary(student: Loaded, teacher: Loaded) -> None:
+    same = student.tokenizer.fingerprint == teacher.tokenizer.fingerprint
+    if not same or student.config.vocab_size != teacher.config.vocab_size:
+        raise ValueError(
+            f"teacher: has another vocabulary ({teacher.config.vocab_size} ids) than the student "
+            f"({student.config.vocab_size}); distil its answers instead: generate them, then sft"
+        )
+
+
+def _divergence(
+    cfg: DistillConfig,
+    teacher: ModelConfig,
+    params: Params,
+    batch: Batch,
+    kind: str,
+    temperature: float,
+    rng_B: Array | None = None,
+) -> Array:
+    """Summed over the target tokens: how far the student is from the teacher."""
+    between = {
+        "forward_kl": losses.forward_kl,
+        "reverse_kl": losses.reverse_kl,
+        "jsd": partial(losses.generalized_jsd, beta=cfg.jsd_beta),
+    }[kind]
+    flat = lambda array: array.reshape(-1, array.shape[-1])
+    student_ND = flat(scoring.run(cfg.model, params["policy"], batch, rng_B).hidden_BTD)
+    said = lambda params, hidden_ND: losses.tempered(gpt.logits(params, hidden_ND), temperature)
+    if cfg.top_k:
+        known = (batch["teacher_ids"], batch["teacher_logprobs"])
+        known = tuple(flat(jnp.swapaxes(array_BKT, 1, 2)) for array_BKT in known)
+
+        def one(student_CD: Array, ids_CK: Array, logprobs_CK: Array) -> Array:
+            student_CV = said(params["policy"], student_CD)
+            return between(losses.with_rest(student_CV, ids_CK), losses.append_rest(logprobs_CK))
+    else:
+        known = (flat(scoring.run(teacher, params["teacher"], batch).hidden_BTD),)
+
+        def one(student_CD: Array, teacher_CD: Array) -> Array:
+            return between(said(params["policy"], student_CD), said(params["teacher"], teacher_CD))
+
+    apart_N = scoring.by_chunks(one, (student_ND, *known), cfg.train.loss_chunk)
+    return (apart_N * batch["mask"].reshape(-1)).sum()
+
+
+def _with_top_k(cfg: DistillConfig, teacher: Loaded, rows: Examples, name: str) -> Examples:
+    """The rows with the teacher's likeliest tokens, from the run's directory if they are there."""
+    if rows.text is not None or not cfg.data.packing:
+        raise ValueError(
+            f"top_k={cfg.top_k}: only packed conversations can be kept on disk; set "
+            "data.text_share to 0 and data.packing, or top_k to 0"
+        )
+    K = min(cfg.top_k, teacher.config.vocab_size - 1)
+
+    def likeliest(params: Params, batch: Batch) -> dict[str, Array]:
+        hidden_BTD = scoring.run(teacher.config, params, batch).hidden_BTD
+
+        def one(hidden_CD: Array) -> Array:
+            logprobs_CV = losses.tempered(gpt.logits(params, hidden_CD), cfg.temperature)
+            kept_CK, ids_CK = jax.lax.top_k(logprobs_CV, K)
+            return jnp.stack([kept_CK, ids_CK.astype(jnp.float32)], axis=-1)
+
+        both_NK2 = scoring.by_chunks(
+            one, (hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),), cfg.train.loss_chunk
+        )
+        both_BKT2 = jnp.swapaxes(both_NK2.reshape(*hidden_BTD.shape[:2], K, 2), 1, 2)
+        return {
+            "teacher_logprobs": both_BKT2[..., 0],
+            "teacher_ids": both_BKT2[..., 1].astype(jnp.int32),
+        }
+
+    mesh = jax.sharding.get_mesh()
+    params = jax.device_put(
+        teacher.params, sharding.shardings(mesh, {"teacher": teacher.params})["teacher"]
+    )
+    key = f"{train.fingerprint(params)} top {K} at {cfg.temperature}"
+    return scoring.precompute(Path(cfg.run) / "teacher" / name, key, likeliest, params, rows)
