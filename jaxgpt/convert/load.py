@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jaxgpt import peft, rundir, tree
 from jaxgpt.config import ModelConfig
-from jaxgpt.convert import gguf, hf, llama2c, tensors, tokenizer_files
+from jaxgpt.convert import gguf, hf, llama2c, peft_hf, tensors, tokenizer_files
 from jaxgpt.convert.table import Place
 from jaxgpt.data import chat
 from jaxgpt.data import tokenizer as tokenizers
@@ -49,6 +49,10 @@ def load(path: str | Path, *, place: Place | None = None, merged: bool = False) 
         files = own_files(tokenizer_files.read(path))
         params = _placed(_read_run(path, merged), place)
         return _with_tokenizer(rundir.model_config(path), params, files)
+    if peft_hf.is_adapter(path):
+        base = load(peft_hf.base_of(path), merged=True)
+        params = peft_hf.load(path, base.config, base.params)
+        return base._replace(params=_placed(peft.merge(params) if merged else params, place))
     if path.is_dir():
         cfg, params = hf.load(path, place=place)
         settings = tensors.read_json(path / "config.json")

@@ -1,0 +1,262 @@
+"""Adapters in the format of Hugging Face's PEFT: adapter_config.json, adapter_model.safetensors.
+
+A module of theirs is a kernel of ours in one layer: lora_A [R, D] is a transposed, lora_B [F, R]
+is b transposed. GPT-2's c_attn holds query, key and value: read, they share its lora_A; written,
+theirs stand side by side, with a block-diagonal lora_B.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jaxgpt import peft, tree
+from jaxgpt.config import ModelConfig
+from jaxgpt.convert import hf, table
+from jaxgpt.convert.table import Row
+from jaxgpt.convert.tensors import read_json
+from jaxgpt.types import Params
+from jaxgpt.weights import Kernel, Lora
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# Settings under which the tensors mean something else, with the values that they may have.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": (None, "none"),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, []),
+    "layer_replication": (None, []),
+    "lora_bias": (None, False),
+    "init_lora_weights": (None, True, False, "gaussian"),  # the others change the base
+}
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether `path` is a directory that PEFT wrote."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def base_of(path: str | Path) -> Path:
+    """The model that an adapter was trained on.
+
+    Raises:
+        ValueError: it is not on this machine.
+    """
+    name = read_json(Path(path) / CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name or not Path(name).exists():
+        raise ValueError(
+            f"{path}/{CONFIG}: base_model_name_or_path={name!r:.80}: is not here; write the path "
+            "of the base"
+        )
+    return Path(name)
+
+
+def load(path: str | Path, cfg: ModelConfig, base: Params) -> Params:
+    """The base with the adapter of a directory beside its kernels.
+
+    Raises:
+        ValueError: settings that ours cannot have, or tensors that fit nowhere.
+    """
+    path = Path(path)
+    settings = read_json(path / CONFIG)
+    for name, allowed in NEUTRAL.items():
+        if settings.get(name) not in allowed:
+            raise ValueError(f"{path / CONFIG}: {name}={settings[name]!r:.80}: jaxgpt has not that")
+    found = _read(path / WEIGHTS)
+    kernels = peft.leaves(base)
+    for row in _rows(cfg):
+        names = table.parameters(row)
+        modules = [_module(theirs) for theirs, _ in table.pieces(row, cfg)]
+        layers = [_take(found, settings, module) for module in modules]
+        if any(layers):
+            for part, name in enumerate(names):
+                kernels[name] = _stack(kernels[name], layers, part, len(names))
+    if found:
+        odd = ", ".join(sorted(found)[:4])
+        raise ValueError(f"{path / WEIGHTS}: holds tensors that fit nowhere: {odd}")
+    return tree.nest(kernels)
+
+
+def save(path: str | Path, cfg: ModelConfig, params: Params, base: str = "") -> None:
+    """Writes the low-rank changes of a network so that PEFT's `from_pretrained` opens them.
+
+    Args:
+        base: what PEFT loads when it is not given the base; a path or a name on the Hub.
+
+    Raises:
+        ValueError: there are none, or PEFT has no place for one of them.
+    """
+    kernels = peft.leaves(params)
+    left = {name for name, kernel in kernels.items() if isinstance(kernel, Lora)}
+    if not left:
+        raise ValueError("the network has no low-rank changes to export; see --peft.kind lora")
+    lengths = {kernels[name].magnitude is not None for name in left}
+    if len(lengths) > 1:
+        raise ValueError("PEFT has no adapter that is DoRA for some kernels only")
+    tensors: dict[str, np.ndarray] = {}
+    scales: dict[str, tuple[int, float]] = {}
+    for row in _rows(cfg):
+        names = table.parameters(row)
+        if not left & set(names):
+            continue
+        left -= set(names)
+        target = row[1].split("{layer}.")[-1].removesuffix(".weight")
+        a, b, magnitude, strength = _join([kernels[name] for name in names])
+        scales[target] = a.shape[-1], strength
+        for theirs, index in table.pieces(row, cfg):
+            module = PREFIX + _module(theirs)
+            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[index].T)
+            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b[index].T)
+            if magnitude is not None:
+                tensors[f"{module}.lora_magnitude_vector"] = magnitude[index]
+    if left:
+        raise ValueError(f"PEFT has no place for the change of {', '.join(sorted(left)[:4])}")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    settings = _settings(scales, True in lengths, base, _conv1d(cfg))
+    (path / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    safetensors.numpy.save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+
+
+def _rows(cfg: ModelConfig) -> list[Row]:
+    """The table's rows of single kernels; PEFT wraps modules, and experts are none."""
+    family = _family(cfg)
+    kernels = [name for name in table.parameter_shapes(cfg) if name.endswith("kernel")]
+    rows = table.select(family.table, dict.fromkeys(kernels))
+    return [row for row in rows if "moe/" not in "".join(table.parameters(row))]
+
+
+def _family(cfg: ModelConfig) -> Any:
+    kind = hf.config_to_hf(cfg)["model_type"]
+    return next(family for family in hf.FAMILIES if family.model_type == kind)
+
+
+def _conv1d(cfg: ModelConfig) -> bool:
+    """Whether their modules keep weights as [in, out], which PEFT wants to be told."""
+    return _family(cfg).model_type == "gpt2"
+
+
+def _module(theirs: str) -> str:
+    return theirs.removesuffix(".weight")
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file (pickled adapters are not read)")
+    try:
+        return safetensors.numpy.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def _take(
+    found: dict[str, np.ndarray], settings: Mapping[str, Any], module: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
+    """A [R, D], B [F, R] times its strength, and the magnitude of one module, taken out."""
+    name = PREFIX + module
+    if f"{name}.lora_A.weight" not in found:
+        return None
+    a_RD = found.pop(f"{name}.lora_A.weight").astype(np.float32)
+    b_FR = found.pop(f"{name}.lora_B.weight", np.zeros((0, 0))).astype(np.float32)
+    if a_RD.ndim != 2 or b_FR.ndim != 2 or b_FR.shape[1] != len(a_RD):
+        raise ValueError(f"{name}: lora_A {a_RD.shape} and lora_B {b_FR.shape} do not fit")
+    magnitude = found.pop(f"{name}.lora_magnitude_vector", None)
+    if magnitude is None:
+        magnitude = found.pop(f"{name}.lora_magnitude_vector.weight", None)
+    alpha = settings.get("lora_alpha", 8)
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+    rank = len(a_RD)
+    strength = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    return a_RD, b_FR * strength, magnitude
+
+
+def _stack(kernel: Kernel, layers: list[Any], part: int, num_parts: int) -> Lora:
+    """One leaf from the modules of all layers; layers without one, and short ranks, get zeros."""
+    *stack, D, F = peft.shape_of(kernel)
+    if isinstance(kernel, Lora):
+        raise ValueError("the base has low-rank changes already; merge them first")
+    rank = max(len(layer[0]) for layer in layers if layer)
+    a = np.zeros((len(layers), D, rank), np.float32)
+    b = np.zeros((len(layers), rank, F), np.float32)
+    norm = None
+    magnitude = None
+    if any(layer and layer[2] is not None for layer in layers):
+        norm = peft.column_norms(kernel)
+        magnitude = np.array(norm).reshape(len(layers), F)
+    for index, layer in enumerate(layers):
+        if layer is None:
+            continue
+        a_RD, b_FR, length = layer
+        if a_RD.shape[1] != D or len(b_FR) != num_parts * F:
+            raise ValueError(f"lora_A {a_RD.shape} and lora_B {b_FR.shape} do not fit [{D}, {F}]")
+        a[index, :, : len(a_RD)] = a_RD.T
+        b[index, : len(a_RD)] = b_FR[part * F : (part + 1) * F].T
+        if magnitude is not None and length is not None:
+            magnitude[index] = length[part * F : (part + 1) * F]
+    shaped = lambda x: jnp.asarray(x.reshape(*stack, *x.shape[1:]))
+    return Lora(
+        kernel, shaped(a), shaped(b), None if magnitude is None else shaped(magnitude), norm
+    )
+
+
+def _join(
+    kernels: list[Kernel],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float]:
+    """a, b and magnitude of a module that holds several kernels side by side."""
+    changes = [kernel for kernel in kernels if isinstance(kernel, Lora)]
+    strength = changes[0].strength
+    if len(kernels) == 1:
+        change = changes[0]
+        magnitude = None if change.magnitude is None else np.asarray(change.magnitude)
+        return np.asarray(change.a), np.asarray(change.b), magnitude, strength
+    a = np.concatenate([np.asarray(change.a) for change in changes], axis=-1)
+    lead, widths = a.shape[:-2], [peft.shape_of(kernel)[-1] for kernel in kernels]
+    b = np.zeros((*lead, a.shape[-1], sum(widths)), np.float32)
+    row = column = 0
+    for kernel, width in zip(kernels, widths, strict=True):
+        if isinstance(kernel, Lora):
+            rank = kernel.b.shape[-2]
+            block = np.asarray(kernel.b) * (kernel.strength / strength)
+            b[..., row : row + rank, column : column + width] = block
+            row += rank
+        column += width
+    if changes[0].magnitude is None:
+        return a, b, None, strength
+    lengths = [k.magnitude if isinstance(k, Lora) else peft.column_norms(k) for k in kernels]
+    return a, b, np.concatenate([np.asarray(x) for x in lengths], axis=-1), strength
+
+
+def _settings(
+    scales: dict[str, tuple[int, float]], dora: bool, base: str, conv1d: bool
+) -> dict[str, Any]:
+    """adapter_config.json; what is not of the commonest rank or strength stands in a pattern."""
+    whole = lambda x: int(x) if float(x).is_integer() else x
+    (rank, strength), _ = Counter(scales.values()).most_common(1)[0]
+    others = {name: scale for name, scale in scales.items() if scale != (rank, strength)}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": whole(rank * strength),
+        "rank_pattern": {name: r for name, (r, _) in others.items()},
+        "alpha_pattern": {name: whole(r * s) for name, (r, s) in others.items()},
+        "target_modules": sorted(scales),
+        "use_dora": dora,
+        "use_rslora": False,  # lora_alpha says the same
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": conv1d,
+        "inference_mode": True,
+    }
