@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
@@ -33,23 +34,14 @@ def learning_rate(cfg: OptimConfig, step: Array, num_steps: int) -> Array:
 
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW (arXiv:1711.05101) or Muon."""
-    rate = lambda step: learning_rate(cfg, step, num_steps)
-    adam = {"b1": cfg.beta1, "b2": cfg.beta2, "eps": cfg.eps}
+    direction = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
     if cfg.name == "muon":
-        update = contrib.muon(
-            rate,
-            weight_decay=cfg.weight_decay,
-            weight_decay_mask=lambda params: decayed(cfg, params),
-            adam_b1=cfg.beta1,
-            adam_b2=cfg.beta2,
-            adam_weight_decay=cfg.weight_decay,
-            muon_weight_dimension_numbers=_matrices,
-            consistent_rms=0.2,  # updates of AdamW's size, so that one rate serves both
-        )
-    else:
-        update = optax.adamw(
-            rate, **adam, weight_decay=cfg.weight_decay, mask=lambda params: decayed(cfg, params)
-        )
+        direction = optax.partition({"muon": _muon(), "adam": direction}, _labels)
+    update = optax.chain(
+        direction,
+        optax.add_decayed_weights(cfg.weight_decay, lambda params: decayed(cfg, params)),
+        optax.scale_by_learning_rate(lambda step: learning_rate(cfg, step, num_steps)),
+    )
     if cfg.clip_norm == 0:
         return update
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
@@ -60,8 +52,18 @@ def decayed(cfg: OptimConfig, params: Params) -> Params:
     return tree.map_named(lambda name, _: re.search(cfg.no_decay, name) is None, params)
 
 
-def _matrices(params: Params) -> Params:
-    """The axes of every matrix inside the blocks; None leaves a parameter to AdamW."""
+def _labels(params: Params) -> Params:
+    """Muon takes the matrices inside the blocks."""
     inside = lambda name: "blocks/" in name and name.endswith("kernel") and "router" not in name
+    return tree.map_named(lambda name, _: "muon" if inside(name) else "adam", params)
+
+
+def _muon() -> optax.GradientTransformation:
+    """Momentum, orthogonalised (kellerjordan.github.io/posts/muon) and brought to the size of
+    AdamW's updates (arXiv:2502.16982), so that one learning rate serves both."""
     axes = lambda leaf: contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
-    return tree.map_named(lambda name, leaf: axes(leaf) if inside(name) else None, params)
+    resize = lambda leaf: leaf * (0.2 * max(leaf.shape[-2:]) ** 0.5)
+    return optax.chain(
+        contrib.scale_by_muon(weight_dimension_numbers=lambda leaves: jax.tree.map(axes, leaves)),
+        optax.stateless(lambda updates, _: jax.tree.map(resize, updates)),
+    )
