@@ -115,6 +115,19 @@ def map_kernels(fn: Callable[[str, Kernel], Any], params: Params) -> Params:
     )
 
 
+def set_apart(params: Params) -> Params:
+    """Parameters whose layers have arrays of their own: {"blocks": {"0": …, "1": …}}."""
+    blocks = params["blocks"]
+    num_layers = jax.tree.leaves(blocks)[0].shape[0]
+    layer = lambda n: jax.tree.map(lambda leaf: leaf[n], blocks)
+    return params | {"blocks": {str(n): layer(n) for n in range(num_layers)}}
+
+
+def layers_apart(params: Params) -> bool:
+    """Whether `set_apart` made these parameters."""
+    return "0" in params.get("blocks", {})
+
+
 def cast_kernels(params: Params, dtype: str) -> Params:
     """Kernels in another type; embeddings, norms, biases and quantised kernels stay."""
 

@@ -12,22 +12,32 @@ from jaxgpt.kernels.attention import attention, cached_attention
 from jaxgpt.model.layers import Linear, RMSNorm, residual_std, rotate
 from jaxgpt.types import Array
 
+Slots = tuple[Array, Array]  # keys and values, each [L, B, S, K, H]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
     """Keys and values of the tokens seen so far, in slots shared by all rows.
 
+    One array for all layers, or a tuple of one per layer, each with L = 1, where the parameters
+    of the layers stand apart too.
+
     Rows are aligned on the right: row b's first token stands in slot `start_B[b]`, so that every
     row writes its next token into the same slot, `length`.
     """
 
-    keys_LBSKH: Array
-    values_LBSKH: Array
+    keys_LBSKH: Array | tuple[Array, ...]
+    values_LBSKH: Array | tuple[Array, ...]
     length: Array  # slots written, a scalar
     start_B: Array  # empty slots before the row's first token
     # Nothing written yet: the first tokens then need to look only at each other. Static.
     fresh: bool = field(default=True, metadata={"static": True})
+
+    @property
+    def capacity(self) -> int:
+        """S, the slots of a row."""
+        return jax.tree.leaves(self.keys_LBSKH)[0].shape[2]
 
 
 class BlockInputs(NamedTuple):
@@ -52,8 +62,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, inputs: BlockInputs, cache: tuple[Array, Array] | None, layer: Array
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+        self, x_BTD: Array, inputs: BlockInputs, cache: Slots | None, place: Array
+    ) -> tuple[Array, Slots | None]:
         cfg = self.cfg
         q_BTNH = self._heads("query", cfg.num_heads, x_BTD)
         k_BTKH = self._heads("key", cfg.kv_heads, x_BTD)
@@ -66,12 +76,12 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = (a.astype(cfg.dtype) for a in (q_BTNH, k_BTKH, v_BTKH))
 
         if cache is not None:
-            start = (layer, 0, inputs.length, 0, 0)
+            start = (place, 0, inputs.length, 0, 0)
             cache = (_write(cache[0], k_BTKH, start), _write(cache[1], v_BTKH, start))
         if cache is None or inputs.mask_BTS is None:
             out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=inputs.segments_BT)
         else:
-            k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(c, layer, 0, False) for c in cache)
+            k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(c, place, 0, False) for c in cache)
             out_BTNH = cached_attention(q_BTNH, k_BSKH, v_BSKH, inputs.mask_BTS)
 
         out_BTF = out_BTNH.reshape(*x_BTD.shape[:2], -1)
@@ -87,13 +97,20 @@ class Attention(nn.Module):
 
 
 def init_cache(
-    cfg: ModelConfig, batch_size: int, capacity: int | None = None, start_B: Array | None = None
+    cfg: ModelConfig,
+    batch_size: int,
+    capacity: int | None = None,
+    start_B: Array | None = None,
+    apart: bool = False,
 ) -> KVCache:
     """An empty cache of `capacity` slots (default: the context length)."""
     capacity = cfg.context_length if capacity is None else capacity
-    shape = (cfg.num_layers, batch_size, capacity, cfg.kv_heads, cfg.head_width)
+    layers = 1 if apart else cfg.num_layers
+    shape = (layers, batch_size, capacity, cfg.kv_heads, cfg.head_width)
+    empty = lambda: jnp.zeros(shape, cfg.dtype)
+    slots = lambda: tuple(empty() for _ in range(cfg.num_layers)) if apart else empty()
     start_B = jnp.zeros(batch_size, jnp.int32) if start_B is None else start_B
-    return KVCache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), jnp.int32(0), start_B)
+    return KVCache(slots(), slots(), jnp.int32(0), start_B)
 
 
 def _write(slots_LBSKH: Array, new_BTKH: Array, start: tuple) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxgpt import weights
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.platform import layer_unroll
-from jaxgpt.model.attention import Attention, BlockInputs, KVCache
+from jaxgpt.model.attention import Attention, BlockInputs, KVCache, Slots
 from jaxgpt.model.layers import INIT_STD, Linear, dropout, make_norm, parameter, rope_tables
 from jaxgpt.model.mlp import Adapter, GatedMlp, Mlp
 from jaxgpt.model.moe import MoE, RouterStats
@@ -32,14 +32,14 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Array, tuple[Array, Array] | None],
-        scanned: tuple[Array, Array | None],
+        carry: tuple[Array, Slots | None],
+        scanned: tuple[Array, Array, Array | None],
         inputs: BlockInputs,
-    ) -> tuple[tuple[Array, tuple[Array, Array] | None], RouterStats | None]:
-        cfg, (x_BTD, cache), (layer, bias_E) = self.cfg, carry, scanned
+    ) -> tuple[tuple[Array, Slots | None], RouterStats | None]:
+        cfg, (x_BTD, cache), (layer, place, bias_E) = self.cfg, carry, scanned
 
         normed_BTD = make_norm(cfg, "attention_norm")(x_BTD)
-        attended_BTD, cache = Attention(cfg, name="attention")(normed_BTD, inputs, cache, layer)
+        attended_BTD, cache = Attention(cfg, name="attention")(normed_BTD, inputs, cache, place)
         if cfg.adapter_dim and not cfg.adapter_parallel:
             attended_BTD += Adapter(cfg, name="attention_adapter")(attended_BTD)
         x_BTD = x_BTD + dropout(attended_BTD, inputs.rng_B, 2 * layer + 1, cfg.dropout)
@@ -106,9 +106,12 @@ class GPT(nn.Module):
         length = None if cache is None else cache.length
         inputs = BlockInputs(rope, segments_BT, rng_B, length, mask_BTS)
         slots = None if cache is None else (cache.keys_LBSKH, cache.values_LBSKH)
-        blocks = _stack(cfg, weights.is_quantized(self.variables))(cfg, name="blocks")
-        scanned = (jnp.arange(cfg.num_layers), bias_LE)
-        (x_BTD, slots), router = blocks((x_BTD, slots), scanned, inputs)
+        if weights.layers_apart(self.variables.get("params", {})):
+            blocks = Apart(cfg, name="blocks")
+        else:
+            blocks = _stack(cfg, weights.is_quantized(self.variables))(cfg, name="blocks")
+        layers_L = jnp.arange(cfg.num_layers)
+        (x_BTD, slots), router = blocks((x_BTD, slots), (layers_L, layers_L, bias_LE), inputs)
 
         if not cfg.tie_embeddings and self.is_initializing():
             Linear(cfg.vocab_size, False, cfg.dtype, name="head")(x_BTD[:1, :1])
@@ -117,6 +120,35 @@ class GPT(nn.Module):
             length = cache.length + tokens_BT.shape[1]
             cache = KVCache(*slots, length, cache.start_B, fresh=False)
         return Output(hidden_BTD, cache, router)
+
+
+class Apart(nn.Module):
+    """The blocks when every layer has arrays of its own, as for decoding (`weights.set_apart`).
+
+    A scan over a stack copies each layer's slice before it is multiplied, and decoding one token
+    does little else than read the weights once.
+    """
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Array, tuple | None],
+        scanned: tuple[Array, Array, Array | None],
+        inputs: BlockInputs,
+    ) -> tuple[tuple[Array, tuple | None], RouterStats | None]:
+        (x_BTD, slots), (layers_L, _, bias_LE) = carry, scanned
+        written, stats = [], []
+        for layer in range(self.cfg.num_layers):
+            own = None if slots is None else (slots[0][layer], slots[1][layer])
+            bias_E = None if bias_LE is None else bias_LE[layer]
+            block = Block(self.cfg, name=str(layer))
+            (x_BTD, own), stat = block((x_BTD, own), (layers_L[layer], 0, bias_E), inputs)
+            written.append(own)
+            stats.append(stat)
+        slots = None if slots is None else tuple(zip(*written, strict=True))
+        return (x_BTD, slots), jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
 
 
 class ScalarHead(nn.Module):
@@ -185,7 +217,7 @@ def _place(
     real_BT = (index_BT >= 0).astype(jnp.int32)
     if cache.fresh:
         return jnp.maximum(index_BT, 0), real_BT, None
-    keys_S = jnp.arange(cache.keys_LBSKH.shape[2])
+    keys_S = jnp.arange(cache.capacity)
     written_BS = keys_S[None] >= cache.start_B[:, None]
     mask_BTS = (keys_S[None, None] <= slots_T[None, :, None]) & written_BS[:, None]
     return jnp.maximum(index_BT, 0), real_BT, mask_BTS

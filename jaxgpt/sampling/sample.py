@@ -110,14 +110,16 @@ def generate(
     return completions
 
 
+@partial(jax.jit, static_argnames="cfg")
 def for_decoding(cfg: ModelConfig, params: Params) -> Params:
-    """Kernels in the compute type, so that a step reads half the bytes; computes the same.
+    """The same function in the layout that decodes fastest: a step reads every weight once.
 
-    The embedding stays float32 for the lookup, so a tied head becomes a kernel of its own.
+    Layers stand apart, and kernels have the compute type. The embedding stays float32 for the
+    lookup, so a tied head becomes a kernel of its own.
     """
-    if cfg.dtype == "float32":
-        return params
-    return weights.cast_kernels({"head": {"kernel": gpt.head(params).T}} | params, cfg.dtype)
+    if cfg.dtype != "float32":
+        params = weights.cast_kernels({"head": {"kernel": gpt.head(params).T}} | params, cfg.dtype)
+    return weights.set_apart(params)
 
 
 @partial(jax.jit, static_argnames=("cfg", "capacity", "settings"))
@@ -130,7 +132,7 @@ def prefill(
     settings: Sampling,
 ) -> DecodeState:
     """Reads the prompts, whose first tokens stand at `start_B`, into a cache of `capacity`."""
-    cache = init_cache(cfg, tokens_BT.shape[0], capacity, start_B)
+    cache = init_cache(cfg, tokens_BT.shape[0], capacity, start_B, weights.layers_apart(params))
     output = gpt.apply(cfg, params, tokens_BT, cache=cache)
     logits_BTV = gpt.logits(params, output.hidden_BTD[:, -1:])
     seen_BV = None
