@@ -12,6 +12,7 @@ import pytest
 
 import jaxgpt
 from jaxgpt import language_model
+from jaxgpt.config import ModelConfig
 from jaxgpt.convert.load import Loaded, own_files
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.language_model import LanguageModel
@@ -24,11 +25,10 @@ TEXT = "def f(x):\n    return x + 1  # naïve, but it works\n" * 3
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory):
     """A random model of bytes, whose likeliest tokens vary."""
-    from jaxgpt.config import ModelConfig
-
     cfg = ModelConfig(
-        vocab_size=260, context_length=48, num_layers=2, model_dim=24, num_heads=4, num_kv_heads=2
-    )
+        vocab_size=260, context_length=48, num_layers=2, model_dim=24, num_heads=2, num_kv_heads=1,
+        mlp="gated", activation="silu", norm="rmsnorm", position="rope",
+    )  # fmt: skip
     params = jax.tree.map(lambda x: 4 * x, gpt.init(cfg, jax.random.key(1)))
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizers.load("byte").save(path)
@@ -44,7 +44,8 @@ def reference_perplexity(lm, text, window, stride):
     tokens, nll, done = lm.tokenizer.encode(text), [], 1
     for start in range(0, len(tokens), stride):
         row = tokens[start : start + window]
-        scores = np.asarray(lm.logits([row]), np.float64)[0]
+        padded = row + [0] * (window - len(row))  # of which nothing before it knows
+        scores = np.asarray(lm.logits([padded]), np.float64)[0]
         logprobs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
         for place in range(1, len(row)):
             fresh = start + place >= done
@@ -80,7 +81,8 @@ def test_logits_are_float32_and_causal(lm):
 def test_greedy_text_follows_the_argmax(lm):
     ids = lm.encode("def g(")
     for _ in range(12):
-        ids.append(int(lm.logits([ids])[0, -1].argmax()))
+        padded = ids + [0] * (24 - len(ids))
+        ids.append(int(lm.logits([padded])[0, len(ids) - 1].argmax()))
     expected = lm.tokenizer.decode_bytes(ids).decode(errors="replace")
     assert "def g(" + lm.generate("def g(", max_new_tokens=12)[0] == expected
 

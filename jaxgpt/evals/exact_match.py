@@ -12,7 +12,8 @@ from jaxgpt.evals.statistics import Measures
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.sampling.sample import Sampling
 
-NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
+# The minus of 3-4 is no sign.
+NUMBER = r"(?:(?<![\d.)])-)?\$?\d[\d,]*(?:\.\d+)?"
 # What begins the next question, or ends the line, when a model just goes on.
 STOP = {"gsm8k": ("Question:",), "arithmetic": ("\n",)}
 
@@ -97,7 +98,7 @@ def stated(text: str) -> str | None:
 
 def last_number(text: str) -> str | None:
     """The last number of the text, without the calculator's <<48/2=24>>."""
-    found = re.findall(rf"(?<![\d.)]){NUMBER}|{NUMBER}", re.sub(r"<<.*?>>", "", text))
+    found = re.findall(NUMBER, re.sub(r"<<.*?>>", "", text))
     return plain(found[-1]) if found else None
 
 
