@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from models import byte_model, with_context
+from byte_model import byte_model, with_context
 
 from jaxgpt.evals import queries
 from jaxgpt.sampling import likelihood

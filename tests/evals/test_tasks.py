@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import byte_model, with_context
+from byte_model import byte_model, with_context
 
 from jaxgpt import evals
 from jaxgpt.config import EvaluateConfig
