@@ -51,7 +51,7 @@ def jaxgpt_side(dtype: str, batch: int) -> None:
         vocab_size=VOCAB, context_length=1024, num_layers=12, model_dim=768, num_heads=12,
         bias="all", activation="gelu_tanh", dtype=dtype,
     )  # fmt: skip
-    params = sample.for_decoding(cfg, gpt.init(cfg, jax.random.key(0)))
+    params = sample.for_decoding(cfg, gpt.init(cfg, jax.random.key(0)), batch)
     prompts = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT)).tolist()
     greedy = sample.Sampling(max_new_tokens=NEW, temperature=0.0)
 

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ class LanguageModel:
         self.stop_ids = parts.stop_ids
         self.name = name
         self._files = dict(parts.files)
+        self._decoding: dict[bool, Params] = {}
 
     def __repr__(self) -> str:
         cfg = self.config
@@ -169,7 +170,7 @@ class LanguageModel:
             )
 
         completions = generate(
-            self.config, self._decoding_params, prompts, settings,
+            self.config, self._decoding_params(len(prompts)), prompts, settings,
             stop_ids=self.stop_ids, rng=jax.random.key(seed), rows=rows, on_tokens=watch,
         )  # fmt: skip
         return [_cut(text, stop) for text in self._texts(prompts, completions)]
@@ -221,9 +222,12 @@ class LanguageModel:
         checkpoints.save(0, {"params": {"policy": self.params}}, meta={})
         checkpoints.wait()
 
-    @cached_property
-    def _decoding_params(self) -> Params:
-        return for_decoding(self.config, self.params)
+    def _decoding_params(self, num_rows: int) -> Params:
+        """Kept from call to call; one row alone may want another layout than several."""
+        alone = num_rows == 1
+        if alone not in self._decoding:
+            self._decoding = {alone: for_decoding(self.config, self.params, num_rows)}
+        return self._decoding[alone]
 
     def _texts(
         self, prompts: Sequence[Sequence[int]], completions: Iterable[Completion]

@@ -47,11 +47,25 @@ class Lora:
     dropout: float = field(default=0.0, metadata={"static": True})
 
 
-Kernel = Array | Int8 | Nf4 | Lora
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Transposed:
+    """A kernel with its output channels first, for decoding one row on a CPU.
+
+    XLA:CPU multiplies a float32 row by it a quarter faster (17.6 -> 23.1 GB/s of weights), but
+    several rows a third slower.
+    """
+
+    rows: Array  # [F, D]
+
+
+Kernel = Array | Int8 | Nf4 | Lora | Transposed
 
 
 def matmul(x: Array, kernel: Kernel) -> Array:
     """x [..., D] times a kernel [D, F]."""
+    if isinstance(kernel, Transposed):
+        return dot("BTD,FD->BTF", x, kernel.rows)
     return _apply(linear, lambda y_F, y: y_F.reshape((1,) * (y.ndim - 1) + y_F.shape), x, kernel)
 
 
@@ -113,6 +127,16 @@ def map_kernels(fn: Callable[[str, Kernel], Any], params: Params) -> Params:
         params,
         is_leaf=lambda leaf: isinstance(leaf, (Int8, Nf4, Lora)),
     )
+
+
+def store_transposed(params: Params) -> Params:
+    """Plain kernels with their output channels first."""
+    turn = lambda name, kernel: (
+        Transposed(kernel.mT)
+        if name.endswith("kernel") and not isinstance(kernel, (Int8, Nf4, Lora))
+        else kernel
+    )
+    return map_kernels(turn, params)
 
 
 def set_apart(params: Params) -> Params:
