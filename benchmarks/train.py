@@ -92,19 +92,12 @@ def torch_side(variant: str, name: str, _dtype: str) -> None:
 
     layers, heads, width, vocab, batch_size, context, steps = WORKLOADS[name]
     torch.manual_seed(0)
-    model: Any = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=vocab,
-            n_positions=context,
-            n_embd=width,
-            n_layer=layers,
-            n_head=heads,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-        )  # fmt: skip
-    )
+    settings = transformers.GPT2Config(
+        vocab_size=vocab, n_positions=context, n_embd=width, n_layer=layers, n_head=heads,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model: Any = transformers.GPT2LMHeadModel(settings)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
