@@ -14,7 +14,7 @@ from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load
 from jaxgpt.data import chat, show
 from jaxgpt.model import gpt
-from jaxgpt.sampling.sample import Sampling, for_decoding, generate
+from jaxgpt.sampling.sample import Sampling, check_prompts, for_decoding, generate
 from jaxgpt.stages import distill, dpo, pretrain, reward, sft
 from jaxgpt.train import SampleFn, Stage
 from jaxgpt.types import Array, Params
@@ -77,6 +77,7 @@ def sampler(cfg: RunConfig, start: Loaded) -> SampleFn | None:
     )
     read = _reader(cfg, start)
     prompts = [read(prompt) for prompt in cfg.sample.prompts]
+    check_prompts(cfg.model, prompts)  # now, not when the first sample is due
     stop = start.stop_ids or (start.tokenizer.eos_id,)
 
     def sample(params: Params) -> list[str]:
