@@ -1,8 +1,15 @@
 """What peft adds to a network, and how it comes off again."""
 
 import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
 import zlib
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +17,16 @@ import numpy as np
 import pytest
 
 from jaxgpt import peft, sharding, tree, weights
+from jaxgpt.checkpoint import read_arrays
 from jaxgpt.config import MeshConfig, ModelConfig, PeftConfig
+from jaxgpt.convert.load import load
 from jaxgpt.model import gpt
 from jaxgpt.sampling.sample import Sampling, generate
 
+ROOT = Path(__file__).parents[1]
 LORA = PeftConfig(kind="lora", rank=3, alpha=12.0)
 CFG = ModelConfig(
-    vocab_size=61, context_length=32, num_layers=2, model_dim=64, num_heads=4, num_kv_heads=2,
+    vocab_size=62, context_length=32, num_layers=2, model_dim=64, num_heads=4, num_kv_heads=2,
     mlp_dim=96, mlp="gated", norm="rmsnorm", position="rope",
 )  # fmt: skip
 MOE = dataclasses.replace(CFG, num_experts=4)
@@ -165,8 +175,8 @@ def test_dropout_differs_by_row_layer_and_kernel_but_not_by_micro_batch(base):
     np.testing.assert_allclose(whole, sum(parts), rtol=1e-6)
 
 
-@pytest.mark.parametrize("model", [CFG, MOE])
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("model", [CFG, pytest.param(MOE, marks=pytest.mark.slow)])
 def test_quantised_base_computes_what_its_codes_say(model, quantize):
     params = init(model)
     cfg = PeftConfig(kind="qlora", quantize=quantize)
@@ -220,6 +230,7 @@ def test_every_request_has_its_own_adapter(base):
         np.testing.assert_allclose(mixed[row], alone[0], atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [CFG, MOE])
 @pytest.mark.parametrize("kind", ["lora", "qlora", "int8"])
 def test_meshes_agree(model, kind):
@@ -234,3 +245,58 @@ def test_meshes_agree(model, kind):
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, sharding.shardings(mesh, params))
         np.testing.assert_allclose(logits(model, placed, tokens(4)), expected, atol=1e-5)
+
+
+def command(*args: str) -> subprocess.Popen:
+    """scripts/pretrain.py on one device, beginning."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    fixed = ["--train.batch_size=2", "--eval.batches=1", "--sample.max_new_tokens=4"]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts/pretrain.py"), *fixed, *args], env=env,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(*args: str) -> None:
+    process = command(*args)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "qlora", "adapter"])
+def test_a_killed_run_ends_as_an_unbroken_one_and_holds_only_the_additions(kind, tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"{n} times 3 is {3 * n}. " for n in range(3000)))
+    data = f"--data.path={tmp_path / 'text.txt'}"
+    base = tmp_path / "base"
+    shape = ["--model.context_length=16", "--model.num_layers=2", "--model.model_dim=64"]
+    finish(data, "--data.tokenizer=byte", f"--run={base}", "--train.steps=3", *shape)
+
+    settings = [data, f"--init={base}", f"--peft.kind={kind}", "--peft.rank=2",
+                "--peft.adapter_dim=8", "--train.steps=400", "--checkpoint.every=40"]  # fmt: skip
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = command(*settings, f"--run={killed}")
+    while not (killed / "checkpoints" / "40").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (killed / "checkpoints" / "400").exists()
+    finish(*settings, f"--run={killed}")
+    finish(*settings, f"--run={whole}")
+
+    arrays = [read_arrays(run / "checkpoints" / "400") for run in (killed, whole)]
+    jax.tree.map(np.testing.assert_array_equal, *arrays)
+    added = [name for name in arrays[0] if name.startswith("params/")]
+    own = "_adapter/" if kind == "adapter" else r"kernel/(a|b)$"
+    assert added and all(re.search(own, name) for name in added)
+
+    beside, merged, plain = load(whole), load(whole, merged=True), load(base)
+    assert weights.is_quantized(beside.params) == (kind == "qlora")
+    tokens_BT = tokens() % 16
+    got = logits(beside.config, beside.params, tokens_BT)
+    np.testing.assert_allclose(got, logits(merged.config, merged.params, tokens_BT), atol=1e-5)
+    assert not np.allclose(got, logits(plain.config, plain.params, tokens_BT), atol=1e-2)
+    shutil.rmtree(base / "checkpoints")
+    with pytest.raises(ValueError, match="no intact checkpoint"):
+        load(whole)
