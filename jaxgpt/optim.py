@@ -40,7 +40,7 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
     update = optax.chain(
         direction,
         optax.add_decayed_weights(cfg.weight_decay, lambda params: decayed(cfg, params)),
-        optax.scale_by_learning_rate(lambda step: learning_rate(cfg, step, num_steps)),
+        optax.scale_by_learning_rate(lambda step: learning_rate(cfg, jnp.asarray(step), num_steps)),
     )
     if cfg.clip_norm == 0:
         return update

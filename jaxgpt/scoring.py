@@ -1,6 +1,6 @@
 """What stages and evaluations ask of a network: losses and log-probabilities on a batch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,13 +87,26 @@ def flatten_arms(batch: Batch) -> Batch:
     }
 
 
-def measure(
-    fn: Callable[[Params, Batch], Metrics], params: Params, batches: Iterable[Batch]
+def evaluate(
+    fn: Callable[[Params, Batch], Metrics], rows: Examples, limit: int, params: Params
 ) -> dict[str, float]:
-    """Each metric's sum over its weight, over all batches. `fn` is compiled."""
+    """Each metric of `fn`, which should be compiled, over the rows in order.
+
+    Args:
+        limit: of batches; 0: all.
+    """
+    place = partial(sharding.place_rows, jax.sharding.get_mesh(), rows.batch_size)
+    batches = (
+        place(partial(rows.in_order, index, limit=limit))
+        for index in range(rows.num_batches(limit))
+    )
     totals = jax.device_get([fn(params, batch) for batch in batches])
     added = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *totals) if totals else {}
-    return {name: float(total / weight) for name, (total, weight) in added.items() if weight}
+    return {
+        f"val/{name}" if "/" in name else name: float(total / weight)
+        for name, (total, weight) in added.items()
+        if weight
+    }
 
 
 def by_chunks(fn: Callable[..., Array], arrays_N: tuple[Array, ...], chunk: int) -> Array:
@@ -149,7 +162,7 @@ def _compute(
     mesh = jax.sharding.get_mesh()
     whole = jax.jit(fn, out_shardings=sharding.replicated(mesh))  # every process can read that
     place = partial(sharding.place_rows, mesh, rows.batch_size)
-    files: dict[str, np.ndarray] = {}
+    files: dict[str, np.memmap] = {}
     directory.mkdir(parents=True, exist_ok=True)
     for index in range(rows.num_batches()):
         found = whole(params, place(partial(rows.in_order, index)))

@@ -163,9 +163,11 @@ def place_rows(
             raise ValueError(
                 f"mesh.context={mesh.shape['context']}: does not divide {array.shape[-1]} positions"
             )
-        rows = lambda index: np.searchsorted(mine, np.arange(num_rows)[index[0]])
-        return jax.make_array_from_callback(
-            shape, NamedSharding(mesh, spec), lambda index: array[rows(index)][:, *index[1:]]
-        )
+
+        def piece(index: Any) -> np.ndarray:
+            rows = np.searchsorted(mine, np.arange(num_rows)[index[0]])
+            return array[rows][:, *index[1:]]
+
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), piece)
 
     return {name: place(array) for name, array in local.items()}

@@ -59,10 +59,10 @@ class Transposed:
     rows: Array  # [F, D]
 
 
-Kernel = Array | Int8 | Nf4 | Lora | Transposed
+Kernel = Array | Int8 | Nf4 | Lora
 
 
-def matmul(x: Array, kernel: Kernel) -> Array:
+def matmul(x: Array, kernel: Kernel | Transposed) -> Array:
     """x [..., D] times a kernel [D, F]."""
     if isinstance(kernel, Transposed):
         return dot("BTD,FD->BTF", x, kernel.rows)
@@ -130,12 +130,12 @@ def map_kernels(fn: Callable[[str, Kernel], Any], params: Params) -> Params:
 
 
 def store_transposed(params: Params) -> Params:
-    """Plain kernels with their output channels first."""
-    turn = lambda name, kernel: (
-        Transposed(kernel.mT)
-        if name.endswith("kernel") and not isinstance(kernel, (Int8, Nf4, Lora))
-        else kernel
-    )
+    """Plain kernels, of experts apart, with their output channels first."""
+
+    def turn(name: str, kernel: Kernel) -> Any:
+        chosen = name.endswith("kernel") and "moe/" not in name
+        return Transposed(kernel.mT) if chosen and isinstance(kernel, jax.Array) else kernel
+
     return map_kernels(turn, params)
 
 
@@ -153,7 +153,7 @@ def layers_apart(params: Params) -> bool:
 
 
 def cast_kernels(params: Params, dtype: str) -> Params:
-    """Kernels in another type; embeddings, norms, biases and quantised kernels stay."""
+    """Kernels in another type; routers, embeddings, norms, biases and quantised kernels stay."""
 
     def cast(kernel: Kernel) -> Kernel:
         if isinstance(kernel, Lora):
@@ -161,7 +161,8 @@ def cast_kernels(params: Params, dtype: str) -> Params:
             return replace(kernel, w=cast(kernel.w), a=a, b=b)
         return kernel if isinstance(kernel, (Int8, Nf4)) else kernel.astype(dtype)
 
-    return map_kernels(lambda name, k: cast(k) if name.endswith("kernel") else k, params)
+    chosen = lambda name: name.endswith("kernel") and "router/" not in name
+    return map_kernels(lambda name, k: cast(k) if chosen(name) else k, params)
 
 
 def _apply(

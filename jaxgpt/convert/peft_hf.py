@@ -96,10 +96,11 @@ def save(path: str | Path, cfg: ModelConfig, params: Params, base: str = "") -> 
         ValueError: there are none, or PEFT has no place for one of them.
     """
     kernels = peft.leaves(params)
-    left = {name for name, kernel in kernels.items() if isinstance(kernel, Lora)}
+    adapted = {name: kernel for name, kernel in kernels.items() if isinstance(kernel, Lora)}
+    left = set(adapted)
     if not left:
         raise ValueError("the network has no low-rank changes to export; see --peft.kind lora")
-    lengths = {kernels[name].magnitude is not None for name in left}
+    lengths = {kernel.magnitude is not None for kernel in adapted.values()}
     if len(lengths) > 1:
         raise ValueError("PEFT has no adapter that is DoRA for some kernels only")
     tensors: dict[str, np.ndarray] = {}

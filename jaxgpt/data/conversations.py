@@ -128,8 +128,9 @@ def _preference(row: dict[str, Any], place: str) -> Preference:
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
         raise ValueError(f"{place}: chosen and rejected must be two answers to one prompt")
-    scores = [row.get(f"score_{n}") for n in ("chosen", "rejected")]
-    margin = row.get("margin", scores[0] - scores[1] if None not in scores else 0.0)
+    found = (row.get(key) for key in ("score_chosen", "score_rejected"))
+    scores = [float(score) for score in found if score is not None]
+    margin = row.get("margin", scores[0] - scores[1] if len(scores) == 2 else 0.0)
     return Preference(prompt, chosen, rejected, float(margin), place)
 
 
@@ -176,8 +177,8 @@ def _messages(value: Any, place: str, role: str) -> list[Message]:
 def _message(message: Any, place: str) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"{place}: a message must be an object, not {message!r:.40}")
-    role = message.get("role", message.get("from"))
-    role = ROLES.get(role, role)
+    said = str(message.get("role", message.get("from")))
+    role = ROLES.get(said, said)
     if role not in KNOWN:
         raise ValueError(f"{place}: {role!r} is no role; use {', '.join(KNOWN)}")
     content = message.get("content", message.get("value"))

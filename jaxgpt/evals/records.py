@@ -58,6 +58,13 @@ def text_field(row: Mapping[str, Any], name: str, place: str) -> str:
     return value
 
 
+def strings(value: Any, name: str, place: str) -> Sequence[str]:
+    """A field that must be a list of at least two texts."""
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{place}: {name} must be a list of two texts or more")
+    return value
+
+
 class Results:
     """Results by item, one JSON object a line after a header that says what was asked.
 
@@ -128,10 +135,3 @@ def _parse(text: str, place: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON ({error})") from None
-
-
-def strings(value: Any, name: str, place: str) -> Sequence[str]:
-    """A field that must be a list of at least two texts."""
-    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(v, str) for v in value):
-        raise ValueError(f"{place}: {name} must be a list of two texts or more")
-    return value

@@ -62,7 +62,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, inputs: BlockInputs, cache: Slots | None, place: Array
+        self, x_BTD: Array, inputs: BlockInputs, cache: Slots | None, place: Array | int
     ) -> tuple[Array, Slots | None]:
         cfg = self.cfg
         q_BTNH = self._heads("query", cfg.num_heads, x_BTD)

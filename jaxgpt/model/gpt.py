@@ -33,7 +33,7 @@ class Block(nn.Module):
     def __call__(
         self,
         carry: tuple[Array, Slots | None],
-        scanned: tuple[Array, Array, Array | None],
+        scanned: tuple[Array, Array | int, Array | None],
         inputs: BlockInputs,
     ) -> tuple[tuple[Array, Slots | None], RouterStats | None]:
         cfg, (x_BTD, cache), (layer, place, bias_E) = self.cfg, carry, scanned
@@ -107,18 +107,19 @@ class GPT(nn.Module):
         inputs = BlockInputs(rope, segments_BT, rng_B, length, mask_BTS)
         slots = None if cache is None else (cache.keys_LBSKH, cache.values_LBSKH)
         if weights.layers_apart(self.variables.get("params", {})):
-            blocks = Apart(cfg, name="blocks")
+            blocks: Any = Apart
         else:
-            blocks = _stack(cfg, weights.is_quantized(self.variables))(cfg, name="blocks")
+            blocks = _stack(cfg, weights.is_quantized(self.variables))
         layers_L = jnp.arange(cfg.num_layers)
-        (x_BTD, slots), router = blocks((x_BTD, slots), (layers_L, layers_L, bias_LE), inputs)
+        scanned = (layers_L, layers_L, bias_LE)
+        (x_BTD, slots), router = blocks(cfg, name="blocks")((x_BTD, slots), scanned, inputs)
 
         if not cfg.tie_embeddings and self.is_initializing():
             Linear(cfg.vocab_size, False, cfg.dtype, name="head")(x_BTD[:1, :1])
         hidden_BTD = make_norm(cfg, "final_norm")(x_BTD)
         if cache is not None and slots is not None:
             length = cache.length + tokens_BT.shape[1]
-            cache = KVCache(*slots, length, cache.start_B, fresh=False)
+            cache = KVCache(slots[0], slots[1], length, cache.start_B, fresh=False)
         return Output(hidden_BTD, cache, router)
 
 
@@ -189,7 +190,7 @@ def logits(params: Params, hidden_BTD: Array) -> Array:
 
 def _stack(cfg: ModelConfig, quantized: bool) -> Any:
     """Block, rematerialised as asked, scanned over layers with one stacked parameter tree."""
-    block = Block
+    block: Any = Block
     if cfg.remat != "none":
         policies = jax.checkpoint_policies
         policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
@@ -199,7 +200,7 @@ def _stack(cfg: ModelConfig, quantized: bool) -> Any:
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),
+        in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
         length=cfg.num_layers,
         unroll=layer_unroll(cfg.num_layers, remat=cfg.remat != "none", quantized=quantized),
     )

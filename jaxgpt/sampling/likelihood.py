@@ -143,7 +143,8 @@ def _score(
     Args:
         parent_R: the row of the cache that a row of tokens goes on from.
     """
-    if cache is not None:
+    if cache is not None and parent_R is not None:
+        assert isinstance(cache.keys_LBSKH, Array) and isinstance(cache.values_LBSKH, Array)
         room = [(0, 0), (0, 0), (0, tokens_RC.shape[1]), (0, 0), (0, 0)]
         keys_LRSKH = jnp.pad(cache.keys_LBSKH[:, parent_R], room)
         values_LRSKH = jnp.pad(cache.values_LBSKH[:, parent_R], room)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxgpt import hardware, metrics, peft, report, rundir, sharding, train, tree
-from jaxgpt.config import ConversationConfig, PeftConfig, RewardConfig, RunConfig
+from jaxgpt.config import ConversationConfig, PeftConfig, PretrainConfig, RewardConfig, RunConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load
 from jaxgpt.data import chat, show
@@ -55,7 +55,7 @@ def launch(name: str, cfg: RunConfig) -> None:
         rundir.write_config(cfg)
         if cfg.peft.kind != "none":
             rundir.write_base(cfg)
-        if cfg.init and name == "pretrain":
+        if cfg.init and isinstance(cfg, PretrainConfig):
             pretrain.begin(cfg)  # tokenises the text as init would
     with jax.set_mesh(mesh):
         start = start._replace(params=_on_mesh(cfg, start.params, mesh))
@@ -81,7 +81,7 @@ def sampler(cfg: RunConfig, start: Loaded) -> SampleFn | None:
     stop = start.stop_ids or (start.tokenizer.eos_id,)
 
     def sample(params: Params) -> list[str]:
-        policy = for_decoding(cfg.model, params["policy"])
+        policy = for_decoding(cfg.model, params["policy"], len(prompts))
         rng = jax.random.key(cfg.seed)
         written = generate(cfg.model, policy, prompts, how, stop_ids=stop, rng=rng)
         return [

@@ -77,20 +77,12 @@ def build(cfg: DistillConfig, start: Loaded) -> Stage:
         kl = apart(params, batch, "forward_kl", 1.0)
         return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "kl": (kl, weight)}
 
-    def evaluate(params: Params) -> dict[str, float]:
-        limit = cfg.eval.batches
-        batches = (
-            place(partial(held_out.in_order, index, limit=limit))
-            for index in range(held_out.num_batches(limit))
-        )
-        return scoring.measure(held_out_metrics, params, batches)
-
     return Stage(
         params=params,
         trainable="^policy/",
         loss=loss,
         next_batch=lambda params, carry, step: place(partial(train_rows.rows, step)),
-        evaluate=evaluate,
+        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
     )
 
 
@@ -187,14 +179,15 @@ def _divergence(
         known = (batch["teacher_ids"], batch["teacher_logprobs"])
         known = tuple(flat(jnp.swapaxes(array_BKT, 1, 2)) for array_BKT in known)
 
-        def one(student_CD: Array, ids_CK: Array, logprobs_CK: Array) -> Array:
+        def one(student_CD: Array, *known: Array) -> Array:
+            ids_CK, logprobs_CK = known
             student_CV = said(params["policy"], student_CD)
             return between(losses.with_rest(student_CV, ids_CK), losses.append_rest(logprobs_CK))
     else:
         known = (flat(scoring.run(teacher, params["teacher"], batch).hidden_BTD),)
 
-        def one(student_CD: Array, teacher_CD: Array) -> Array:
-            return between(said(params["policy"], student_CD), said(params["teacher"], teacher_CD))
+        def one(student_CD: Array, *known: Array) -> Array:
+            return between(said(params["policy"], student_CD), said(params["teacher"], *known))
 
     apart_N = scoring.by_chunks(one, (student_ND, *known), cfg.train.loss_chunk)
     return (apart_N * batch["mask"].reshape(-1)).sum()

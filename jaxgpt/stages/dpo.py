@@ -69,21 +69,12 @@ def build(cfg: DpoConfig, start: Loaded) -> Stage:
         total, weight, metrics = loss(params, batch, jnp.zeros(0))
         return metrics | {"loss": (total, weight)}
 
-    def evaluate(params: Params) -> dict[str, float]:
-        limit = cfg.eval.batches
-        batches = (
-            place(partial(held_out.in_order, index, limit=limit))
-            for index in range(held_out.num_batches(limit))
-        )
-        found = scoring.measure(held_out_metrics, params, batches)
-        return {f"val/{name}" if "/" in name else name: value for name, value in found.items()}
-
     return Stage(
         params=params,
         trainable="^policy/",
         loss=loss,
         next_batch=lambda params, carry, step: place(partial(train_pairs.rows, step)),
-        evaluate=evaluate,
+        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
     )
 
 

@@ -1,9 +1,10 @@
 """Pretraining: predict the next token of plain text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +121,7 @@ def _no_bias(model: ModelConfig) -> Array:
 def _move_bias(speed: float) -> CarryFn:
     """Raises the selection bias of experts with less than an even load (arXiv:2408.15664)."""
 
-    def after_step(carry: Carry, metrics: Metrics) -> Carry:
+    def after_step(carry: Carry, metrics: Mapping[str, Any]) -> Carry:
         load_LE, even_LE = metrics["router/load"]
         return {"router_bias": carry["router_bias"] + speed * jnp.sign(even_LE - load_LE)}
 

@@ -50,21 +50,12 @@ def build(cfg: RewardConfig, start: Loaded) -> Stage:
         total, weight, metrics = loss(params, batch, jnp.zeros(0))
         return metrics | {"loss": (total, weight)}
 
-    def evaluate(params: Params) -> dict[str, float]:
-        limit = cfg.eval.batches
-        batches = (
-            place(partial(held_out.in_order, index, limit=limit))
-            for index in range(held_out.num_batches(limit))
-        )
-        found = scoring.measure(held_out_metrics, params, batches)
-        return {f"val/{name}" if "/" in name else name: value for name, value in found.items()}
-
     return Stage(
         params={"policy": start.params, "reward": _head(cfg, mesh)},
         trainable="^(policy|reward)/",
         loss=loss,
         next_batch=lambda params, carry, step: place(partial(train.rows, step)),
-        evaluate=evaluate,
+        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
     )
 
 

@@ -52,18 +52,10 @@ def build(cfg: SftConfig, start: Loaded) -> Stage:
         )
         return {"loss": metrics["nll"], "accuracy": metrics["accuracy"]}
 
-    def evaluate(params: Params) -> dict[str, float]:
-        limit = cfg.eval.batches
-        batches = (
-            place(partial(held_out.in_order, index, limit=limit))
-            for index in range(held_out.num_batches(limit))
-        )
-        return scoring.measure(held_out_metrics, params, batches)
-
     return Stage(
         params={"policy": start.params},
         trainable="^policy/",
         loss=loss,
         next_batch=lambda params, carry, step: place(partial(train.rows, step)),
-        evaluate=evaluate,
+        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
     )
