@@ -37,7 +37,10 @@ BLOCK = 1 << 20  # bytes read, and characters encoded, at a time
 LONGEST_BLOCK = 16 * BLOCK
 WORD_END = re.compile(r"[^\W\d_](?=[ \n])")
 WORD_SEARCH = 1 << 14  # characters at a block's end in which to look for it
-LEAVE_OUT = re.compile(r"tests?|idle_test|site-packages|dist-packages|__pycache__|config-.*")
+# Tests, other packages, and tables that are no code to learn from (charmaps).
+LEAVE_OUT = re.compile(
+    r"tests?|idle_test|site-packages|dist-packages|__pycache__|config-.*|encodings"
+)
 # Fewer files than this many held-out ones and the end of each is held out instead.
 FEWEST_HELD_OUT = 2
 
