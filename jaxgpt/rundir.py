@@ -37,7 +37,8 @@ def enter(cfg: RunConfig) -> Path:
     if path.exists() and not path.is_dir():
         raise ValueError(f"run={path}: is a file; choose a directory")
     file = path / "config.yaml"
-    if (path / "metrics.jsonl").exists():  # else nothing has been trained: mistakes may be mended
+    log = path / "metrics.jsonl"
+    if log.exists() and log.stat().st_size:  # else nothing was trained: mistakes may be mended
         _require_same(path, yaml.safe_load(file.read_text()), dataclasses.asdict(cfg))
     elif path.is_dir() and any(path.iterdir()) and not file.is_file():
         raise ValueError(f"run={path}: holds files that are no run of jaxgpt; choose another")

@@ -22,7 +22,7 @@ def trained(path, **settings) -> PretrainConfig:
     """The config of a run that has begun to train there."""
     cfg = PretrainConfig(run=str(path), **settings)
     rundir.enter(cfg)
-    (path / "metrics.jsonl").write_text("")
+    (path / "metrics.jsonl").write_text("{}\n")
     return cfg
 
 
