@@ -17,8 +17,8 @@ LAYERS = (
     {"weights", "losses", "optim", "sharding", "metrics", "checkpoint", "data"},
     {"model", "peft", "rundir", "runlog", "report"},
     {"sampling", "convert", "train", "scoring"},
-    {"stages", "language_model"},
-    {"evals", "serve", "jaxgpt"},  # jaxgpt is the front door, jaxgpt/__init__.py
+    {"language_model"},
+    {"stages", "evals", "serve", "jaxgpt"},  # jaxgpt is the front door, jaxgpt/__init__.py
     {"scripts"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
