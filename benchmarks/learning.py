@@ -1,0 +1,155 @@
+"""Learning claims, each reproducible from nothing but this repository: one JSON line a claim.
+
+    python benchmarks/learning.py --list
+    python benchmarks/learning.py sft-arithmetic --seed 0
+
+What one claim builds on (a base model, a tuned one) is trained once a seed and kept in --folder.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ASKED = 400  # held-out problems
+Result = dict[str, Any]
+
+
+def sft_arithmetic(folder: Path, seed: int) -> Result:
+    """Exact match on held-out problems, greedy, before and after fine-tuning."""
+    after = share(tuned(folder, seed), "is_correct")
+    return judge(share(base(folder, seed), "is_correct"), after, 0.9)
+
+
+def reward_arithmetic(folder: Path, seed: int) -> Result:
+    """Accuracy on held-out pairs of a right and a wrong answer."""
+    run = train(folder, seed, "reward", "arithmetic", init=tuned(folder, seed))
+    first, last = held_out(run, "val/accuracy")
+    return judge(first, last, 0.9)
+
+
+def dpo_arithmetic(folder: Path, seed: int) -> Result:
+    """Share of sampled answers to held-out problems that are right and concise."""
+    start = train(folder, seed, "sft", "arithmetic-styles", init=base(folder, seed))
+    run = train(folder, seed, "dpo", "arithmetic", init=start)
+    before, after = (share(model, "is_concise", temperature=1.0) for model in (start, run))
+    return judge(before, after, before + 0.2)
+
+
+def distill_tiny(folder: Path, seed: int) -> Result:
+    """A small student against the same student on hard labels: validation KL and loss."""
+    teacher = train(folder, seed, "pretrain", "teacher-tiny")
+    found = {
+        name: train(folder, seed, "distill", "tiny", f"distill-{name}", hard=hard, teacher=teacher)
+        for name, hard in (("soft", 0.0), ("hard", 1.0))
+    }
+    (_, soft_kl), (_, hard_kl) = (held_out(run, "val/kl") for run in found.values())
+    (_, soft_loss), (_, hard_loss) = (held_out(run, "val/loss") for run in found.values())
+    return {
+        "before": {"kl": hard_kl, "loss": hard_loss},
+        "after": {"kl": soft_kl, "loss": soft_loss},
+        "target": "both lower",
+        "passed": soft_kl < hard_kl and soft_loss < hard_loss,
+    }
+
+
+CLAIMS: dict[str, Callable[[Path, int], Result]] = {
+    "sft-arithmetic": sft_arithmetic,
+    "reward-arithmetic": reward_arithmetic,
+    "dpo-arithmetic": dpo_arithmetic,
+    "distill-tiny": distill_tiny,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_AsWritten)
+    parser.add_argument("name", nargs="?", choices=CLAIMS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--list", action="store_true", help="name the claims and end")
+    args = parser.parse_args()
+    if args.list or args.name is None:
+        for name, claim in CLAIMS.items():
+            print(f"{name:20} {claim.__doc__}")
+        return
+    start = time.perf_counter()
+    result = CLAIMS[args.name](args.folder / f"seed{args.seed}", args.seed)
+    seconds = round(time.perf_counter() - start)
+    print(json.dumps({"name": args.name, "seed": args.seed} | result | {"seconds": seconds}))
+
+
+def base(folder: Path, seed: int) -> Path:
+    """A small model of Python source that has never seen a conversation."""
+    return train(folder, seed, "pretrain", "base-bytes")
+
+
+def tuned(folder: Path, seed: int) -> Path:
+    return train(folder, seed, "sft", "arithmetic", init=base(folder, seed))
+
+
+def train(
+    folder: Path, seed: int, stage: str, config: str, name: str = "", **settings: Any
+) -> Path:
+    """The run of a command, which goes on where it was and costs nothing once it is done."""
+    run = folder / (name or f"{stage}-{config}")
+    flags = [part for field, value in settings.items() for part in (f"--{field}", str(value))]
+    subprocess.run(
+        [
+            sys.executable, str(ROOT / "scripts" / f"{stage}.py"),
+            "--config", str(ROOT / "configs" / stage / f"{config}.yaml"),
+            "--run", str(run), "--seed", str(seed), *flags,
+        ],
+        check=True, stdout=sys.stderr,
+    )  # fmt: skip
+    return run
+
+
+def share(run: Path, rule: str, temperature: float = 0.0) -> float:
+    """Share of held-out problems whose answer keeps a rule of data/synthetic.py."""
+    import itertools
+
+    import jaxgpt
+    from jaxgpt.convert import chatting
+    from jaxgpt.convert.load import load
+    from jaxgpt.data import chat, synthetic
+    from jaxgpt.sampling.sample import Sampling
+
+    problems = list(itertools.islice(synthetic.problems(held_out=True), ASKED))
+    form = chatting.chat_format(load(run))
+    asked = [
+        chat.encode(
+            form,
+            [{"role": "user", "content": synthetic.question(problem)}],
+            add_generation_prompt=True,
+        ).tokens_T.tolist()
+        for problem in problems
+    ]
+    answers = jaxgpt.load(str(run)).complete(asked, Sampling(144, temperature, top_p=1.0))
+    kept = [getattr(synthetic, rule)(*pair) for pair in zip(problems, answers, strict=True)]
+    return sum(kept) / len(kept)
+
+
+def held_out(run: Path, name: str) -> tuple[float, float]:
+    """The first and the last value of a metric."""
+    from jaxgpt import metrics
+
+    values = [line[name] for line in metrics.read_jsonl(run / "metrics.jsonl") if name in line]
+    return values[0], values[-1]
+
+
+def judge(before: float, after: float, target: float) -> Result:
+    rounded = {"before": round(before, 4), "after": round(after, 4), "target": round(target, 4)}
+    return rounded | {"passed": after >= target}
+
+
+class _AsWritten(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description."""
+
+
+if __name__ == "__main__":
+    main()

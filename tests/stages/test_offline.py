@@ -1,0 +1,236 @@
+"""The laws of the four offline stages, on a tiny network and the embedded tasks."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxgpt import rundir, sharding, stages, train
+from jaxgpt.config import (
+    CheckpointConfig,
+    DistillConfig,
+    DpoConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardConfig,
+    RunConfig,
+    SampleConfig,
+    SftConfig,
+    TrainConfig,
+)
+from jaxgpt.convert import chatting
+from jaxgpt.convert.load import Loaded
+from jaxgpt.data import show, synthetic
+from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.model import gpt
+
+pytestmark = pytest.mark.slow  # not yet trimmed to the default selection's time
+
+MODEL = ModelConfig(
+    vocab_size=260, context_length=128, num_layers=2, model_dim=16, num_heads=2, mlp_dim=32,
+    position="rope",
+)  # fmt: skip
+KINDS: dict[str, Any] = {
+    "sft": SftConfig(),
+    "reward": RewardConfig(),
+    "dpo": DpoConfig(),
+    "ipo": DpoConfig(loss="ipo"),
+    "orpo": DpoConfig(loss="orpo"),
+    "precomputed": DpoConfig(reference="precomputed"),
+    "distill": DistillConfig(divergence="jsd", temperature=2.0, hard=0.3),
+    "top_k": DistillConfig(top_k=5),
+}
+# The laws are slow to compile for every variant; two stand for all in the quick run.
+EVERY = [
+    kind if kind in ("sft", "dpo") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS
+]
+STAGE = {"ipo": "dpo", "orpo": "dpo", "precomputed": "dpo", "top_k": "distill"}
+
+
+class Run(NamedTuple):
+    cfg: RunConfig
+    start: Loaded
+
+
+@pytest.fixture(autouse=True)
+def few_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty problems instead of fifteen thousand."""
+    whole = synthetic.problems
+    monkeypatch.setattr(synthetic, "problems", lambda held: list(whole(held))[:40])
+
+
+def make(kind: str, tmp_path: Path, **changes: Any) -> Run:
+    tokenizer = tokenizers.load("byte")
+    start = Loaded(MODEL, gpt.init(MODEL, jax.random.key(3)), tokenizer)
+    start = chatting.with_format(start, chatting.chat_format(start))
+    cfg = replace(
+        KINDS[kind], run=str(tmp_path / kind), model=MODEL,
+        train=TrainConfig(steps=4, batch_size=8, loss_chunk=100),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=1),
+        checkpoint=CheckpointConfig(every=2), eval=EvalConfig(every=2, batches=1),
+        log=LogConfig(every=1), sample=SampleConfig(prompts=[]),
+    )  # fmt: skip
+    Path(cfg.run).mkdir(parents=True, exist_ok=True)
+    return Run(replace(cfg, **changes), start)
+
+
+@pytest.fixture(autouse=True)
+def another_network_as_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher is random, and not the student."""
+    params = gpt.init(MODEL, jax.random.key(4))
+    teacher = Loaded(MODEL, params, tokenizers.load("byte"), stop_ids=(258,))
+    monkeypatch.setattr(stages.distill, "_load_teacher", lambda cfg: teacher)
+
+
+def first_update(run: Run, mesh_cfg: MeshConfig, micro_batches: int, kind: str) -> tuple[Any, Any]:
+    """The metrics and the gradient's step of the first batch."""
+    cfg = replace(run.cfg, train=replace(run.cfg.train, micro_batches=micro_batches))
+    mesh = sharding.make_mesh(mesh_cfg)
+    with jax.set_mesh(mesh):
+        stage = stages.BUILD[STAGE.get(kind, kind)](cfg, run.start)
+        state, frozen = train._place(stage, cfg, mesh, optax.sgd(1.0))
+        before = jax.device_get(state.params)
+        step = jax.jit(train.make_step(stage, cfg, optax.sgd(1.0)))
+        state, measures = step(state, frozen, stage.next_batch({}, {}, 0))
+        moved = jax.tree.map(np.subtract, jax.device_get(state.params), before)
+        return jax.device_get(measures), moved
+
+
+ALONE = MeshConfig(data=8)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_meshes_and_micro_batches_give_the_same_gradient(kind: str, tmp_path: Path) -> None:
+    run = make(kind, tmp_path)
+    expected = first_update(run, ALONE, 1, kind)
+    for mesh, parts in ((MeshConfig(data=2, fsdp=2, tensor=2), 1), (MeshConfig(fsdp=2), 2)):
+        found = first_update(run, mesh, parts, kind)
+        chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_resumed_run_ends_like_an_uninterrupted_one(kind: str, tmp_path: Path) -> None:
+    ends = []
+    for folder, stops in (("whole", (4,)), ("cut", (2, 4))):
+        run = make(kind, tmp_path / folder)
+        mesh = sharding.make_mesh(ALONE)
+        for steps in stops:
+            cfg = replace(run.cfg, train=replace(run.cfg.train, steps=steps))
+            cfg = replace(cfg, optim=replace(cfg.optim, decay_steps=4))
+            with jax.set_mesh(mesh):
+                stage = stages.BUILD[STAGE.get(kind, kind)](cfg, run.start)
+                train.fit(stage, cfg, mesh)
+        ends.append(rundir.read_params(cfg.run))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def test_a_fresh_policy_is_its_own_reference(tmp_path: Path) -> None:
+    measures, _ = first_update(make("dpo", tmp_path), ALONE, 1, "dpo")
+    assert np.isclose(measures["loss"], np.log(2), atol=1e-6)
+    assert abs(measures["reward/margin"]) < 1e-6
+
+
+def test_live_and_precomputed_references_agree(tmp_path: Path) -> None:
+    live = first_update(make("dpo", tmp_path), ALONE, 1, "dpo")
+    stored = first_update(make("precomputed", tmp_path), ALONE, 1, "precomputed")
+    again = first_update(make("precomputed", tmp_path), ALONE, 1, "precomputed")  # from disk
+    chex.assert_trees_all_close(stored, live, atol=1e-5)
+    chex.assert_trees_all_equal(again, stored)
+
+
+def test_a_reference_on_disk_of_another_network_is_refused(tmp_path: Path) -> None:
+    run = make("precomputed", tmp_path)
+    first_update(run, ALONE, 1, "precomputed")
+    other = run.start._replace(params=gpt.init(MODEL, jax.random.key(9)))
+    with pytest.raises(ValueError, match="of another network"):
+        first_update(Run(run.cfg, other), ALONE, 1, "precomputed")
+
+
+def test_the_likeliest_tokens_on_disk_stand_for_a_live_teacher(tmp_path: Path) -> None:
+    live = make("top_k", tmp_path / "live", top_k=0)
+    stored = make("top_k", tmp_path / "stored", top_k=259)  # all of them but one
+    found = [first_update(run, ALONE, 1, "distill") for run in (stored, live)]
+    chex.assert_trees_all_close(*found, atol=1e-5)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path: Path) -> None:
+    run = make("distill", tmp_path, hard=0.0)
+    same = run.start._replace(params=gpt.init(MODEL, jax.random.key(4)))
+    measures, moved = first_update(Run(run.cfg, same), ALONE, 1, "distill")
+    assert abs(measures["loss"]) < 1e-6
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved)) < 1e-5
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    run = make("distill", tmp_path)
+    other = run.start._replace(config=replace(MODEL, vocab_size=261))
+    with pytest.raises(ValueError, match="another vocabulary"):
+        first_update(Run(run.cfg, other), ALONE, 1, "distill")
+
+
+def test_the_layers_of_a_student_are_the_teachers() -> None:
+    cfg = replace(MODEL, num_layers=5)
+    params = gpt.init(cfg, jax.random.key(0))
+    student = stages.distill.some_layers(cfg, params, 3)
+    kernel = lambda tree: tree["blocks"]["mlp"]["up"]["kernel"]
+    chex.assert_trees_all_equal(kernel(student), kernel(params)[np.array([0, 2, 4])])
+    chex.assert_trees_all_equal(student["embed"], params["embed"])
+
+
+def test_the_reward_does_not_see_the_padding(tmp_path: Path) -> None:
+    run = make("reward", tmp_path)
+    with jax.set_mesh(sharding.make_mesh(ALONE)):
+        stage = stages.BUILD["reward"](run.cfg, run.start)
+        batch = stage.next_batch({}, {}, 0)
+        wide = {
+            name: np.pad(array, [(0, 0), (0, 0), (0, 24)]) if array.ndim == 3 else array
+            for name, array in batch.items()
+        }
+        wide["tokens"][:, :, -24:] = 7  # whatever stands there
+        score = lambda batch: stages.reward.score_pairs(MODEL, stage.params, batch)
+        chex.assert_trees_all_close(score(wide), score(batch), atol=1e-5)
+
+
+def test_data_without_an_end_of_turn_is_refused(tmp_path: Path) -> None:
+    run = make("sft", tmp_path)
+    short = replace(run.cfg, data=replace(run.cfg.data, max_tokens=40))
+    with pytest.raises(ValueError, match="not learn to stop"):
+        first_update(Run(short, run.start), ALONE, 1, "sft")
+
+
+def test_data_without_any_target_is_refused(tmp_path: Path) -> None:
+    run = make("sft", tmp_path)
+    short = replace(run.cfg, data=replace(run.cfg.data, max_tokens=8))
+    with pytest.raises(ValueError, match="no row has a target"):
+        first_update(Run(short, run.start), ALONE, 1, "sft")
+
+
+def test_a_batch_of_preferences_can_be_shown(tmp_path: Path) -> None:
+    run = make("dpo", tmp_path)
+    with jax.set_mesh(sharding.make_mesh(ALONE)):
+        stage = stages.BUILD["dpo"](run.cfg, run.start)
+        text = show.describe(stage.next_batch({}, {}, 0), run.start.tokenizer)
+    assert text.startswith("row 0, 0  margin=0")
+    assert "258 '<|im_end|>'" in text and "padding" in text
+
+
+def test_plain_text_takes_its_share_of_the_rows(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a king. " * 400)
+    run = make("sft", tmp_path)
+    (Path(run.cfg.run) / "tokenizer.json").unlink(missing_ok=True)
+    run.start.tokenizer.save(Path(run.cfg.run) / "tokenizer.json")
+    data = replace(run.cfg.data, text_share=0.25, text_path=str(text))
+    with jax.set_mesh(sharding.make_mesh(ALONE)):
+        stage = stages.BUILD["sft"](replace(run.cfg, data=data), run.start)
+        batches = [stage.next_batch({}, {}, step) for step in range(4)]
+    plain = [row for batch in batches for row in np.asarray(batch["roles"]) if not row.any()]
+    assert len(plain) == 8
