@@ -121,7 +121,7 @@ def open_sinks(cfg: LogConfig, run_dir: str | Path, settings: dict[str, Any]) ->
 
 def _tensorboard(run_dir: Path) -> Sink:
     try:
-        from tensorboard.summary import Writer
+        from tensorboard.summary import Writer  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(_missing("log.tensorboard=true", "tensorboard")) from None
     writer = Writer(str(run_dir / "tensorboard"))
