@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/python scripts/sample.py --checkpoint runs/demo --prompt "def " --prompt "class " --max_new_tokens 96
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 clean:
 	rm -rf .venv runs/demo

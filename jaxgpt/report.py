@@ -51,8 +51,9 @@ def write_report(run_dir: str | Path) -> Path:
     page = run_dir / "report.html"
     name = escape(run_dir.resolve().name)
     body = "\n".join(filter(None, sections))
-    page.write_text(_PAGE.replace("NAME", name).replace("BODY", body, 1), encoding="utf-8")
-    return page
+    partial = page.with_suffix(".tmp")
+    partial.write_text(_PAGE.replace("NAME", name).replace("BODY", body, 1), encoding="utf-8")
+    return partial.replace(page)
 
 
 def _series(records: list[dict[str, Any]]) -> dict[str, Series]:

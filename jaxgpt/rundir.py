@@ -30,8 +30,8 @@ def enter(cfg: RunConfig) -> Path:
     """Makes the run's directory, or checks that it belongs to the same config.
 
     Raises:
-        ValueError: another config made it (naming the differing keys), or it holds other files.
-        OSError: it cannot be written.
+        ValueError: another config made it (naming the differing keys), it holds other files, or
+            it cannot be written.
     """
     path = Path(cfg.run)
     if path.exists() and not path.is_dir():
@@ -42,8 +42,13 @@ def enter(cfg: RunConfig) -> Path:
         _require_same(path, yaml.safe_load(file.read_text()), dataclasses.asdict(cfg))
     elif path.is_dir() and any(path.iterdir()) and not file.is_file():
         raise ValueError(f"run={path}: holds files that are no run of jaxgpt; choose another")
-    path.mkdir(parents=True, exist_ok=True)
-    write_config(cfg)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_config(cfg)
+    except OSError as error:
+        raise ValueError(
+            f"run={path}: cannot be written ({error.strerror}); choose another directory"
+        ) from None
     return path
 
 

@@ -182,7 +182,7 @@ def source(
         check_vocab(file, tokenizer)
         if file.train.size < context_length + 1:
             raise ValueError(
-                f"data.path={file.path}: its {file.train.size} training tokens are fewer than "
+                f"data.path: the {file.train.size} training tokens of {file.path} are fewer than "
                 f"model.context_length={context_length} + 1; use more text or a shorter context"
             )
     shares = tuple(weight / sum(weights.values()) for weight in weights.values())

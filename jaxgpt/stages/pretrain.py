@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import scoring, sharding
-from jaxgpt.config import ModelConfig, PretrainConfig
+from jaxgpt.config import DataConfig, ModelConfig, PretrainConfig
 from jaxgpt.convert.load import Loaded
 from jaxgpt.data import corpus, datasets
 from jaxgpt.data import tokenizer as tokenizers
@@ -28,7 +28,7 @@ def begin(cfg: PretrainConfig) -> Loaded:
     name = str(run / "tokenizer.json") if cfg.init else data.tokenizer
     for path, directory in zip(data.mixture or [data.path], _token_paths(cfg), strict=True):
         if directory != path:
-            corpus.prepare(path, directory, name, data.vocab_size, data.val_fraction)
+            _tokenise(path, directory, name, data)
         # The first one decides for all, unless the user has.
         name = name or datasets.open_tokens(directory).tokenizer
     if not name:
@@ -43,6 +43,15 @@ def begin(cfg: PretrainConfig) -> Loaded:
             "use 0 to take its size, or more"
         )
     return Loaded(model, None, tokenizer)
+
+
+def _tokenise(path: str, directory: str | Path, tokenizer: str, data: DataConfig) -> None:
+    try:
+        corpus.prepare(path, directory, tokenizer, data.vocab_size, data.val_fraction)
+    except ValueError as error:
+        if str(error).startswith(path):  # of a file that the user named, not of another setting
+            raise ValueError(f"data.path={error}; give a text file or folder") from None
+        raise
 
 
 def build(cfg: PretrainConfig, start: Loaded) -> Stage:
