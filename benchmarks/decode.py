@@ -12,31 +12,26 @@ from functools import partial
 import paired
 
 PROMPT, NEW, VOCAB = 32, 128, 50257
-PEERS = ["float32", "bfloat16"]
+DTYPES = ["float32", "bfloat16"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--peer", nargs="+", choices=PEERS, default=["float32"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="of jaxgpt")
+    parser.add_argument("--peer", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--side", choices=["jaxgpt", *PEERS], help=argparse.SUPPRESS)
+    parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        side = (
-            partial(jaxgpt_side, args.dtype)
-            if args.side == "jaxgpt"
-            else partial(torch_side, args.side)
-        )
-        side(args.batch[0])
+        who, dtype = args.side
+        {"jaxgpt": jaxgpt_side, "transformers": torch_side}[who](dtype, args.batch[0])
         return
     for batch in args.batch:
-        start = partial(
-            paired.Side, __file__, "--batch", str(batch), "--dtype", args.dtype, "--side"
-        )
-        peers = [partial(start, peer) for peer in args.peer]
-        paired.compare(f"batch {batch}", start("jaxgpt"), peers, batch * NEW, "tokens", args.pairs)
+        start = partial(paired.Side, __file__, "--batch", str(batch), "--side")
+        ours = [partial(start, "jaxgpt", dtype) for dtype in args.dtype]
+        peers = [partial(start, "transformers", dtype) for dtype in args.peer]
+        paired.compare(f"batch {batch}", ours, peers, batch * NEW, "tokens", args.pairs)
 
 
 def jaxgpt_side(dtype: str, batch: int) -> None:

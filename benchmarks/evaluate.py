@@ -39,8 +39,9 @@ def main() -> None:
             "--items", str(args.items), "--side",
         )  # fmt: skip
         peers = [partial(start, batch) for batch in BATCHES]
-        ours = start("jaxgpt")
-        paired.compare("HellaSwag", ours, peers, args.items, "items", args.pairs)
+        paired.compare(
+            "HellaSwag", [partial(start, "jaxgpt")], peers, args.items, "items", args.pairs
+        )
 
 
 def exported(path: Path) -> str:

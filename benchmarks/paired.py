@@ -2,7 +2,7 @@
 
 A machine's speed drifts by more than what is to be measured, so a figure is never compared with
 one of another day: both sides run within seconds of each other, and the ratio of each pair is
-what counts. The peer's best variant is found first.
+what counts. Each side's best variant on this machine is found first.
 """
 
 import json
@@ -63,7 +63,7 @@ class Side:
 
 def compare(
     title: str,
-    ours: Side,
+    ours: Sequence[Callable[[], Side]],
     peers: Sequence[Callable[[], Side]],
     amount: float,
     unit: str,
@@ -72,11 +72,29 @@ def compare(
     """Prints medians and the ratio to the fastest peer with its range; returns the median ratio.
 
     Args:
-        peers: start one variant each; all but the fastest are closed again.
+        ours, peers: start one variant each; the fastest of either side are paired.
         amount: what one measurement does, in `unit`s, such as tokens.
     """
+    mine, best = (_fastest(side, amount, unit) for side in (ours, peers))
+    times = [(mine.measure(), best.measure()) for _ in range(pairs)]
+    ratios = sorted(theirs / own for own, theirs in times)
+    own, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    ratio = statistics.median(ratios)
+    print(
+        f"{title}: {mine.name} {amount / own:,.0f} {unit}/s, best of the peers ({best.name}) "
+        f"{amount / theirs:,.0f} {unit}/s; ratio {ratio:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}, "
+        f"{pairs} pairs)",
+        flush=True,
+    )
+    for side in (mine, best):
+        side.close()
+    return ratio
+
+
+def _fastest(starts: Sequence[Callable[[], Side]], amount: float, unit: str) -> Side:
+    """The variant that is fastest here; the others are closed again."""
     best, best_seconds = None, float("inf")
-    for start in peers:
+    for start in starts:
         side = start()
         seconds = statistics.median(side.measure() for _ in range(3))
         print(f"  {side.name}: {amount / seconds:,.0f} {unit}/s", flush=True)
@@ -85,16 +103,4 @@ def compare(
         if side is not None:
             side.close()
     assert best is not None
-    times = [(ours.measure(), best.measure()) for _ in range(pairs)]
-    ratios = sorted(theirs / mine for mine, theirs in times)
-    mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-    ratio = statistics.median(ratios)
-    print(
-        f"{title}: {ours.name} {amount / mine:,.0f} {unit}/s, best of the peers ({best.name}) "
-        f"{amount / theirs:,.0f} {unit}/s; ratio {ratio:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}, "
-        f"{pairs} pairs)",
-        flush=True,
-    )
-    for side in (ours, best):
-        side.close()
-    return ratio
+    return best

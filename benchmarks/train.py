@@ -19,31 +19,30 @@ WORKLOADS = {
     "gpt2-2x512": (12, 12, 768, 50257, 2, 512, 1),
     "gpt2-1x1024": (12, 12, 768, 50257, 1, 1024, 1),
 }
+DTYPES = ["bfloat16", "float32"]
 VARIANTS = ["fp32 eager", "fp32 compile", "bf16 eager", "bf16 compile"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="of jaxgpt")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--side", choices=["jaxgpt", *VARIANTS], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=[*DTYPES, *VARIANTS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        side = jaxgpt_side if args.side == "jaxgpt" else partial(torch_side, args.side)
-        side(args.workload[0], args.dtype)
+        side = jaxgpt_side if args.side in DTYPES else torch_side
+        side(args.side, args.workload[0])
         return
     for name in args.workload:
         *_, batch, context, steps = WORKLOADS[name]
-        start = partial(paired.Side, __file__, "--workload", name, "--dtype", args.dtype, "--side")
-        paired.compare(
-            name, start("jaxgpt"), [partial(start, variant) for variant in args.variant],
-            batch * context * steps, "tokens", args.pairs,
-        )  # fmt: skip
+        start = partial(paired.Side, __file__, "--workload", name, "--side")
+        ours, peers = ([partial(start, v) for v in side] for side in (args.dtype, args.variant))
+        paired.compare(name, ours, peers, batch * context * steps, "tokens", args.pairs)
 
 
-def jaxgpt_side(name: str, dtype: str) -> None:
+def jaxgpt_side(dtype: str, name: str) -> None:
     import jax
     import numpy as np
 
@@ -85,7 +84,7 @@ def jaxgpt_side(name: str, dtype: str) -> None:
     paired.serve(f"jaxgpt {dtype}", lambda: paired.timed(run, steps) * steps)
 
 
-def torch_side(variant: str, name: str, _dtype: str) -> None:
+def torch_side(variant: str, name: str) -> None:
     os.environ["KMP_BLOCKTIME"] = "0"  # idle threads must not spin while the other side runs
     import torch
     import transformers
