@@ -1,10 +1,20 @@
-"""softmax(q k^T / sqrt(H)) v, for whole sequences and for new tokens against a cache."""
+"""softmax(q k^T / sqrt(H)) v, for whole sequences and for new tokens against a cache.
+
+| where | kernel | because |
+| --- | --- | --- |
+| TPU | splash (Pallas) | reads scores from no memory, skips what masks hide, knows segments |
+| GPU, half precision | cuDNN | the fastest there; segments go in as a mask, [B, 1, T, T] bytes |
+| CPU, up to LONGEST_BLOCKED | blocks of queries, unrolled | see blocked_attention.py |
+"""
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from jaxgpt.kernels import shards
 from jaxgpt.kernels.blocked_attention import blocked_attention
 from jaxgpt.kernels.platform import platform
+from jaxgpt.kernels.splash_attention import LANES, splash_attention
 from jaxgpt.types import Array
 
 
@@ -21,8 +31,24 @@ def attention(
     Args:
         segments_BT: tokens see only tokens of their own segment (packed documents).
     """
+    rows = shards.cut(q_BTNH.shape[0], *shards.ROWS)
+    heads = P(rows, None, shards.cut(k_BSKH.shape[2], "tensor"), None)
+
+    def kernel(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array | None) -> Array:
+        return _attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, causal)
+
+    specs = (heads, heads, heads, P(rows, None))
+    return shards.per_device(kernel, specs, heads, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+
+
+def _attention(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array | None, causal: bool
+) -> Array:
+    """Attention of one device's rows and heads, by the kernel for its platform."""
     if platform() == "cpu":
         return blocked_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, causal)
+    if platform() == "tpu" and q_BTNH.shape[1] >= LANES:
+        return splash_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, causal, 0)
     mask_BNTS = None
     if segments_BT is not None:
         mask_BNTS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]

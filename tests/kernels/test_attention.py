@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt.kernels import blocked_attention
 from jaxgpt.kernels.attention import attention, cached_attention
+from jaxgpt.kernels.splash_attention import splash_attention
 
 
 def plain_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
@@ -41,10 +42,11 @@ def value_and_gradients(function, q, k, v, g):
     return out, *pull(g.astype(out.dtype))
 
 
-def assert_matches_plain(arrays, causal=True, segments_BT=None, tolerance=1e-5):
+def assert_matches_plain(arrays, causal=True, segments_BT=None, tolerance=1e-5, fast=None):
     q, k, v, g = arrays
     mask_BTS = mask_of(q.shape[1], causal, segments_BT)
-    fast = lambda q, k, v: attention(q, k, v, segments_BT=segments_BT, causal=causal)
+    if fast is None:
+        fast = lambda q, k, v: attention(q, k, v, segments_BT=segments_BT, causal=causal)
     plain = lambda q, k, v: plain_attention(q, k, v, mask_BTS)
     got = jax.jit(lambda *a: value_and_gradients(fast, *a))(q, k, v, g)
     want = jax.jit(lambda *a: value_and_gradients(plain, *a))(q, k, v, g)
@@ -123,3 +125,12 @@ def test_cached_attention_matches_plain(rng, dtype, tolerance, T):
     got = cached_attention(q, k, v, mask_BTS)
     want = plain_attention(q, k, v, mask_BTS)
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("T", "causal"), [(200, True), pytest.param(130, False, marks=pytest.mark.slow)]
+)
+def test_splash_attention_as_interpreted_matches_plain(rng, T, causal):
+    segments_BT = jnp.sort(jax.random.randint(rng, (2, T), 0, 4)) if causal else None
+    fast = lambda q, k, v: splash_attention(q, k, v, segments_BT, causal, 0, interpret=True)
+    assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), causal, segments_BT, fast=fast)
