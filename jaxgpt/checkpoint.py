@@ -8,6 +8,7 @@
 Orbax restores flipped bytes without a word, so nothing is read before its manifest agrees.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -206,11 +207,20 @@ def read_arrays(path: str | Path, prefix: str = "") -> dict[str, np.ndarray]:
     return _read(path, dict.fromkeys(names))
 
 
+@functools.cache
 def _orbax() -> Any:
-    """Orbax, imported on first use (0.5 s) and kept from logging to the terminal."""
+    """Orbax, imported on first use (0.5 s) and kept from writing to the terminal."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_not_from_orbax)
+    shown = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        # When a disk is full, every write under way ends here after the first one was raised.
+        if str(error) != "Event loop is closed":
+            shown(kind, error, trace)
+
+    sys.excepthook = report
     return ocp
 
 
