@@ -15,7 +15,7 @@ LAYERS = (
     {"kernels"},
     {"hardware"},
     {"weights", "losses", "optim", "sharding", "metrics", "checkpoint", "data"},
-    {"model", "peft", "rundir", "runlog", "report"},
+    {"model", "peft", "rundir", "runlog", "report", "tasks"},
     {"sampling", "convert", "train", "scoring"},
     {"language_model"},
     {"stages", "evals", "serve", "jaxgpt"},  # jaxgpt is the front door, jaxgpt/__init__.py

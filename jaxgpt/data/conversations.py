@@ -96,6 +96,17 @@ def transcript(text: str, place: str) -> list[Message]:
     ]
 
 
+def question_and_answer(row: Any, place: str) -> tuple[str, str]:
+    """The two texts of a row such as GSM8K's."""
+    question, answer = (
+        row.get(name) if isinstance(row, dict) else None for name in ("question", "answer")
+    )
+    for text in (question, answer):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{place}: must have question and answer, both of them text")
+    return str(question), str(answer)
+
+
 def _read(path: str, split: str, parse: Callable[[dict[str, Any], str], T]) -> Iterator[T]:
     for row, place in rows(path, split):
         if not isinstance(row, dict):

@@ -1,7 +1,6 @@
 """Generated answers that must be right to the digit: GSM8K and arithmetic."""
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +10,8 @@ from jaxgpt.evals import queries, records, statistics
 from jaxgpt.evals.statistics import Measures
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.sampling.sample import Sampling
+from jaxgpt.tasks import verify
 
-# The minus of 3-4 is no sign.
-NUMBER = r"(?:(?<![\d.)])-)?\$?\d[\d,]*(?:\.\d+)?"
 # What begins the next question, or ends the line, when a model just goes on.
 STOP = {"gsm8k": ("Question:",), "arithmetic": ("\n",)}
 
@@ -30,7 +28,7 @@ def read_gsm8k(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Item]
     items = []
     for place, row in records.read_rows(path):
         question = records.text_field(row, "question", place)
-        answer = stated(records.text_field(row, "answer", place))
+        answer = verify.stated(records.text_field(row, "answer", place))
         if answer is None:
             raise ValueError(f'{place}: answer must end in "#### N"')
         prompt = question if cfg.chat else f"Question: {question}\nAnswer:"
@@ -42,7 +40,7 @@ def read_arithmetic(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[
     """{context, continuation}, such as "25-759=" and "-734"."""
     items = []
     for place, row in records.read_rows(path):
-        answer = last_number(records.text_field(row, "continuation", place))
+        answer = verify.last_number(records.text_field(row, "continuation", place))
         if answer is None:
             raise ValueError(f"{place}: continuation={row['continuation']!r:.40} is no number")
         items.append(Item(records.text_field(row, "context", place), answer))
@@ -90,26 +88,6 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:
     return measures | {"truncated": sum(r["truncated"] for r in results)}
 
 
-def stated(text: str) -> str | None:
-    """The number after ####."""
-    found = re.search(rf"####\s*({NUMBER})", text)
-    return plain(found[1]) if found else None
-
-
-def last_number(text: str) -> str | None:
-    """The last number of the text, without the calculator's <<48/2=24>>."""
-    found = re.findall(NUMBER, re.sub(r"<<.*?>>", "", text))
-    return plain(found[-1]) if found else None
-
-
-def plain(number: str) -> str:
-    """1,000 and $1000.00 are 1000."""
-    digits = number.replace(",", "").replace("$", "")
-    if "." in digits:
-        digits = digits.rstrip("0").rstrip(".")
-    return digits
-
-
 def _encode(lm: LanguageModel, cfg: EvaluateConfig, item: Item) -> list[int]:
     if cfg.chat:
         return lm.encode_chat([{"role": "user", "content": item.prompt}])
@@ -119,8 +97,8 @@ def _encode(lm: LanguageModel, cfg: EvaluateConfig, item: Item) -> list[int]:
 def _judge(item: Item, texts: Sequence[str]) -> dict[str, Any]:
     return {
         "answer": item.answer,
-        "stated": [stated(text) for text in texts],
-        "last": [last_number(text) for text in texts],
+        "stated": [verify.stated(text) for text in texts],
+        "last": [verify.last_number(text) for text in texts],
         "texts": list(texts),
     }
 

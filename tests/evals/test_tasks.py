@@ -199,17 +199,6 @@ def test_arithmetic(lm, tmp_path):
     assert found["flexible_match"] == 0.5
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("costs $1,234.50", "1234.5"), ("25-30=-5", "-5"), ("3-4", "4"), ("<<6*7=42>>", None),
-        ("x = 10.", "10"), ("none", None),
-    ],
-)  # fmt: skip
-def test_last_number(text, number):
-    assert exact_match.last_number(text) == number
-
-
 def test_samples_do_not_depend_on_what_else_is_asked(lm, tmp_path):
     path = write(tmp_path / "data.jsonl", GSM8K)
     cfg = config("gsm8k", path, samples=2, temperature=1.0, max_new_tokens=16, seed=5)
