@@ -1,15 +1,18 @@
 """Embedded tasks: a small arithmetic assistant, generated, so that nothing is downloaded.
 
-Every problem adds or subtracts two numbers from 0 to 99. Which ones are held out follows from a
-hash of the operands, the same for every task: no stage has ever seen a held-out problem.
+Most problems add or subtract two numbers from 0 to 99; expressions.py has longer ones. Which ones
+are held out follows from a hash of the operands, the same for every task: no stage has ever seen a
+held-out problem.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from jaxgpt.data import expressions
 from jaxgpt.data.conversations import Dialogue, Message, Preference, Rated
+from jaxgpt.data.expressions import Chain, Product
+from jaxgpt.data.expressions import draw as _draw
 
 LARGEST = 99  # operand
 HELD_OUT = 10  # one problem in this many
@@ -48,7 +51,7 @@ def problems(held_out: bool) -> Iterator[Problem]:
     return iter(sorted(possible, key=lambda p: _draw(2**32, "order", *p)))
 
 
-def question(problem: Problem) -> str:
+def question(problem: Problem | Chain | Product) -> str:
     """One of several wordings."""
     return QUESTIONS[_draw(len(QUESTIONS), "wording", *problem)].format(problem)
 
@@ -74,11 +77,12 @@ def rambling(problem: Problem) -> str:
 
 def calculator(problem: Problem) -> list[Message]:
     """The assistant calls a calculator, reads what it gave, and answers."""
-    return [
-        _says("assistant", f"calculator({problem})"),
-        _says("tool", str(problem.answer)),
-        _says("assistant", f"{problem} = {problem.answer}"),
-    ]
+    return _with_call(problem, f"{problem} = {problem.answer}")
+
+
+def step_by_step(chain: Chain) -> str:
+    """A chain of thought: 3 * 7 = 21, 21 + 15 = 36, 36 - 9 = 27."""
+    return ", ".join(f"{step} = {result}" for step, result in chain.steps)
 
 
 def wrong(problem: Problem) -> str:
@@ -89,11 +93,12 @@ def wrong(problem: Problem) -> str:
 
 def stated_answer(text: str) -> int | None:
     """The last number of a text, which is where every style states its answer."""
-    numbers = re.findall(r"\d+", text)
-    return int(numbers[-1]) if numbers else None
+    numbers = re.findall(r"[0-9]+", text)
+    # Python refuses to read numbers of thousands of digits, and no answer is that long.
+    return int(numbers[-1]) if numbers and len(numbers[-1]) < 100 else None
 
 
-def is_correct(problem: Problem, text: str) -> bool:
+def is_correct(problem: Problem | Chain | Product, text: str) -> bool:
     return stated_answer(text) == problem.answer
 
 
@@ -106,7 +111,7 @@ def dialogues(task: str, held_out: bool) -> list[Dialogue]:
     """A task's conversations, one a problem."""
     return [
         Dialogue([_says("user", question(p)), *DIALOGUES[task](p)], f"{task}, {p}")
-        for p in problems(held_out)
+        for p in PROBLEMS.get(task, problems)(held_out)
     ]
 
 
@@ -137,10 +142,29 @@ def _both_styles(problem: Problem) -> list[Message]:
     return [_says("assistant", style(problem))]
 
 
-DIALOGUES: dict[str, Callable[[Problem], list[Message]]] = {
+def _with_call(problem: Problem | Product, answer: str) -> list[Message]:
+    return [
+        _says("assistant", f"calculator({problem})"),
+        _says("tool", str(problem.answer)),
+        _says("assistant", answer),
+    ]
+
+
+DIALOGUES: dict[str, Callable[..., list[Message]]] = {
     "arithmetic": lambda problem: [_says("assistant", concise(problem))],
     "arithmetic-styles": _both_styles,
     "arithmetic-calculator": calculator,
+    "multi-step": lambda chain: [_says("assistant", step_by_step(chain))],
+    "multi-step-answer": lambda chain: [_says("assistant", str(chain.answer))],
+    "products": lambda product: [_says("assistant", str(product.answer))],
+    "products-calculator": lambda product: _with_call(product, str(product.answer)),
+}
+# Whose problems are not those of `problems`.
+PROBLEMS: dict[str, Callable[[bool], Iterator]] = {
+    "multi-step": expressions.chains,
+    "multi-step-answer": expressions.chains,
+    "products": expressions.products,
+    "products-calculator": expressions.products,
 }
 PREFERENCES: dict[str, Callable[[Problem], tuple[str, str]]] = {
     "arithmetic-correct": lambda problem: (concise(problem), wrong(problem)),
@@ -160,9 +184,3 @@ def _steps(problem: Problem) -> list[tuple[str, int]]:
 
 def _says(role: str, content: str) -> Message:
     return {"role": role, "content": content}
-
-
-def _draw(size: int, *key: object) -> int:
-    """A number below `size` that depends on the key alone."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % size

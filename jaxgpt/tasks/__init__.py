@@ -90,10 +90,10 @@ def _right(row: Row, text: str) -> float:
     return verify.accuracy(text, row.answer)
 
 
-def _arithmetic(rule: Callable[[synthetic.Problem, str], bool], *tools: str) -> Task:
-    """The embedded problems, judged by a rule of data/synthetic.py."""
+def _embedded(rule: Callable[[Any, str], bool], *tools: str, name: str = "") -> Task:
+    """Problems of data/synthetic.py, judged by one of its rules."""
     return Task(
-        lambda held_out: list(synthetic.problems(held_out)),
+        lambda held_out: list(synthetic.PROBLEMS.get(name, synthetic.problems)(held_out)),
         lambda problem: asks(synthetic.question(problem)),
         lambda problem, text: float(rule(problem, text)),
         tools,
@@ -101,7 +101,10 @@ def _arithmetic(rule: Callable[[synthetic.Problem, str], bool], *tools: str) -> 
 
 
 TASKS: dict[str, Task] = {
-    "arithmetic": _arithmetic(synthetic.is_correct),
-    "arithmetic-concise": _arithmetic(synthetic.is_concise),
-    "arithmetic-calculator": _arithmetic(synthetic.is_correct, "calculator"),
+    "arithmetic": _embedded(synthetic.is_correct),
+    "arithmetic-concise": _embedded(synthetic.is_concise),
+    "arithmetic-calculator": _embedded(synthetic.is_correct, "calculator"),
+    "multi-step": _embedded(synthetic.is_correct, name="multi-step"),
+    "products": _embedded(synthetic.is_correct, name="products"),
+    "products-calculator": _embedded(synthetic.is_correct, "calculator", name="products"),
 }
