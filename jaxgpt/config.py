@@ -185,7 +185,7 @@ class DataConfig:
 class TrainConfig:
     """How long and how wide to train."""
 
-    steps: int = 600
+    steps: int = 500
     """Optimizer steps."""
     batch_size: int = 16
     """Sequences per optimizer step, over all devices and micro-batches."""
