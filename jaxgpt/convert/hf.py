@@ -171,7 +171,7 @@ def _complete(family: Family, cfg: ModelConfig, params: Params) -> tuple[ModelCo
     cfg = dataclasses.replace(cfg, bias="all")
     for name, shape in table.parameter_shapes(cfg).items():
         leaves.setdefault(name, np.zeros(shape, np.float32))
-    return cfg, table.nest(leaves)
+    return cfg, tree.nest(leaves)
 
 
 def _sizes(family: Family, cfg: ModelConfig, params: Params, dtype_of: Any) -> Iterator:

@@ -128,7 +128,7 @@ def read(
     ours = parameter_shapes(cfg)
     rows = select(table, ours, source.shapes)
     _check(rows, cfg, source)
-    placed = {}
+    placed: dict[str, Any] = {}
     for row in rows:
         names, _, pattern = parameters(row), *row[1:]
         axes = sizes(cfg, len(names))
@@ -136,7 +136,8 @@ def read(
         for theirs, index in pieces(row, cfg):
             _fill(arrays, index, rearrange(source.read(theirs), pattern, axes))
         placed |= {name: place(name, a) for name, a in zip(names, arrays, strict=True)}
-    return nest(placed)
+        del arrays  # where `place` has copied them, they make room for the next
+    return tree.nest(placed)
 
 
 def write(
@@ -152,18 +153,6 @@ def write(
             block = [array[index] for array in arrays]
             whole = np.stack(block) if len(names) > 1 else block[0]
             yield theirs, np.ascontiguousarray(rearrange(whole, inverse(pattern), axes))
-
-
-def nest(leaves: Mapping[str, Any]) -> Params:
-    """The parameter tree of leaves by their names."""
-    nested: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return nested
 
 
 def _fill(arrays: list[np.ndarray], index: tuple[int, ...], block: np.ndarray) -> None:

@@ -12,6 +12,7 @@ from jaxgpt import hardware, metrics, peft, report, rundir, sharding, train, tre
 from jaxgpt.config import ConversationConfig, PeftConfig, PretrainConfig, RewardConfig, RunConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load
+from jaxgpt.convert.table import Place
 from jaxgpt.data import chat, show
 from jaxgpt.model import gpt
 from jaxgpt.sampling.sample import Sampling, check_prompts, for_decoding, generate
@@ -107,7 +108,7 @@ def summary(run: Path, page: Path) -> str:
 def _begin(name: str, cfg: RunConfig) -> Loaded:
     """The weights of `init`, computing and regularised as `cfg` says, or what BEGIN gives."""
     if cfg.init:
-        start = load(cfg.init, place=peft.place(cfg.peft), merged=True)
+        start = load(cfg.init, place=_place(cfg, jax.sharding.get_mesh()), merged=True)
         own = {field: getattr(cfg.model, field) for field in ("dtype", "remat", "dropout")}
         model = peft.model_config(cfg.peft, dataclasses.replace(start.config, **own))
         start = start._replace(config=model)
@@ -121,6 +122,13 @@ def _begin(name: str, cfg: RunConfig) -> Loaded:
     if isinstance(data, ConversationConfig):
         start = chatting.with_format(start, chatting.chat_format(start, data.template))
     return start
+
+
+def _place(cfg: RunConfig, mesh: Any) -> Place:
+    """Every parameter goes onto the mesh as it is read, quantised if it is to be: no device, and
+    no host, needs room for the whole model."""
+    quantized = peft.place(cfg.peft) or (lambda name, kernel: kernel)
+    return lambda name, kernel: sharding.place(mesh, name, quantized(name, kernel))
 
 
 def _reader(cfg: RunConfig, start: Loaded) -> Callable[[str], list[int]]:

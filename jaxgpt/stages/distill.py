@@ -12,6 +12,7 @@ from jaxgpt import losses, scoring, sharding, train, tree
 from jaxgpt.config import DistillConfig, ModelConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load
+from jaxgpt.convert.table import Place
 from jaxgpt.data import chat, conversations, examples, instructions
 from jaxgpt.data.conversations import Dialogue
 from jaxgpt.data.examples import Examples
@@ -37,7 +38,7 @@ def begin(cfg: DistillConfig) -> Loaded:
 
 def build(cfg: DistillConfig, start: Loaded) -> Stage:
     """Trains the student on text or conversations, towards what the teacher says of each token."""
-    teacher = _load_teacher(cfg)
+    teacher = _load_teacher(cfg, partial(sharding.place, jax.sharding.get_mesh()))
     _require_same_vocabulary(start, teacher)
     width = examples.row_width(
         cfg.data.max_tokens, min(cfg.model.context_length, teacher.config.context_length)
@@ -141,10 +142,10 @@ def _write_answers(
     return lines
 
 
-def _load_teacher(cfg: DistillConfig) -> Loaded:
+def _load_teacher(cfg: DistillConfig, place: Place | None = None) -> Loaded:
     if not cfg.teacher:
         raise ValueError("teacher is empty: give the model to imitate, --teacher PATH")
-    loaded = load(cfg.teacher, merged=True)
+    loaded = load(cfg.teacher, place=place, merged=True)
     return loaded._replace(config=replace(loaded.config, dtype=cfg.model.dtype, dropout=0.0))
 
 

@@ -83,7 +83,7 @@ def write(path, params, kind=TYPES.F32, family=LLAMA, cfg=CFG, **metadata):
 def random_params(cfg):
     random = np.random.default_rng(0)
     shapes = table.parameter_shapes(cfg).items()
-    return table.nest({n: random.normal(size=s).astype(np.float32) for n, s in shapes})
+    return tree.nest({n: random.normal(size=s).astype(np.float32) for n, s in shapes})
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jaxgpt import tree
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert import gguf, hf, llama2c, table, tensors, tokenizer_files
 
@@ -23,7 +24,7 @@ MEGABYTE = 2**20
 @pytest.fixture(scope="module")
 def params():
     shapes = table.parameter_shapes(LLAMA).items()
-    return table.nest({name: np.ones(shape, np.float32) for name, shape in shapes})
+    return tree.nest({name: np.ones(shape, np.float32) for name, shape in shapes})
 
 
 @pytest.fixture
@@ -249,7 +250,7 @@ def small_gguf(tmp_path_factory, params):
 
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     shapes = table.parameter_shapes(CFG).items()
-    write(path, table.nest({name: np.ones(shape, np.float32) for name, shape in shapes}))
+    write(path, tree.nest({name: np.ones(shape, np.float32) for name, shape in shapes}))
     return path.read_bytes()
 
 
