@@ -89,6 +89,9 @@ class ModelConfig:
     """Experts that each token visits."""
     normalize_expert_weights: bool = True
     """Chosen experts' gate weights sum to one (Mixtral); off: the plain softmax."""
+    shared_mlp_dim: int = 0
+    """Hidden width of a further expert that every token visits, behind a gate of its own
+    (Qwen2-MoE); 0: none."""
     expert_capacity: float = 0.0
     """Slots per expert as a multiple of an even share; 0: dropless."""
     balance: Literal["loss", "bias", "none"] = "loss"
@@ -108,7 +111,7 @@ class ModelConfig:
         _at_least(
             "model", self, context_length=1, num_layers=1, model_dim=1, num_heads=1,
             num_kv_heads=1, head_dim=1, mlp_dim=1, vocab_size=0, num_experts=0, expert_capacity=0,
-            adapter_dim=0, norm_eps=0,
+            shared_mlp_dim=0, adapter_dim=0, norm_eps=0,
         )  # fmt: skip
         if self.head_dim is None:
             _require(
@@ -123,6 +126,10 @@ class ModelConfig:
         _require(
             self.position != "rope" or self.head_width % 2 == 0, "model.head_dim", self.head_width,
             "must be even for model.position=rope",
+        )  # fmt: skip
+        _require(
+            self.num_experts > 0 or self.shared_mlp_dim == 0, "model.shared_mlp_dim",
+            self.shared_mlp_dim, "stands beside a mixture; set model.num_experts",
         )  # fmt: skip
         _require(
             self.num_experts == 0 or 1 <= self.experts_per_token <= self.num_experts,

@@ -287,7 +287,8 @@ def flops_per_token(cfg: ModelConfig, context: int) -> float:
     attention = 2 * cfg.model_dim * (query_dim + cfg.kv_heads * cfg.head_width)
     mlp = cfg.model_dim * cfg.mlp_width * (3 if cfg.mlp == "gated" else 2)
     if cfg.num_experts:
-        mlp = mlp * cfg.experts_per_token + cfg.model_dim * cfg.num_experts
+        shared = mlp // cfg.mlp_width * cfg.shared_mlp_dim
+        mlp = mlp * cfg.experts_per_token + cfg.model_dim * cfg.num_experts + shared
     adapters = 2 * cfg.model_dim * cfg.adapter_dim * (1 if cfg.adapter_parallel else 2)
     weights = cfg.num_layers * (attention + mlp + adapters) + cfg.model_dim * cfg.vocab_size
     return 6.0 * weights + 12.0 * cfg.num_layers * query_dim * context

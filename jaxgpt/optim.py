@@ -54,7 +54,7 @@ def decayed(cfg: OptimConfig, params: Params) -> Params:
 
 def _labels(params: Params) -> Params:
     """Muon takes the matrices inside the blocks."""
-    inside = lambda name: "blocks/" in name and name.endswith("kernel") and "router" not in name
+    inside = lambda name: re.search(r"blocks/(?!.*(router|shared_gate)/).*kernel$", name)
     return tree.map_named(lambda name, _: "muon" if inside(name) else "adam", params)
 
 

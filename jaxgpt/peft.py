@@ -22,8 +22,9 @@ from jaxgpt.weights import Int8, Kernel, Lora, Nf4
 
 PRESETS = {
     "attention": r"^blocks/attention/(query|key|value|output)/kernel$",
-    "mlp": r"^blocks/(mlp|moe)/(gate|up|down)/kernel$",
-    "all-linear": r"^blocks/(attention|mlp|moe)/(query|key|value|output|gate|up|down)/kernel$",
+    "mlp": r"^blocks/(mlp|moe|moe/shared)/(gate|up|down)/kernel$",
+    "all-linear": r"^blocks/(attention|mlp|moe|moe/shared)/"
+    r"(query|key|value|output|gate|up|down)/kernel$",
 }
 
 
@@ -215,7 +216,7 @@ def column_norms(kernel: Kernel) -> Array:
 
 def _check_target(cfg: PeftConfig, name: str) -> None:
     """Where the change is not x @ a @ b of one sequence per row, it can have no more than that."""
-    if re.search(r"router/|score/|_adapter/", name):
+    if re.search(r"router/|shared_gate/|score/|_adapter/", name):
         raise ValueError(f"peft.targets={cfg.targets}: {name} is no kernel that LoRA may change")
     for setting in ("dora", "dropout"):
         if getattr(cfg, setting) and re.search(r"moe/|^head/", name):

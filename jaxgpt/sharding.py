@@ -40,7 +40,7 @@ def _kernel(owner: str, *axes: str | None) -> list[tuple[str, P]]:
 RULES: list[tuple[str, P]] = [
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"positions/embedding$", P(None, "fsdp")),
-    (r"moe/router/kernel$", P()),
+    (r"moe/(router|shared_gate)/kernel$", P()),
     *_kernel(r"moe/(gate|up)", None, "expert", "fsdp", "tensor"),
     *_kernel(r"moe/down", None, "expert", "tensor", "fsdp"),
     *_kernel(r"_adapter/down", None, "fsdp", None),

@@ -34,6 +34,10 @@ CONFIGS = {
         **SHAPE, head_dim=8, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
     ),
     "qwen2": lambda t: t.Qwen2Config(**SHAPE),
+    "qwen2_moe": lambda t: t.Qwen2MoeConfig(
+        **SHAPE, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20,
+        shared_expert_intermediate_size=28
+    ),
     "qwen3": lambda t: t.Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True),
     "qwen3_moe": lambda t: t.Qwen3MoeConfig(
         **SHAPE, head_dim=8, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=20

@@ -42,6 +42,7 @@ class Family:
     biases: dict[str, tuple[str, ...]] = field(default_factory=dict)  # ours -> theirs that are true
     neutral: dict[str, Any] = field(default_factory=dict)  # as NEUTRAL, for this family
     renamed: dict[str, str] = field(default_factory=dict)  # another name of a setting -> its name
+    defaults: dict[str, Any] = field(default_factory=dict)  # of settings named in `biases`
     buffers: str = r"rotary_emb\.inv_freq$"  # tensors that are no parameters
 
 
@@ -52,6 +53,7 @@ def read(family: Family, theirs: Mapping[str, Any]) -> ModelConfig:
         ValueError: a setting that the model does not have, by its name.
     """
     theirs = {family.renamed.get(key, key): value for key, value in theirs.items()}
+    theirs = family.defaults | theirs
     for key, value in (NEUTRAL | family.neutral).items():
         if theirs.get(key) not in (None, value):
             _refuse(key, theirs[key], f"jaxgpt's model has only {value}")

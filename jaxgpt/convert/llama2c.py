@@ -104,7 +104,8 @@ class _Source:
         )
         if path.stat().st_size != 4 * total:
             raise ValueError(
-                f"{path}: {path.stat().st_size} bytes, where its header asks for {4 * total}"
+                f"{path}: not a llama2.c model: {path.stat().st_size} bytes, where its header asks "
+                f"for {4 * total}"
             )
         self._data = np.memmap(path, "<f4", "r")
         self._start: dict[str, int] = {}
@@ -132,12 +133,15 @@ def _config(path: Path) -> ModelConfig:
         raise ValueError(
             f"{path}: not a llama2.c model (version 0): a size of its header is not positive"
         )
-    return ModelConfig(
-        vocab_size=abs(vocab_size), context_length=context, num_layers=layers, model_dim=dim,
-        num_heads=heads, num_kv_heads=kv_heads, mlp_dim=mlp_dim, mlp="gated", activation="silu",
-        norm="rmsnorm", position="rope",
-        tie_embeddings=vocab_size > 0,  # the sign is the flag
-    )  # fmt: skip
+    try:
+        return ModelConfig(
+            vocab_size=abs(vocab_size), context_length=context, num_layers=layers, model_dim=dim,
+            num_heads=heads, num_kv_heads=kv_heads, mlp_dim=mlp_dim, mlp="gated", activation="silu",
+            norm="rmsnorm", position="rope",
+            tie_embeddings=vocab_size > 0,  # the sign is the flag
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{path}: not a llama2.c model ({error})") from None
 
 
 def _find(path: Path, tokenizer: str | Path | None) -> Path:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -17,6 +17,8 @@ from jaxgpt.data.engines import END_OF_TEXT, HuggingFace
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.types import Params
 
+FILES = ("*.gguf", "*.bin")
+PICKLED = (".pt", ".pth", ".ckpt", ".pkl")  # .bin is llama2.c's too
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 
 
@@ -54,12 +56,37 @@ def load(path: str | Path, *, place: Place | None = None, merged: bool = False) 
         params = peft_hf.load(path, base.config, base.params)
         return base._replace(params=_placed(peft.merge(params) if merged else params, place))
     if path.is_dir():
+        _require_model(path)
         cfg, params = hf.load(path, place=place)
         settings = tensors.read_json(path / "config.json")
         return _with_tokenizer(cfg, params, tokenizer_files.read(path), settings)
-    reader = gguf.load if path.suffix == ".gguf" else llama2c.load
-    cfg, params, files = reader(path)
-    return _with_tokenizer(cfg, _placed(params, place), files)
+    cfg, params, files = _reader(path)(path, place=place)
+    return _with_tokenizer(cfg, params, files)
+
+
+def _require_model(path: Path) -> None:
+    if (path / "config.json").is_file():
+        return
+    found = [file.name for pattern in FILES for file in sorted(path.glob(pattern))]
+    hint = f"; name a file in it, such as {path / found[0]}" if found else ""
+    raise ValueError(
+        f"checkpoint={path}: holds neither a run (config.yaml) nor a Hugging Face model "
+        f"(config.json){hint}"
+    )
+
+
+def _reader(path: Path) -> Callable[..., tuple[ModelConfig, Params, dict[str, bytes]]]:
+    """What reads a single file."""
+    with path.open("rb") as file:
+        begin = file.read(4)
+    if path.suffix == ".safetensors":
+        raise ValueError(f"checkpoint={path}: give its directory, where config.json is")
+    if begin[:2] == b"PK" or path.suffix in PICKLED:
+        raise ValueError(
+            f"checkpoint={path}: pickled weights can run code when they are loaded; convert them "
+            "to safetensors (transformers' save_pretrained writes it)"
+        )
+    return gguf.load if begin == b"GGUF" or path.suffix == ".gguf" else llama2c.load
 
 
 def _read_run(path: Path, merged: bool) -> Params:

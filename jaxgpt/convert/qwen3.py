@@ -1,4 +1,4 @@
-"""Qwen2 (biases on query, key and value) and Qwen3 (query and key norms; dense or MoE)."""
+"""Qwen2 (biases on query, key and value) and Qwen3 (query and key norms), dense or MoE."""
 
 from jaxgpt.convert.family import REQUIRED, Family
 from jaxgpt.convert.llama import ATTENTION, ENDS, FIXED, GATED_MLP, LAYER, QKV_BIAS, SETTINGS
@@ -28,6 +28,30 @@ EXPERTS = (
     ("blocks/moe/down/kernel", EXPERT + "down_proj.weight", "dim mlp -> mlp dim"),
 )
 
+EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # has a mixture
+SHARED_EXPERT = (
+    (
+        "blocks/moe/shared_gate/kernel",
+        LAYER + "mlp.shared_expert_gate.weight",
+        "one dim -> dim one",
+    ),
+    (
+        "blocks/moe/shared/gate/kernel",
+        LAYER + "mlp.shared_expert.gate_proj.weight",
+        "shared dim -> dim shared",
+    ),
+    (
+        "blocks/moe/shared/up/kernel",
+        LAYER + "mlp.shared_expert.up_proj.weight",
+        "shared dim -> dim shared",
+    ),
+    (
+        "blocks/moe/shared/down/kernel",
+        LAYER + "mlp.shared_expert.down_proj.weight",
+        "dim shared -> shared dim",
+    ),
+)
+
 QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
@@ -43,6 +67,29 @@ QWEN2 = Family(
     table=ENDS + ATTENTION + QKV_BIAS + GATED_MLP,
     rope_base=10000.0,
     neutral={"use_sliding_window": False},
+)
+
+QWEN2_MOE = Family(
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    prefix="model.",
+    fixed=FIXED,
+    settings=(
+        *SETTINGS,
+        ("num_kv_heads", "num_key_value_heads", 16),
+        ("head_dim", "head_dim", None),
+        ("mlp_dim", "moe_intermediate_size", 1408),
+        ("num_experts", "num_experts", 60),
+        ("experts_per_token", "num_experts_per_tok", 4),
+        ("normalize_expert_weights", "norm_topk_prob", False),
+        ("shared_mlp_dim", "shared_expert_intermediate_size", 5632),
+    ),
+    activation="hidden_act",
+    table=ENDS + ATTENTION + QKV_BIAS + EXPERTS + FUSED_EXPERTS + SHARED_EXPERT,
+    rope_base=10000.0,
+    biases={"none": (), "qkv": ("qkv_bias",)},
+    defaults={"qkv_bias": True},
+    neutral=EVERY_LAYER | {"use_sliding_window": False},
 )
 
 QWEN3 = Family(
@@ -80,10 +127,5 @@ QWEN3_MOE = Family(
     table=ENDS + ATTENTION + QK_NORM + EXPERTS + FUSED_EXPERTS,
     rope_base=10000.0,
     renamed={"num_local_experts": "num_experts"},
-    neutral={
-        "use_sliding_window": False,
-        "attention_bias": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    },
+    neutral=EVERY_LAYER | {"use_sliding_window": False, "attention_bias": False},
 )

@@ -65,7 +65,7 @@ def sizes(cfg: ModelConfig, parts: int = 1) -> dict[str, int]:
         "vocab": cfg.vocab_size, "position": cfg.context_length, "dim": cfg.model_dim,
         "heads": cfg.num_heads, "kv_heads": cfg.kv_heads, "width": cfg.head_width,
         "half": cfg.head_width // 2, "two": 2, "mlp": cfg.mlp_width, "expert": cfg.num_experts,
-        "part": parts,
+        "shared": cfg.shared_mlp_dim, "one": 1, "part": parts,
     }  # fmt: skip
 
 

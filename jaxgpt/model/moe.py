@@ -4,6 +4,7 @@ Letters beside those of STYLE.md: J a token's choices, C an expert's slots.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 from jaxgpt import weights
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels import grouped
-from jaxgpt.model.layers import INIT_STD, parameter, residual_std
-from jaxgpt.model.mlp import activate
+from jaxgpt.model.layers import INIT_STD, Linear, parameter, residual_std
+from jaxgpt.model.mlp import GatedMlp, Mlp, activate
 from jaxgpt.types import Array
 
 
@@ -61,7 +62,17 @@ class MoE(nn.Module):
         else:
             kept_BTJ = jnp.ones(expert_BTJ.shape, bool)
             out_BTD = _dropless(cfg, kernels, x_BTD, gate_BTJ, expert_BTJ)
+        if cfg.shared_mlp_dim:
+            out_BTD = out_BTD + self._shared(x_BTD).astype(out_BTD.dtype)
         return out_BTD, router_stats(scores_BTE, expert_BTJ, kept_BTJ, real_BT)
+
+    def _shared(self, x_BTD: Array) -> Array:
+        """sigmoid(gate(x)) * mlp(x), of an expert that is always visited."""
+        cfg = replace(self.cfg, mlp_dim=self.cfg.shared_mlp_dim, bias="none")
+        mlp = GatedMlp if cfg.mlp == "gated" else Mlp
+        gate_BT1 = Linear(1, False, cfg.dtype, name="shared_gate")(x_BTD)
+        gate_BT1 = jax.nn.sigmoid(gate_BT1.astype(jnp.float32))
+        return gate_BT1 * mlp(cfg, name="shared")(x_BTD)
 
     def _expert_kernels(self, model_dim: int) -> dict[str, Array]:
         cfg = self.cfg

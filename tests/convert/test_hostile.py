@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxgpt import tree
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert import gguf, hf, llama2c, table, tensors, tokenizer_files
+from jaxgpt.convert.load import load
 
 LLAMA = ModelConfig(
     vocab_size=32, context_length=16, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1,
@@ -128,6 +129,37 @@ def test_pickles_are_never_opened(tmp_path, model):
 def test_a_directory_without_a_model(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json: no such file"):
         hf.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("notes.txt", b"", "holds neither a run .* nor a Hugging Face model .config.json.$"),
+        ("a.gguf", b"", ".*; name a file in it, such as .*a.gguf$"),
+    ],
+)
+def test_a_directory_that_is_no_model(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"checkpoint={tmp_path}: {message}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pytorch_model.bin", b"PK\x03\x04" + bytes(80), "pickled weights can run code"),
+        ("model.pt", b"\x80\x02\x8a\n" + bytes(80), "pickled weights can run code"),
+        ("old.bin", b"\x80\x02\x8a\n" + bytes(80), "not a llama2.c model"),
+        ("model.safetensors", bytes(80), "give its directory"),
+        ("notes.txt", b"Dear diary, today I trained a model.", "not a llama2.c model"),
+        ("model.gguf", b"PK\x03\x04" + bytes(80), "pickled weights"),
+        ("empty", b"", "too short"),
+    ],
+)
+def test_a_file_that_is_no_model(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: .*{message}"):
+        load(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["merges.txt", "chat_template.jinja"])

@@ -12,6 +12,7 @@ from byte_model import byte_model
 lm_eval = pytest.importorskip("lm_eval", reason="the reference extra is not installed")
 pytest.importorskip("torch", reason="the reference extra is not installed")
 
+from jaxgpt.evals import statistics  # noqa: E402
 from jaxgpt.evals.harness import JaxGPT  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +107,14 @@ def test_the_harness_own_command_finds_the_model(folder):
     assert "|tiny_choice|" in done.stdout
     (results,) = (folder / "out").rglob("results_*.json")
     assert 0 <= json.loads(results.read_text())["results"]["tiny_choice"]["acc,none"] <= 1
+
+
+def test_standard_errors_are_those_of_the_harness():
+    from lm_eval.api import metrics
+
+    for values in ([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0], [0.25, 0.5, 1.0]):
+        found = statistics.mean("acc", values)
+        assert found["acc_stderr"] == pytest.approx(metrics.mean_stderr(values), rel=1e-12)
 
 
 def test_beginnings_and_ends(folder):

@@ -3,7 +3,10 @@
 import bz2
 import json
 import math
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +228,34 @@ def test_a_killed_evaluation_goes_on(lm, tmp_path, monkeypatch):
     assert evals.evaluate(lm, cfg, torn) == whole
     assert len(scored) == 1
     assert sorted(torn.read_bytes().split(b"\n")) == sorted(lines)
+
+
+@pytest.mark.slow
+def test_kill_9_loses_no_finished_item(lm, tmp_path):
+    lm.save(tmp_path / "model")
+    rows = [QUESTIONS[n % 3] | {"query": f"{n} is " + "x" * (n % 40)} for n in range(300)]
+    args = [
+        sys.executable, ROOT / "scripts/evaluate.py", "--checkpoint", tmp_path / "model",
+        "--task", "multiple_choice", "--data", write(tmp_path / "data.jsonl", rows),
+        "--batch_tokens", "16",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    output = tmp_path / "results.jsonl"
+    process = subprocess.Popen([*args, "--output", output], env=environment)
+    while not output.exists() or output.read_bytes().count(b"\n") < 20:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = output.read_bytes().rpartition(b"\n")[0].split(b"\n")
+    assert 20 <= len(kept) < len(rows)
+    go = lambda *more: subprocess.run(
+        [*args, *more], env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()[-1]
+    assert json.loads(go("--output", output)) == json.loads(go())
+    lines = output.read_bytes().rstrip(b"\n").split(b"\n")
+    assert lines[: len(kept)] == kept  # nothing of it was computed again
+    assert len(lines) == 1 + len(rows)
 
 
 def test_results_of_another_question_are_refused(lm, tmp_path):
