@@ -42,7 +42,9 @@ class Family:
     biases: dict[str, tuple[str, ...]] = field(default_factory=dict)  # ours -> theirs that are true
     neutral: dict[str, Any] = field(default_factory=dict)  # as NEUTRAL, for this family
     renamed: dict[str, str] = field(default_factory=dict)  # another name of a setting -> its name
-    defaults: dict[str, Any] = field(default_factory=dict)  # of settings named in `biases`
+    defaults: dict[str, Any] = field(
+        default_factory=dict
+    )  # of settings that `settings` does not hold
     buffers: str = r"rotary_emb\.inv_freq$"  # tensors that are no parameters
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, RopeScaling
 from jaxgpt.convert import table, tokenizer_files
 from jaxgpt.types import Params
 
@@ -24,6 +24,66 @@ LARGEST_ARRAY = 2**22  # entries; the largest vocabularies have a quarter of a m
 READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
 LAYER = "blk.{layer}."
+ROPE_FACTORS = "rope_freqs.weight"
+
+MIXTURE: tuple[table.Row, ...] = (
+    ("blocks/moe/router/kernel", LAYER + "ffn_gate_inp.weight", "expert dim -> dim expert"),
+    (
+        "blocks/moe/gate/kernel",
+        LAYER + "ffn_gate_exps.weight",
+        "expert mlp dim -> expert dim mlp",
+    ),
+    ("blocks/moe/up/kernel", LAYER + "ffn_up_exps.weight", "expert mlp dim -> expert dim mlp"),
+    (
+        "blocks/moe/down/kernel",
+        LAYER + "ffn_down_exps.weight",
+        "expert dim mlp -> expert mlp dim",
+    ),
+    ("blocks/moe/shared_gate/kernel", LAYER + "ffn_gate_inp_shexp.weight", "(dim one) -> dim one"),
+    (
+        "blocks/moe/shared/gate/kernel",
+        LAYER + "ffn_gate_shexp.weight",
+        "shared dim -> dim shared",
+    ),
+    ("blocks/moe/shared/up/kernel", LAYER + "ffn_up_shexp.weight", "shared dim -> dim shared"),
+    (
+        "blocks/moe/shared/down/kernel",
+        LAYER + "ffn_down_shexp.weight",
+        "dim shared -> shared dim",
+    ),
+)
+QKV = tuple(f"blocks/attention/{name}" for name in ("query", "key", "value"))
+GPT2: tuple[table.Row, ...] = (
+    ("embed/embedding", "token_embd.weight", "vocab dim"),
+    ("positions/embedding", "position_embd.weight", "position dim"),
+    ("blocks/attention_norm/scale", LAYER + "attn_norm.weight", "dim"),
+    ("blocks/attention_norm/bias", LAYER + "attn_norm.bias", "dim"),
+    (
+        tuple(f"{name}/kernel" for name in QKV),
+        LAYER + "attn_qkv.weight",
+        "(part heads width) dim -> part dim (heads width)",
+    ),
+    (
+        tuple(f"{name}/bias" for name in QKV),
+        LAYER + "attn_qkv.bias",
+        "(part heads width) -> part (heads width)",
+    ),
+    (
+        "blocks/attention/output/kernel",
+        LAYER + "attn_output.weight",
+        "dim (heads width) -> (heads width) dim",
+    ),
+    ("blocks/attention/output/bias", LAYER + "attn_output.bias", "dim"),
+    ("blocks/mlp_norm/scale", LAYER + "ffn_norm.weight", "dim"),
+    ("blocks/mlp_norm/bias", LAYER + "ffn_norm.bias", "dim"),
+    ("blocks/mlp/up/kernel", LAYER + "ffn_up.weight", "mlp dim -> dim mlp"),
+    ("blocks/mlp/up/bias", LAYER + "ffn_up.bias", "mlp"),
+    ("blocks/mlp/down/kernel", LAYER + "ffn_down.weight", "dim mlp -> mlp dim"),
+    ("blocks/mlp/down/bias", LAYER + "ffn_down.bias", "dim"),
+    ("final_norm/scale", "output_norm.weight", "dim"),
+    ("final_norm/bias", "output_norm.bias", "dim"),
+    ("head/kernel", "output.weight", "vocab dim -> dim vocab"),
+)
 
 
 def _rows(query: str, key: str) -> tuple[table.Row, ...]:
@@ -52,6 +112,7 @@ def _rows(query: str, key: str) -> tuple[table.Row, ...]:
         ("blocks/mlp/gate/kernel", LAYER + "ffn_gate.weight", "mlp dim -> dim mlp"),
         ("blocks/mlp/up/kernel", LAYER + "ffn_up.weight", "mlp dim -> dim mlp"),
         ("blocks/mlp/down/kernel", LAYER + "ffn_down.weight", "dim mlp -> mlp dim"),
+        *MIXTURE,
         ("final_norm/scale", "output_norm.weight", "dim"),
         ("head/kernel", "output.weight", "vocab dim -> dim vocab"),
     )
@@ -65,10 +126,16 @@ INTERLEAVED = _rows(
 SPLIT = _rows(
     "(heads width) dim -> dim (heads width)", "(kv_heads width) dim -> dim (kv_heads width)"
 )
+LIKE_LLAMA = {"mlp": "gated", "activation": "silu", "norm": "rmsnorm", "position": "rope"}
+LIKE_GPT2 = {"activation": "gelu_tanh", "norm": "layernorm", "position": "learned", "bias": "all"}
+# The rows, and the fields of ModelConfig that all models of an architecture share.
 ARCHITECTURES: dict[str, tuple[tuple[table.Row, ...], dict[str, Any]]] = {
-    "llama": (INTERLEAVED, {}),
-    "qwen2": (SPLIT, {"bias": "qkv"}),
-    "qwen3": (SPLIT, {"qk_norm": True}),
+    "gpt2": (GPT2, LIKE_GPT2),
+    "llama": (INTERLEAVED, LIKE_LLAMA),  # Mixtral too
+    "qwen2": (SPLIT, LIKE_LLAMA | {"bias": "qkv"}),
+    "qwen2moe": (SPLIT, LIKE_LLAMA | {"bias": "qkv", "normalize_expert_weights": False}),
+    "qwen3": (SPLIT, LIKE_LLAMA | {"qk_norm": True}),
+    "qwen3moe": (SPLIT, LIKE_LLAMA | {"qk_norm": True}),
 }
 
 
@@ -110,9 +177,7 @@ def _config(
         # Stored as float32: 1e-5, not 9.999999747e-06.
         return float(str(np.float32(value))) if kind is float else value
 
-    for key, neutral in (
-        ("expert_count", 0), ("rope.scaling.type", "none"), ("attention.sliding_window", 0),
-    ):  # fmt: skip
+    for key, neutral in (("rope.scaling.type", "none"), ("attention.sliding_window", 0)):
         value = metadata.get(f"{architecture}.{key}", neutral)
         if value != neutral:
             raise ValueError(f"{architecture}.{key}={value!r:.80}: jaxgpt reads only {neutral}")
@@ -123,6 +188,16 @@ def _config(
             raise ValueError(f"{architecture}.{key}: must be the width of a head, {width}")
     if "token_embd.weight" not in source.shapes:
         raise ValueError("the weights lack token_embd.weight")
+    some = lambda key: get(key, int) if metadata.get(f"{architecture}.{key}") else 0
+    num_experts = some("expert_count")
+    if num_experts:
+        fixed = fixed | {
+            "num_experts": num_experts,
+            "experts_per_token": get("expert_used_count", int),
+            "shared_mlp_dim": some("expert_shared_feed_forward_length"),
+        }
+    base = get("rope.freq_base", float, 10000.0)
+    eps = "epsilon" if fixed["norm"] == "layernorm" else "rms_epsilon"
     return ModelConfig(
         vocab_size=source.shapes["token_embd.weight"][0],
         context_length=get("context_length", int),
@@ -131,13 +206,35 @@ def _config(
         num_heads=heads,
         num_kv_heads=get("attention.head_count_kv", int, heads),
         head_dim=width,
-        mlp_dim=get("feed_forward_length", int),
-        norm_eps=get("attention.layer_norm_rms_epsilon", float),
-        rope_base=get("rope.freq_base", float, 10000.0),
-        mlp="gated", activation="silu", norm="rmsnorm", position="rope",
+        mlp_dim=some("expert_feed_forward_length") or get("feed_forward_length", int),
+        norm_eps=get(f"attention.layer_norm_{eps}", float),
+        rope_base=base,
+        rope_scaling=_rope_scaling(source, base, width),
         tie_embeddings="output.weight" not in source.shapes,
         **fixed,
     )  # fmt: skip
+
+
+def _rope_scaling(source: "_Source", base: float, width: int) -> RopeScaling | None:
+    """Llama 3's stretching; a file has what it divides each frequency by, not the settings.
+
+    All of Meta's models differ in the factor alone, which is the largest of these.
+    """
+    if ROPE_FACTORS not in source.shapes:
+        return None
+    found_H = source.read(ROPE_FACTORS).astype(np.float64)
+    del source.shapes[ROPE_FACTORS]
+    if found_H.shape != (width // 2,) or not np.all((found_H >= 1) & (found_H < 1e6)):
+        raise ValueError(f"{ROPE_FACTORS}: must be {width // 2} factors of 1 and more")
+    scaling = RopeScaling(factor=float(found_H.max()))
+    frequency_H = base ** (-np.arange(width // 2) / (width // 2))
+    turns_H = scaling.original_context * frequency_H / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep_H = np.clip((turns_H - low) / (high - low), 0, 1)
+    expected_H = 1 / (keep_H + (1 - keep_H) / scaling.factor)
+    if not np.allclose(found_H, expected_H, rtol=1e-5):
+        raise ValueError(f"{ROPE_FACTORS}: is not Llama 3's stretching of rotary positions")
+    return scaling
 
 
 def _tokenizer(metadata: dict[str, Any]) -> dict[str, bytes]:

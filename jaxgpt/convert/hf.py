@@ -20,12 +20,12 @@ from jaxgpt.convert import table, tensors
 from jaxgpt.convert import tokenizer_files as side_files
 from jaxgpt.convert.family import Family
 from jaxgpt.convert.gpt2 import GPT2
-from jaxgpt.convert.llama import LLAMA
+from jaxgpt.convert.llama import LLAMA, MISTRAL
 from jaxgpt.convert.mixtral import MIXTRAL
 from jaxgpt.convert.qwen3 import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from jaxgpt.types import Params
 
-FAMILIES = (GPT2, LLAMA, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, MIXTRAL)
+FAMILIES = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, MIXTRAL)
 PRODUCER = {"exported_by": "jaxgpt"}  # in config.json: this directory is ours to replace
 
 

@@ -1,4 +1,4 @@
-"""Llama and SmolLM2: RMSNorm, rotary positions, grouped queries, SwiGLU."""
+"""Llama, SmolLM2 and Mistral: RMSNorm, rotary positions, grouped queries, SwiGLU."""
 
 from jaxgpt.convert.family import REQUIRED, Family
 
@@ -77,4 +77,23 @@ LLAMA = Family(
     table=ENDS + ATTENTION + QKV_BIAS + GATED_MLP + OTHER_BIAS,
     rope_base=10000.0,
     biases={"none": (), "all": ("attention_bias", "mlp_bias")},
+)
+
+# Written as Llama, which computes the same.
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    prefix="model.",
+    fixed=FIXED,
+    settings=(
+        *SETTINGS,
+        ("num_kv_heads", "num_key_value_heads", 8),
+        ("head_dim", "head_dim", None),
+        ("mlp_dim", "intermediate_size", REQUIRED),
+    ),
+    activation="hidden_act",
+    table=ENDS + ATTENTION + GATED_MLP,
+    rope_base=10000.0,
+    neutral={"sliding_window": None},
+    defaults={"sliding_window": 4096},
 )

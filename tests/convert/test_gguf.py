@@ -2,6 +2,9 @@
 
 import dataclasses
 import importlib.util
+import math
+import re
+import sys
 from pathlib import Path
 
 import gguf as library
@@ -12,10 +15,12 @@ import tokenizers
 from gguf import quants
 
 from jaxgpt import tree
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, RopeScaling
 from jaxgpt.convert import gguf, hf, table, tokenizer_files
+from jaxgpt.convert.gpt2 import GPT2
 from jaxgpt.convert.llama import LLAMA
-from jaxgpt.convert.qwen3 import QWEN2, QWEN3
+from jaxgpt.convert.mixtral import MIXTRAL
+from jaxgpt.convert.qwen3 import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from jaxgpt.model import gpt
 from jaxgpt.sampling import sample
 
@@ -31,7 +36,16 @@ NAMES = {  # Hugging Face's -> GGUF's
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down", "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "lm_head": "output",
+    "self_attn.k_norm": "attn_k_norm", "lm_head": "output", "block_sparse_moe": "mlp",
+    "mlp.gate.": "ffn_gate_inp.", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp", "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp", "gate_proj": "w1", "up_proj": "w3",
+    "down_proj": "w2", "mlp.experts.w1": "ffn_gate_exps", "mlp.experts.w3": "ffn_up_exps",
+    "mlp.experts.w2": "ffn_down_exps",
+    "transformer.wte": "token_embd", "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm", "transformer.h": "blk", "ln_1": "attn_norm",
+    "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
 }  # fmt: skip
 
 
@@ -44,18 +58,46 @@ def permute(weights, heads):
     )
 
 
+def theirs(family, cfg, params):
+    """Tensors by GGUF's names; llama.cpp's converter stacks experts and turns GPT-2's kernels."""
+    found = {}
+    for name, array in table.write(family.table, cfg, params):
+        if family in (LLAMA, MIXTRAL) and ("q_proj" in name or "k_proj" in name):
+            array = permute(array, CFG.num_heads if "q_proj" in name else CFG.kv_heads)
+        if family is GPT2 and array.ndim == 2 and ".h." in name:
+            array = array.T
+        found.setdefault(re.sub(r"experts\.\d+", "experts", name), []).append(array.squeeze())
+    for name, arrays in found.items():
+        for old, short in NAMES.items():
+            name = name.replace(old, short)
+        yield name, np.stack(arrays) if "exps" in name else arrays[0]
+
+
 def write(path, params, kind=TYPES.F32, family=LLAMA, cfg=CFG, **metadata):
     """A GGUF file as llama.cpp's converter makes it."""
-    writer = library.GGUFWriter(path, family.model_type)
+    names = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+    writer = library.GGUFWriter(path, names.get(family.model_type, family.model_type))
     writer.add_context_length(CFG.context_length)
     writer.add_embedding_length(CFG.model_dim)
     writer.add_block_count(CFG.num_layers)
     writer.add_feed_forward_length(CFG.mlp_width)
     writer.add_head_count(CFG.num_heads)
-    writer.add_head_count_kv(CFG.kv_heads)
-    writer.add_layer_norm_rms_eps(CFG.norm_eps)
-    writer.add_rope_freq_base(CFG.rope_base)
-    writer.add_rope_dimension_count(CFG.head_width)
+    writer.add_head_count_kv(cfg.kv_heads)
+    if family is GPT2:
+        writer.add_layer_norm_eps(CFG.norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(CFG.norm_eps)
+        writer.add_rope_freq_base(cfg.rope_base)
+        writer.add_rope_dimension_count(CFG.head_width)
+    if cfg.num_experts:
+        writer.add_expert_count(cfg.num_experts)
+        writer.add_expert_used_count(cfg.experts_per_token)
+    if family in (QWEN2_MOE, QWEN3_MOE):  # Mixtral has one length
+        writer.add_expert_feed_forward_length(cfg.mlp_width)
+    if cfg.shared_mlp_dim:
+        writer.add_expert_shared_feed_forward_length(cfg.shared_mlp_dim)
+    if cfg.rope_scaling:
+        writer.add_tensor("rope_freqs.weight", llama3_factors(cfg))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[: CFG.vocab_size - 4]
@@ -66,11 +108,7 @@ def write(path, params, kind=TYPES.F32, family=LLAMA, cfg=CFG, **metadata):
     writer.add_chat_template("{{ messages }}")
     for key, value in metadata.items():
         writer.add_uint32(key, value)
-    for name, array in table.write(family.table, cfg, params):
-        if family is LLAMA and ("q_proj" in name or "k_proj" in name):
-            array = permute(array, CFG.num_heads if "q_proj" in name else CFG.kv_heads)
-        for theirs, short in NAMES.items():
-            name = name.replace(theirs, short)
+    for name, array in theirs(family, cfg, params):
         stored = TYPES.F32 if array.ndim == 1 else kind
         raw = None if stored in (TYPES.F32, TYPES.F16) else stored
         writer.add_tensor(name, quants.quantize(array, stored), raw_dtype=raw)
@@ -78,6 +116,25 @@ def write(path, params, kind=TYPES.F32, family=LLAMA, cfg=CFG, **metadata):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def llama3_factors(cfg):
+    """llama.cpp's own words (convert_hf_to_gguf.py, LlamaModel.generate_extra_tensors)."""
+    scaling, factors = cfg.rope_scaling, []
+    low_wavelength = scaling.original_context / scaling.low_freq_factor
+    high_wavelength = scaling.original_context / scaling.high_freq_factor
+    for i in range(0, cfg.head_width, 2):
+        wavelength = 2 * math.pi * cfg.rope_base ** (i / cfg.head_width)
+        if wavelength < high_wavelength:
+            factors.append(1)
+        elif wavelength > low_wavelength:
+            factors.append(scaling.factor)
+        else:
+            smooth = (scaling.original_context / wavelength - scaling.low_freq_factor) / (
+                scaling.high_freq_factor - scaling.low_freq_factor
+            )
+            factors.append(1 / ((1 - smooth) / scaling.factor + smooth))
+    return np.array(factors, np.float32)
 
 
 def random_params(cfg):
@@ -119,8 +176,29 @@ def test_quantised_weights_are_near_the_true_ones(params, tmp_path, kind, error)
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [(QWEN2, {"bias": "qkv", "tie_embeddings": False}), (QWEN3, {"qk_norm": True})],
-)
+    [
+        (LLAMA, {"rope_scaling": RopeScaling(factor=32.0), "rope_base": 500_000.0}),
+        (QWEN2, {"bias": "qkv", "tie_embeddings": False}),
+        (QWEN3, {"qk_norm": True}),
+        (MIXTRAL, {"num_experts": 3, "experts_per_token": 2}),
+        (
+            QWEN2_MOE,
+            {
+                "bias": "qkv", "num_experts": 3, "mlp_dim": 32, "shared_mlp_dim": 160,
+                "normalize_expert_weights": False,
+            },
+        ),
+        (QWEN3_MOE, {"qk_norm": True, "num_experts": 3, "mlp_dim": 32}),
+        (
+            GPT2,
+            {
+                "mlp": "plain", "activation": "gelu_tanh", "norm": "layernorm", "bias": "all",
+                "position": "learned", "num_kv_heads": 4, "rope_base": 10000.0,
+            },
+        ),
+    ],
+    ids=["llama3", "qwen2", "qwen3", "mixtral", "qwen2moe", "qwen3moe", "gpt2"],
+)  # fmt: skip
 def test_other_architectures_are_restored(tmp_path, family, settings):
     cfg = dataclasses.replace(CFG, **settings)
     expected = random_params(cfg)
@@ -130,6 +208,15 @@ def test_other_architectures_are_restored(tmp_path, family, settings):
     assert tree.flatten(found).keys() == tree.flatten(expected).keys()
     for name, leaf in tree.flatten(found).items():
         assert np.array_equal(leaf, tree.flatten(expected)[name]), name
+
+
+def test_other_factors_of_rotary_positions_are_refused(params, tmp_path, monkeypatch):
+    own = np.linspace(1, 8, CFG.head_width // 2, dtype=np.float32)
+    monkeypatch.setattr(sys.modules[__name__], "llama3_factors", lambda cfg: own)
+    cfg = dataclasses.replace(CFG, rope_scaling=RopeScaling())
+    write(tmp_path / "model.gguf", params, cfg=cfg)
+    with pytest.raises(ValueError, match="is not Llama 3's stretching"):
+        gguf.load(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
@@ -147,7 +234,7 @@ def test_k_quants_are_what_the_library_makes_of_them(kind):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"llama.expert_count": 8}, "llama.expert_count=8"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count=None"),
         ({"llama.attention.sliding_window": 8}, "sliding_window=8"),
         ({"llama.attention.key_length": 8}, "rope.dimension_count"),
         ({"general.alignment": 3}, "general.alignment=3"),

@@ -100,7 +100,12 @@ def test_a_trained_model_is_the_same_in_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "llama", *map(slow, ["qwen2", "qwen3", "qwen3_moe", "mixtral"])]
+    "name",
+    [
+        "gpt2",
+        "llama",
+        *map(slow, ["mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral"]),
+    ],
 )
 def test_greedy_text_equals_that_of_transformers(name, tmp_path):
     model = reference_models.build(name)
@@ -272,6 +277,7 @@ def test_settings_of_transformers_4_are_read(llama):
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("mistral", {"sliding_window": 4096}, "sliding_window=4096"),
         ("mixtral", {"sliding_window": 4096}, "sliding_window=4096"),
     ],
 )

@@ -87,7 +87,7 @@ def another_network_as_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher is random, and not the student."""
     params = gpt.init(MODEL, jax.random.key(4))
     teacher = Loaded(MODEL, params, tokenizers.load("byte"), stop_ids=(258,))
-    monkeypatch.setattr(stages.distill, "_load_teacher", lambda cfg: teacher)
+    monkeypatch.setattr(stages.distill, "_load_teacher", lambda *_: teacher)
 
 
 def first_update(run: Run, mesh_cfg: MeshConfig, micro_batches: int, kind: str) -> tuple[Any, Any]:
