@@ -30,6 +30,8 @@ def load(
     path: str | Path, dtype: Literal["float32", "bfloat16"] | None = None, merged: bool = False
 ) -> "LanguageModel":
     """See `jaxgpt.load`; `merged` folds adapters into the weights they adapt."""
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype}: must be float32 or bfloat16")
     parts = load_parts(path, merged=merged)
     cfg = replace(parts.config, dtype=dtype or parts.config.dtype)
     return LanguageModel(parts._replace(config=cfg), str(path))
@@ -157,6 +159,8 @@ class LanguageModel:
         """`generate` for prompts given as ids; `on_text` sees the texts so far, to stream them."""
         if "" in stop:
             raise ValueError("stop holds an empty string: drop it")
+        if not prompts:
+            return []
 
         def watch(completions: list[Completion]) -> bool:
             if not stop and on_text is None:

@@ -99,6 +99,10 @@ def test_a_stop_string_cuts_the_text_and_ends_the_generation(lm):
     assert len(seen) == 1  # of three scans
 
 
+def test_no_prompts_give_no_texts(lm):
+    assert lm.generate([]) == []
+
+
 def test_samples_depend_on_the_seed_and_the_row_only(lm):
     prompts = ["def", "class A", "for x in"]
     texts = lm.generate(prompts, max_new_tokens=16, temperature=1.0, seed=3)
@@ -151,6 +155,7 @@ def test_a_foreign_directory_is_never_written_over(lm, format, tmp_path):
         (lambda lm: lm.chat([{"role": "user"}]), "content must be text"),
         (lambda lm: lm.save("x", format="onnx"), "format=onnx"),
         (lambda lm: jaxgpt.load("/nowhere"), "/nowhere: does not exist"),
+        (lambda lm: jaxgpt.load("/nowhere", dtype="float16"), "dtype=float16: must be float32 or"),
     ],
 )
 def test_mistakes_are_named(lm, call, message):
