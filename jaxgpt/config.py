@@ -73,6 +73,8 @@ class ModelConfig:
     """RMS-normalise every query and key head (Qwen3)."""
     position: Literal["learned", "rope"] = "learned"
     """Learned absolute positions, or rotary ones."""
+    sliding_window: int | None = None
+    """Tokens that attention sees, the present one included (Mistral); null: all before it."""
     rope_base: float = 10000.0
     """RoPE's theta."""
     rope_scaling: RopeScaling | None = None
@@ -111,7 +113,7 @@ class ModelConfig:
         _at_least(
             "model", self, context_length=1, num_layers=1, model_dim=1, num_heads=1,
             num_kv_heads=1, head_dim=1, mlp_dim=1, vocab_size=0, num_experts=0, expert_capacity=0,
-            shared_mlp_dim=0, adapter_dim=0, norm_eps=0,
+            shared_mlp_dim=0, adapter_dim=0, norm_eps=0, sliding_window=1,
         )  # fmt: skip
         if self.head_dim is None:
             _require(

@@ -33,7 +33,7 @@ CONFIGS = {
     "llama-tied-biases": lambda t: t.LlamaConfig(
         **SHAPE, head_dim=8, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
     ),
-    "mistral": lambda t: t.MistralConfig(**SHAPE, head_dim=8, sliding_window=None),
+    "mistral": lambda t: t.MistralConfig(**SHAPE, head_dim=8, sliding_window=7),
     "qwen2": lambda t: t.Qwen2Config(**SHAPE),
     "qwen2_moe": lambda t: t.Qwen2MoeConfig(
         **SHAPE, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20,

@@ -79,7 +79,7 @@ LLAMA = Family(
     biases={"none": (), "all": ("attention_bias", "mlp_bias")},
 )
 
-# Written as Llama, which computes the same.
+# Without a window it is written as Llama, which computes the same.
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
@@ -90,10 +90,9 @@ MISTRAL = Family(
         ("num_kv_heads", "num_key_value_heads", 8),
         ("head_dim", "head_dim", None),
         ("mlp_dim", "intermediate_size", REQUIRED),
+        ("sliding_window", "sliding_window", 4096),
     ),
     activation="hidden_act",
     table=ENDS + ATTENTION + GATED_MLP,
     rope_base=10000.0,
-    neutral={"sliding_window": None},
-    defaults={"sliding_window": 4096},
 )

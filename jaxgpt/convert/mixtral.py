@@ -30,9 +30,9 @@ MIXTRAL = Family(
         ("mlp_dim", "intermediate_size", REQUIRED),
         ("num_experts", "num_local_experts", 8),
         ("experts_per_token", "num_experts_per_tok", 2),
+        ("sliding_window", "sliding_window", None),
     ),
     activation="hidden_act",
     table=ENDS + ATTENTION + EXPERTS + FUSED_EXPERTS,
     rope_base=1e6,
-    neutral={"sliding_window": None},
 )

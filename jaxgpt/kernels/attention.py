@@ -2,10 +2,17 @@
 
 | where | kernel | because |
 | --- | --- | --- |
-| TPU | splash (Pallas) | reads scores from no memory, skips what masks hide, knows segments |
-| GPU, half precision | cuDNN | the fastest there; segments go in as a mask, [B, 1, T, T] bytes |
-| CPU, up to LONGEST_BLOCKED | blocks of queries, unrolled | see blocked_attention.py |
+| positions cut over devices | ring | no device ever holds the whole row (ring_attention.py) |
+| TPU, from 128 tokens | splash | scores stay on the chip, and hidden blocks are skipped |
+| GPU, half precision | cuDNN | the same there; segments go in as a bias of T * T, to LONGEST_BIAS |
+| CPU, up to LONGEST_BLOCKED | blocked | unrolled blocks of queries (blocked_attention.py) |
+| elsewhere, short | XLA | all scores at once: for float32 on a GPU and single tokens on a TPU |
+| elsewhere | chunked | no array of T * T, on any platform (chunked_attention.py) |
+
+Each has causal masks, windows, segments and grouped queries.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +20,15 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt.kernels import shards
 from jaxgpt.kernels.blocked_attention import blocked_attention
+from jaxgpt.kernels.chunked_attention import chunked_attention
 from jaxgpt.kernels.platform import platform
+from jaxgpt.kernels.ring_attention import Ring, ring_attention
 from jaxgpt.kernels.splash_attention import LANES, splash_attention
 from jaxgpt.types import Array
+
+LONGEST_BLOCKED = 2048  # 16 blocks: they are unrolled, and compile time grows with their number
+LONGEST_SCORES = 2048  # 16 MB a head in float32
+LONGEST_BIAS = 8192  # of 2 bytes: 128 MB a row
 
 
 def attention(
@@ -25,37 +38,48 @@ def attention(
     *,
     segments_BT: Array | None = None,
     causal: bool = True,
+    window: int = 0,
 ) -> Array:
     """Self-attention over whole sequences; query head n reads key/value head n // (N / K).
 
     Args:
         segments_BT: tokens see only tokens of their own segment (packed documents).
+        window: tokens see only tokens fewer than this many places away; 0: all.
     """
-    rows = shards.cut(q_BTNH.shape[0], *shards.ROWS)
-    heads = P(rows, None, shards.cut(k_BSKH.shape[2], "tensor"), None)
+    B, T, K = q_BTNH.shape[0], q_BTNH.shape[1], k_BSKH.shape[2]
+    rows, positions = shards.cut(B, *shards.ROWS), shards.cut(T, "context")
+    heads = P(rows, positions, shards.cut(K, "tensor"), None)
+
+    ring = Ring("context", shards.size("context"))
 
     def kernel(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array | None) -> Array:
-        return _attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, causal)
+        if positions:
+            return ring_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, causal, window, ring)
+        return _attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, causal, window)
 
-    specs = (heads, heads, heads, P(rows, None))
+    specs = (heads, heads, heads, P(rows, positions))
     return shards.per_device(kernel, specs, heads, q_BTNH, k_BSKH, v_BSKH, segments_BT)
 
 
 def _attention(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array | None, causal: bool
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segments_BT: Array | None,
+    causal: bool,
+    window: int,
 ) -> Array:
-    """Attention of one device's rows and heads, by the kernel for its platform."""
-    if platform() == "cpu":
-        return blocked_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, causal)
-    if platform() == "tpu" and q_BTNH.shape[1] >= LANES:
-        return splash_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, causal, 0)
-    mask_BNTS = None
-    if segments_BT is not None:
-        mask_BNTS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, mask=mask_BNTS, is_causal=causal,
-        implementation="cudnn" if _cudnn_takes(q_BTNH) else "xla",
-    )  # fmt: skip
+    """Attention of one device's rows and heads."""
+    arrays, T = (q_BTNH, k_BSKH, v_BSKH), q_BTNH.shape[1]
+    if platform() == "cpu" and T <= LONGEST_BLOCKED:
+        return blocked_attention(*arrays, segments_BT, causal, window)
+    if platform() == "tpu" and T >= LANES:
+        return splash_attention(*arrays, segments_BT, causal, window)
+    if platform() == "gpu" and causal and _cudnn_takes(q_BTNH, segments_BT):
+        return _dot_product_attention(*arrays, segments_BT, causal, window, "cudnn")
+    if platform() != "cpu" and T <= LONGEST_SCORES:
+        return _dot_product_attention(*arrays, segments_BT, causal, window, "xla")
+    return chunked_attention(*arrays, segments_BT, causal, window)
 
 
 def cached_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> Array:
@@ -74,8 +98,30 @@ def cached_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Arra
     return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def _cudnn_takes(q_BTNH: Array) -> bool:
+def _dot_product_attention(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segments_BT: Array | None,
+    causal: bool,
+    window: int,
+    implementation: Literal["cudnn", "xla"],
+) -> Array:
+    """JAX's own, whose windows leave the query's own place out of the count."""
+    mask_B1TS = None
+    if segments_BT is not None:
+        mask_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, is_causal=causal, implementation=implementation,
+        local_window_size=(window - 1, 0 if causal else window - 1) if window else None,
+    )  # fmt: skip
+
+
+def _cudnn_takes(q_BTNH: Array, segments_BT: Array | None) -> bool:
     """Whether cuDNN's flash attention has this shape: half precision, even T, short wide heads."""
     _, T, _, H = q_BTNH.shape
     half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-    return platform() == "gpu" and half and T % 2 == 0 and H % 8 == 0 and H <= 128
+    return (
+        half and T % 2 == 0 and H % 8 == 0 and H <= 128
+        and (segments_BT is None or T <= LONGEST_BIAS)
+    )  # fmt: skip

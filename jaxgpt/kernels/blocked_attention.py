@@ -38,16 +38,35 @@ class _Saved(NamedTuple):
     total: list[Array]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+class _Block(NamedTuple):
+    """Consecutive queries, and the keys that they may see."""
+
+    start: int
+    stop: int
+    first: int  # key
+    end: int  # of the keys
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def blocked_attention(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array | None, causal: bool
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segments_BT: Array | None,
+    causal: bool,
+    window: int,
 ) -> Array:
     """Self-attention as `attention.attention` defines it."""
-    return _forward(q_BTNH, k_BSKH, v_BSKH, segments_BT, causal)[0]
+    return _forward(q_BTNH, k_BSKH, v_BSKH, segments_BT, causal, window)[0]
 
 
 def _forward(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array | None, causal: bool
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segments_BT: Array | None,
+    causal: bool,
+    window: int,
 ) -> tuple[Array, _Saved]:
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -63,15 +82,15 @@ def _forward(
     )
     v_BKHS = transposed(v_BKSH)
     outs, probs, maxima, totals = [], [], [], []
-    for block in _blocks(T, causal):
-        start, stop, seen = block
-        scores_BKSC = _scores(q_BKGTH, k_BKSH, segments_BT, block, causal)
+    for block in _blocks(T, causal, window):
+        scores_BKSC = _scores(q_BKGTH, k_BKSH, segments_BT, block, causal, window)
         max_BK1C = scores_BKSC.max(-2, keepdims=True)
         exp_BKSC = jnp.exp(scores_BKSC - max_BK1C)
         total_BK1C = exp_BKSC.sum(-2, keepdims=True)
         probs_BKSC = exp_BKSC.astype(q_BTNH.dtype)
-        out_BKHC = _dot("BKHS,BKSC->BKHC", v_BKHS[..., :seen], probs_BKSC) / total_BK1C
-        outs.append(out_BKHC.reshape(B, K, H, N // K, stop - start))
+        seen_BKHS = v_BKHS[..., block.first : block.end]
+        out_BKHC = _dot("BKHS,BKSC->BKHC", seen_BKHS, probs_BKSC) / total_BK1C
+        outs.append(out_BKHC.reshape(B, K, H, N // K, block.stop - block.start))
         probs.append(probs_BKSC)
         maxima.append(max_BK1C)
         totals.append(total_BK1C)
@@ -84,7 +103,7 @@ def _forward(
 
 
 def _backward(
-    causal: bool, saved: _Saved, g_BTNH: Array
+    causal: bool, window: int, saved: _Saved, g_BTNH: Array
 ) -> tuple[Array, Array, Array, Array | None]:
     q_BKGTH, k_BKSH, v_BKSH, segments_BT, out_BKGTH, *_ = saved
     B, K, G, T, H = q_BKGTH.shape
@@ -92,12 +111,12 @@ def _backward(
     g_BKGTH = g_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).astype(jnp.float32)
     delta_BKGT = (g_BKGTH * out_BKGTH.astype(jnp.float32)).sum(-1)
     k_BKHS = transposed(k_BKSH)
-    blocks = _blocks(T, causal)
+    blocks = _blocks(T, causal, window)
     dqs, dks, dvs = [], [], []
     for i, block in enumerate(blocks):
-        start, stop, seen = block
+        seen = slice(block.first, block.end)
         if saved.probs is None:
-            scores_BKSC = _scores(q_BKGTH, k_BKSH, segments_BT, block, causal)
+            scores_BKSC = _scores(q_BKGTH, k_BKSH, segments_BT, block, causal, window)
             probs_BKSC = jnp.exp(scores_BKSC - saved.max[i]).astype(dtype)
         else:
             probs_BKSC = saved.probs[i]
@@ -105,16 +124,16 @@ def _backward(
         g_BKCH = _queries(g_BKGTH, block) / jnp.swapaxes(saved.total[i], -1, -2)
         g_BKCH = jax.lax.optimization_barrier(g_BKCH.astype(dtype))
         delta_BK1C = _queries(delta_BKGT[..., None], block).swapaxes(-1, -2) / saved.total[i]
-        dprobs_BKSC = _dot("BKSH,BKCH->BKSC", v_BKSH[:, :, :seen], g_BKCH)
+        dprobs_BKSC = _dot("BKSH,BKCH->BKSC", v_BKSH[:, :, seen], g_BKCH)
         dscores_BKSC = (probs_BKSC * (dprobs_BKSC - delta_BK1C) * H**-0.5).astype(dtype)
-        dq_BKHC = _dot("BKHS,BKSC->BKHC", k_BKHS[..., :seen], dscores_BKSC)
-        dqs.append(dq_BKHC.reshape(B, K, H, G, stop - start))
+        dq_BKHC = _dot("BKHS,BKSC->BKHC", k_BKHS[..., seen], dscores_BKSC)
+        dqs.append(dq_BKHC.reshape(B, K, H, G, block.stop - block.start))
         dks.append(_dot("BKSC,BKCH->BKSH", dscores_BKSC, _queries(q_BKGTH, block)))
         dvs.append(_dot("BKSC,BKCH->BKSH", probs_BKSC, g_BKCH))
     dq_BKHGT = jax.lax.optimization_barrier(jnp.concatenate(dqs, -1).astype(dtype))
     dq_BTNH = dq_BKHGT.transpose(0, 4, 1, 3, 2).reshape(B, T, K * G, H)
     dk_BKSH, dv_BKSH = jax.lax.optimization_barrier(
-        (_sum_over_blocks(dks).astype(dtype), _sum_over_blocks(dvs).astype(dtype))
+        (_sum_over_blocks(blocks, dks).astype(dtype), _sum_over_blocks(blocks, dvs).astype(dtype))
     )
     return dq_BTNH, dk_BKSH.transpose(0, 2, 1, 3), dv_BKSH.transpose(0, 2, 1, 3), None
 
@@ -124,46 +143,58 @@ blocked_attention.defvjp(_forward, _backward)
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _blocks(T: int, causal: bool) -> list[tuple[int, int, int]]:
-    """(first query, end of queries, number of keys seen) of each block of queries."""
+def _blocks(T: int, causal: bool, window: int) -> list[_Block]:
+    """Blocks of queries; the keys of a window begin and end where some block does."""
     rows = 64 if T <= 256 else 128
-    stops = [min(start + rows, T) for start in range(0, T, rows)]
-    return [(i * rows, stop, stop if causal else T) for i, stop in enumerate(stops)]
+    blocks = []
+    for start in range(0, T, rows):
+        stop = min(start + rows, T)
+        first = max(0, start - window + 1) // rows * rows if window else 0
+        end = min(T, -(-(stop + window - 1) // rows) * rows) if window else T
+        blocks.append(_Block(start, stop, first, stop if causal else end))
+    return blocks
 
 
-def _queries(x_BKGTH: Array, block: tuple[int, int, int]) -> Array:
+def _queries(x_BKGTH: Array, block: _Block) -> Array:
     """A block's rows of all the heads that share keys, [B, K, C, H]."""
-    start, stop, _ = block
     B, K, _, _, H = x_BKGTH.shape
-    return x_BKGTH[:, :, :, start:stop].reshape(B, K, -1, H)
+    return x_BKGTH[:, :, :, block.start : block.stop].reshape(B, K, -1, H)
 
 
 def _scores(
     q_BKGTH: Array,
     k_BKSH: Array,
     segments_BT: Array | None,
-    block: tuple[int, int, int],
+    block: _Block,
     causal: bool,
+    window: int,
 ) -> Array:
     """Scaled, masked scores of a block's queries against the keys they can see, keys first."""
-    start, stop, seen = block
+    start, stop, first, end = block
     B, K, G, _, H = q_BKGTH.shape
-    scores_BKSC = _dot("BKSH,BKCH->BKSC", k_BKSH[:, :, :seen], _queries(q_BKGTH, block))
-    allowed_BST = jnp.ones((1, seen, stop - start), bool)
+    scores_BKSC = _dot("BKSH,BKCH->BKSC", k_BKSH[:, :, first:end], _queries(q_BKGTH, block))
+    allowed_BST = jnp.ones((1, end - first, stop - start), bool)
+    ahead_ST = jnp.arange(start, stop)[None] - jnp.arange(first, end)[:, None]
     if causal:
-        allowed_BST &= (jnp.arange(seen)[:, None] <= jnp.arange(start, stop)[None])[None]
+        allowed_BST &= (ahead_ST >= 0)[None]
+    if window:
+        allowed_BST &= (jnp.abs(ahead_ST) < window)[None]
     if segments_BT is not None:
-        allowed_BST &= segments_BT[:, :seen, None] == segments_BT[:, None, start:stop]
-    split_BKSGT = (scores_BKSC * H**-0.5).reshape(B, K, seen, G, stop - start)
+        allowed_BST &= segments_BT[:, first:end, None] == segments_BT[:, None, start:stop]
+    split_BKSGT = (scores_BKSC * H**-0.5).reshape(B, K, end - first, G, stop - start)
     split_BKSGT = jnp.where(allowed_BST[:, None, :, None], split_BKSGT, -1e30)
     return split_BKSGT.reshape(scores_BKSC.shape)
 
 
-def _sum_over_blocks(parts: list[Array]) -> Array:
-    """Adds up arrays over the first keys: a causal block's part ends with the last key it sees."""
-    edges = sorted({0, *(part.shape[2] for part in parts)})
+def _sum_over_blocks(blocks: list[_Block], parts: list[Array]) -> Array:
+    """Adds up arrays, each over the keys that its block sees."""
+    edges = sorted({edge for block in blocks for edge in (block.first, block.end)})
     spans = [
-        sum(part[:, :, low:high] for part in parts if part.shape[2] >= high)
+        sum(
+            part[:, :, low - block.first : high - block.first]
+            for block, part in zip(blocks, parts, strict=True)
+            if block.first <= low and high <= block.end
+        )
         for low, high in pairwise(edges)
     ]
     return jnp.concatenate(spans, 2)

@@ -10,11 +10,8 @@ from typing import Any
 
 import jax
 from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
-from jaxgpt.types import Array
-
-ROWS = ("data", "fsdp")
+ROWS = ("data", "fsdp", "expert")
 
 
 def size(*axes: str) -> int:
@@ -35,9 +32,12 @@ def cut(length: int, *axes: str) -> tuple[str, ...] | None:
 
 
 def per_device(
-    kernel: Callable[..., Any], inward: tuple[P, ...], outward: Any, *arrays: Array | None
+    kernel: Callable[..., Any], inward: tuple[Any, ...], outward: Any, *arrays: Any
 ) -> Any:
-    """kernel(*arrays), every device on its own pieces; `None` among the arrays stays None."""
+    """kernel(*arrays), every device on its own pieces, cut as `inward` says for each.
+
+    An argument may be None, or a tree with a tree of PartitionSpecs.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return kernel(*arrays)

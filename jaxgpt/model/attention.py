@@ -79,7 +79,13 @@ class Attention(nn.Module):
             start = (place, 0, inputs.length, 0, 0)
             cache = (_write(cache[0], k_BTKH, start), _write(cache[1], v_BTKH, start))
         if cache is None or inputs.mask_BTS is None:
-            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=inputs.segments_BT)
+            out_BTNH = attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                segments_BT=inputs.segments_BT,
+                window=cfg.sliding_window or 0,
+            )
         else:
             k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(c, place, 0, False) for c in cache)
             out_BTNH = cached_attention(q_BTNH, k_BSKH, v_BSKH, inputs.mask_BTS)

@@ -94,7 +94,7 @@ class GPT(nn.Module):
         bias_LE: Array | None = None,
     ) -> Output:
         cfg = self.cfg
-        index_BT, segments_BT, mask_BTS = _place(tokens_BT, segments_BT, cache)
+        index_BT, segments_BT, mask_BTS = _place(cfg, tokens_BT, segments_BT, cache)
         positions_BT = index_BT if positions_BT is None else positions_BT
 
         x_BTD = Table(cfg.vocab_size, cfg.model_dim, name="embed")(tokens_BT)
@@ -207,7 +207,7 @@ def _stack(cfg: ModelConfig, quantized: bool) -> Any:
 
 
 def _place(
-    tokens_BT: Array, segments_BT: Array | None, cache: KVCache | None
+    cfg: ModelConfig, tokens_BT: Array, segments_BT: Array | None, cache: KVCache | None
 ) -> tuple[Array, Array | None, Array | None]:
     """Every token's index in its row, its segment, and the cache slots it may see."""
     slots_T = jnp.arange(tokens_BT.shape[1])
@@ -221,4 +221,6 @@ def _place(
     keys_S = jnp.arange(cache.capacity)
     written_BS = keys_S[None] >= cache.start_B[:, None]
     mask_BTS = (keys_S[None, None] <= slots_T[None, :, None]) & written_BS[:, None]
+    if cfg.sliding_window:
+        mask_BTS &= keys_S[None, None] > slots_T[None, :, None] - cfg.sliding_window
     return jnp.maximum(index_BT, 0), real_BT, mask_BTS

@@ -1,5 +1,9 @@
 """Attention against a plain softmax over the full score matrix."""
 
+import math
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +11,17 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.kernels import blocked_attention
-from jaxgpt.kernels.attention import attention, cached_attention
+from jaxgpt import scoring, sharding
+from jaxgpt.config import MeshConfig, ModelConfig
+from jaxgpt.kernels import blocked_attention, chunked_attention
+from jaxgpt.kernels.attention import (
+    _attention,
+    _dot_product_attention,
+    attention,
+    cached_attention,
+)
 from jaxgpt.kernels.splash_attention import splash_attention
+from jaxgpt.model import gpt
 
 
 def plain_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
@@ -30,11 +42,18 @@ def inputs(rng, B, T, N, K, H, dtype=jnp.float32):
     ]
 
 
-def mask_of(T, causal=True, segments_BT=None):
-    mask_BTS = (jnp.tril(jnp.ones((T, T), bool)) if causal else jnp.ones((T, T), bool))[None]
+def mask_of(T, causal=True, segments_BT=None, window=0):
+    ahead_TS = jnp.arange(T)[:, None] - jnp.arange(T)[None]
+    mask_BTS = (ahead_TS >= 0 if causal else jnp.ones((T, T), bool))[None]
+    if window:
+        mask_BTS = mask_BTS & (jnp.abs(ahead_TS) < window)[None]
     if segments_BT is not None:
         mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None])
     return mask_BTS
+
+
+def segments(rng, T):
+    return jnp.sort(jax.random.randint(rng, (2, T), 0, 4))
 
 
 def value_and_gradients(function, q, k, v, g):
@@ -42,11 +61,13 @@ def value_and_gradients(function, q, k, v, g):
     return out, *pull(g.astype(out.dtype))
 
 
-def assert_matches_plain(arrays, causal=True, segments_BT=None, tolerance=1e-5, fast=None):
+def assert_matches_plain(
+    arrays, causal=True, segments_BT=None, window=0, tolerance=1e-5, kernel=None
+):
     q, k, v, g = arrays
-    mask_BTS = mask_of(q.shape[1], causal, segments_BT)
-    if fast is None:
-        fast = lambda q, k, v: attention(q, k, v, segments_BT=segments_BT, causal=causal)
+    mask_BTS = mask_of(q.shape[1], causal, segments_BT, window)
+    kernel = kernel or _attention
+    fast = lambda q, k, v: kernel(q, k, v, segments_BT, causal, window)
     plain = lambda q, k, v: plain_attention(q, k, v, mask_BTS)
     got = jax.jit(lambda *a: value_and_gradients(fast, *a))(q, k, v, g)
     want = jax.jit(lambda *a: value_and_gradients(plain, *a))(q, k, v, g)
@@ -128,9 +149,93 @@ def test_cached_attention_matches_plain(rng, dtype, tolerance, T):
 
 
 @pytest.mark.parametrize(
-    ("T", "causal"), [(200, True), pytest.param(130, False, marks=pytest.mark.slow)]
+    ("T", "causal", "window", "with_segments"),
+    [
+        (300, False, 150, True),
+        (150, True, 70, True),
+        pytest.param(70, True, 1, False, marks=pytest.mark.slow),
+    ],
 )
-def test_splash_attention_as_interpreted_matches_plain(rng, T, causal):
-    segments_BT = jnp.sort(jax.random.randint(rng, (2, T), 0, 4)) if causal else None
-    fast = lambda q, k, v: splash_attention(q, k, v, segments_BT, causal, 0, interpret=True)
-    assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), causal, segments_BT, fast=fast)
+def test_blocks_with_windows_and_masks_match_plain(rng, T, causal, window, with_segments):
+    segments_BT = segments(rng, T) if with_segments else None
+    assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), causal, segments_BT, window)
+
+
+@pytest.mark.parametrize(
+    ("T", "causal", "window", "with_segments"),
+    [
+        (101, True, 40, True),
+        (67, False, 0, False),
+        pytest.param(96, True, 0, True, marks=pytest.mark.slow),
+        pytest.param(101, False, 40, True, marks=pytest.mark.slow),
+    ],
+)
+def test_chunks_match_plain(rng, monkeypatch, T, causal, window, with_segments):
+    monkeypatch.setattr(chunked_attention, "CHUNK", 32)
+    segments_BT = segments(rng, T) if with_segments else None
+    kernel = chunked_attention.chunked_attention
+    assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), causal, segments_BT, window, kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    ("T", "causal", "window", "with_segments"),
+    [
+        (64, True, 0, True),
+        pytest.param(64, True, 20, True, marks=pytest.mark.slow),
+        pytest.param(36, True, 0, False, marks=pytest.mark.slow),  # nine to a device: no halves
+        pytest.param(32, False, 0, True, marks=pytest.mark.slow),
+    ],
+)
+def test_positions_cut_over_devices_match_plain(rng, T, causal, window, with_segments):
+    mesh = sharding.make_mesh(MeshConfig(data=1, tensor=2, context=4))
+    segments_BT = segments(rng, T) if with_segments else None
+    kernel = lambda q, k, v, segments_BT, causal, window: attention(
+        q, k, v, segments_BT=segments_BT, causal=causal, window=window
+    )
+    with jax.set_mesh(mesh):
+        assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), causal, segments_BT, window, kernel=kernel)
+
+
+def test_devices_that_hold_a_long_odd_number_of_positions_are_refused(rng):
+    mesh = sharding.make_mesh(MeshConfig(data=1, tensor=2, context=4))
+    q, k, v, _ = inputs(rng, 1, 4 * 521, 2, 2, 4)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"mesh\.context=4"):
+        jax.eval_shape(attention, q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("T", "causal", "window"),
+    [(200, True, 70), pytest.param(130, False, 0, marks=pytest.mark.slow)],
+)
+def test_splash_attention_as_interpreted_matches_plain(rng, T, causal, window):
+    segments_BT = segments(rng, T) if causal else None
+    kernel = partial(splash_attention, interpret=True)
+    assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), causal, segments_BT, window, kernel=kernel)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, 0), (True, 9), (False, 9)])
+def test_what_xla_and_cudnn_are_asked_for_matches_plain(rng, causal, window):
+    kernel = lambda *args: _dot_product_attention(*args, "xla")
+    arrays = inputs(rng, 2, 40, 4, 2, 8)
+    assert_matches_plain(arrays, causal, segments(rng, 40), window, kernel=kernel)
+
+
+def test_32k_tokens_train_without_an_array_of_their_square(rng):
+    """The longest arrays of the compiled program have the length once, never twice."""
+    T = 32768
+    cfg = ModelConfig(
+        vocab_size=61, context_length=T, num_layers=2, model_dim=8, num_heads=2, mlp_dim=16,
+        position="rope",
+    )  # fmt: skip
+    batch = {
+        name: jax.ShapeDtypeStruct((1, T), dtype)
+        for name, dtype in {"tokens": int, "targets": int, "mask": float, "segments": int}.items()
+    }
+    loss = lambda params, batch: scoring.next_token_loss(cfg, params, batch, chunk=512)[0]
+    params = jax.eval_shape(partial(gpt.init, cfg), rng)
+    program = jax.jit(jax.grad(loss)).lower(params, batch).compile()
+    shapes = re.findall(r"\w\[([\d,]+)\]", program.as_text())
+    sizes = {math.prod(int(length) for length in shape.split(",")) for shape in shapes}
+    assert max(sizes) < 64 * T
+    assert T in sizes  # the pattern finds shapes at all
+    assert program.memory_analysis().temp_size_in_bytes < 200e6

@@ -22,6 +22,7 @@ ROPE = dataclasses.replace(
     tie_embeddings=False, head_dim=10, bias="qkv", num_layers=3,
 )  # fmt: skip
 GPT2 = dataclasses.replace(TINY, bias="all", activation="gelu_tanh")
+SLIDING = dataclasses.replace(TINY, position="rope", sliding_window=6)
 FAMILIES = {"gpt2": GPT2, "rope": ROPE}
 
 
@@ -56,10 +57,10 @@ def test_future_tokens_do_not_change_past_logits(family):
         assert not np.allclose(after_BTV[:, position], before_BTV[:, position])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "sliding window"])
 def test_cached_chunks_equal_one_pass_up_to_the_last_slot(family):
-    """Ragged rows, right-aligned; the chunks end with the window's last slot."""
-    cfg, tokens_BT = FAMILIES[family], tokens()
+    """Ragged rows, right-aligned; the chunks end with the context's last slot."""
+    cfg, tokens_BT = FAMILIES.get(family, SLIDING), tokens()
     params, length = random_params(cfg), cfg.context_length
     start_B = np.array([0, 5, 2])
     cache, parts = init_cache(cfg, 3, length, jnp.asarray(start_B)), []
@@ -71,6 +72,18 @@ def test_cached_chunks_equal_one_pass_up_to_the_last_slot(family):
     for row, start in enumerate(start_B):
         alone_BTV, _ = run(cfg, params, tokens_BT[row : row + 1, start:])
         np.testing.assert_allclose(cached_BTV[row, start:], alone_BTV[0], rtol=1e-4, atol=2e-5)
+
+
+def test_a_sliding_window_ends_where_it_says():
+    """One layer, so that nothing passes on what is further away."""
+    cfg, tokens_BT = dataclasses.replace(SLIDING, num_layers=1), tokens()
+    params = random_params(cfg)
+    before_BTV, _ = run(cfg, params, tokens_BT)
+    changed_BT = tokens_BT.copy()
+    changed_BT[:, 10] = (changed_BT[:, 10] + 1) % cfg.vocab_size
+    after_BTV, _ = run(cfg, params, changed_BT)
+    differs_T = np.any(np.asarray(before_BTV) != np.asarray(after_BTV), axis=(0, 2))
+    np.testing.assert_array_equal(differs_T.nonzero()[0], np.arange(10, 16))
 
 
 PACKED = {"positions_BT": np.array([[*range(7), *range(5), *range(12)]]),
