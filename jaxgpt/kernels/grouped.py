@@ -31,11 +31,15 @@ class Layout(NamedTuple):
     group_sizes_E: Array  # rows of each expert, filling included
 
 
-def group_rows(expert_NJ: Array, num_experts: int) -> Layout:
-    """Sorts the tokens' choices by expert; within an expert they keep their order."""
+def group_rows(expert_NJ: Array, num_experts: int, block: int | None = None) -> Layout:
+    """Sorts the tokens' choices by expert; within an expert they keep their order.
+
+    Args:
+        block: an expert's rows are filled up to a multiple of this; None: as its products ask.
+    """
     N, J = expert_NJ.shape
     choices = N * J
-    block = _block_rows(choices, num_experts)
+    block = block or _block_rows(choices, num_experts)
     # Only experts that have rows at all, at most `choices` of them, leave a block unfilled.
     rows = (choices + min(num_experts, choices) * (block - 1)) // block * block
     expert_A = expert_NJ.reshape(-1)

@@ -5,6 +5,7 @@ Letters beside those of STYLE.md: J a token's choices, C an expert's slots.
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxgpt import weights
 from jaxgpt.config import ModelConfig
-from jaxgpt.kernels import grouped
+from jaxgpt.kernels import exchange, grouped
 from jaxgpt.model.layers import INIT_STD, Linear, parameter, residual_std
 from jaxgpt.model.mlp import GatedMlp, Mlp, activate
 from jaxgpt.types import Array
@@ -135,12 +136,40 @@ def assign_slots(cfg: ModelConfig, expert_BTJ: Array, real_BT: Array) -> tuple[A
 def _dropless(
     cfg: ModelConfig, kernels: dict[str, Array], x_BTD: Array, gate_BTJ: Array, expert_BTJ: Array
 ) -> Array:
+    if exchange.is_needed():
+        travel = partial(_dropless_on_one_device, cfg)
+        return exchange.over_devices(travel, kernels, x_BTD, gate_BTJ, expert_BTJ)
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     layout = grouped.group_rows(expert_BTJ.reshape(len(x_ND), -1), cfg.num_experts)
-    matmul = lambda rows, name: weights.grouped_matmul(rows, kernels[name], layout)
-    rows_RD = _expert(cfg, kernels, grouped.gather(x_ND, layout), matmul)
+    rows_RD = _grouped(cfg, kernels, grouped.gather(x_ND, layout), layout)
     out_ND = grouped.combine(rows_RD, gate_BTJ.reshape(len(x_ND), -1), layout)
     return out_ND.reshape(x_BTD.shape)
+
+
+def _dropless_on_one_device(
+    cfg: ModelConfig, kernels: dict[str, Array], x_BTD: Array, gate_BTJ: Array, expert_BTJ: Array
+) -> Array:
+    """Its tokens, for all experts, through its experts, for all tokens."""
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    leaving = grouped.group_rows(expert_BTJ.reshape(len(x_ND), -1), cfg.num_experts, block=1)
+    journey = exchange.plan(leaving.group_sizes_E, len(leaving.choice_R))
+    rows_RD = exchange.send(grouped.gather(x_ND, leaving), journey)
+    num_here = jax.tree.leaves(kernels)[0].shape[0]
+    layout = grouped.group_rows(journey.expert_R[:, None], num_here)
+    unfilled_E = layout.group_sizes_E.at[-1].add(-journey.num_filling)
+    layout = layout._replace(group_sizes_E=unfilled_E)
+    out_RD = _grouped(cfg, kernels, grouped.gather(rows_RD, layout), layout)
+    back_RD = grouped.combine(out_RD, jnp.ones((len(rows_RD), 1), out_RD.dtype), layout)
+    done_AD = exchange.fetch(back_RD, journey)
+    out_ND = grouped.combine(done_AD, gate_BTJ.reshape(len(x_ND), -1), leaving)
+    return out_ND.reshape(x_BTD.shape)
+
+
+def _grouped(
+    cfg: ModelConfig, kernels: dict[str, Array], rows_RD: Array, layout: grouped.Layout
+) -> Array:
+    matmul = lambda rows, name: weights.grouped_matmul(rows, kernels[name], layout)
+    return _expert(cfg, kernels, rows_RD, matmul)
 
 
 def _through_slots(
@@ -153,6 +182,9 @@ def _through_slots(
     capacity: int,
 ) -> Array:
     """Static shapes [B, E, C] for expert parallelism; a dropped token keeps its residual only."""
+    if exchange.is_needed():
+        travel = partial(_through_slots, cfg, capacity=capacity)
+        return exchange.over_devices(travel, kernels, x_BTD, gate_BTJ, kept_BTJ, slot_BTJ)
     B, T, D = x_BTD.shape
     num_slots = cfg.num_experts * capacity
     slot_BC = jnp.where(kept_BTJ, slot_BTJ, num_slots).reshape(B, -1)  # out of range: dropped
@@ -162,7 +194,8 @@ def _through_slots(
     ))  # fmt: skip
     slots_BECD = put(slot_BC, x_BCD).reshape(B, cfg.num_experts, capacity, D)
     matmul = lambda rows, name: weights.batched_matmul(rows, kernels[name])
-    out_BSD = _expert(cfg, kernels, slots_BECD, matmul).reshape(B, num_slots, D)
+    out_BECD = _expert(cfg, kernels, exchange.swap(slots_BECD, outward=True), matmul)
+    out_BSD = exchange.swap(out_BECD, outward=False).reshape(B, num_slots, D)
     take = jax.vmap(lambda out_SD, slot_C: out_SD.at[slot_C].get(mode="fill", fill_value=0))
     chosen_BTJD = take(out_BSD, slot_BC).reshape(B, T, -1, D)
     return jnp.einsum("BTJD,BTJ->BTD", chosen_BTJD, gate_BTJ.astype(chosen_BTJD.dtype))

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxgpt import scoring
-from jaxgpt.config import ModelConfig
+from jaxgpt import scoring, sharding
+from jaxgpt.config import MeshConfig, ModelConfig
 from jaxgpt.model import gpt
 from jaxgpt.model.moe import MoE, assign_slots, router_stats
 from jaxgpt.stages import pretrain
@@ -113,6 +115,50 @@ def test_ample_capacity_equals_dropless_with_its_gradient():
     np.testing.assert_allclose(other, value, rtol=1e-5)
     for mine, theirs in zip(*map(jax.tree.leaves, (grads, other_grads)), strict=True):
         np.testing.assert_allclose(theirs, mine, rtol=1e-4, atol=1e-5 * np.abs(mine).max())
+
+
+MESHES = {
+    "dropless": (0.0, {"data": 4, "expert": 2}),
+    "capacity": (0.5, {"data": 2, "expert": 4}),
+    "every axis": (0.0, {"data": 1, "fsdp": 2, "tensor": 2, "expert": 2}),
+    "capacity, positions cut": (0.5, {"data": 2, "expert": 2, "context": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "dropless" else pytest.param(n, marks=pytest.mark.slow) for n in MESHES]
+)
+def test_experts_cut_over_devices_change_no_value_and_no_gradient(name):
+    capacity, sizes = MESHES[name]
+    cfg = dataclasses.replace(CFG, num_experts=4, expert_capacity=capacity)
+    params, x_BTD, bias_E = random_params(cfg), inputs(8), jnp.array([0.5, 0, 0, 0])
+
+    def loss(params, x_BTD):
+        out_BTD, stats = MoE(cfg).apply({"params": params}, x_BTD, bias_E, None)
+        return jnp.sin(out_BTD).sum() + stats.balance, (out_BTD, stats)
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    want = step(params, x_BTD)
+    assert want[0][1][1].load_E.std() > 10  # devices send each other different numbers of rows
+    mesh = sharding.make_mesh(MeshConfig(**sizes))
+    stacked = jax.tree.map(lambda leaf: leaf[None], {"moe": params})
+    specs = jax.tree.map(lambda place: P(*place.spec[1:]), sharding.shardings(mesh, stacked)["moe"])
+    with jax.set_mesh(mesh):
+        put = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
+        placed = jax.tree.map(put, params, specs)
+        program = step.lower(placed, put(x_BTD, P(sharding.ROWS, "context"))).compile()
+        got = program(placed, put(x_BTD, P(sharding.ROWS, "context")))
+    assert "all-to-all" in program.as_text()
+    for mine, theirs in zip(*map(jax.tree.leaves, (want, got)), strict=True):
+        scale = max(1, np.abs(mine).max())
+        np.testing.assert_allclose(theirs, mine, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_experts_that_do_not_divide_are_refused_by_name():
+    name = "policy/blocks/moe/up/kernel"
+    mesh = sharding.make_mesh(MeshConfig(expert=8))
+    with pytest.raises(ValueError, match=rf"mesh\.expert=8: does not divide {name}"):
+        sharding.spec_of(name, (1, 5, 12, 20), mesh)
 
 
 def test_capacity_serves_the_first_positions_and_drops_the_rest():
