@@ -1,9 +1,7 @@
 """The mesh, and one table that places every parameter on it."""
 
-import contextlib
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,11 +10,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import tree
-from jaxgpt.config import MeshConfig
+from jaxgpt.config import MeshConfig, ModelConfig
 from jaxgpt.types import Batch
 
-# Rows of a batch are cut over both axes; `context` cuts the positions within a row.
-ROWS = ("data", "fsdp")
+# Rows of a batch are cut over these axes, so that devices with different experts have different
+# tokens for them; `context` cuts the positions within a row.
+ROWS = ("data", "fsdp", "expert")
 
 
 def _kernel(owner: str, *axes: str | None) -> list[tuple[str, P]]:
@@ -58,37 +57,6 @@ RULES: list[tuple[str, P]] = [
 ]
 
 
-def initialize() -> None:
-    """Joins the other processes, if the environment names more than one.
-
-    Slurm and TPU pods are recognised by JAX itself; anything else sets JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-    """
-    env = os.environ
-    counted = int(env.get("JAX_NUM_PROCESSES") or env.get("SLURM_NTASKS") or 1)
-    if counted > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
-        by_hand = "JAX_NUM_PROCESSES" in env
-        jax.distributed.initialize(
-            num_processes=counted if by_hand else None,
-            process_id=int(env["JAX_PROCESS_ID"]) if by_hand else None,
-        )
-
-
-@contextlib.contextmanager
-def first_process_first(name: str) -> Iterator[None]:
-    """Runs the body in process 0, then, seeing what it wrote, in the others."""
-    if jax.process_count() == 1:
-        yield
-        return
-    from jax.experimental import multihost_utils
-
-    if jax.process_index() > 0:
-        multihost_utils.sync_global_devices(name)
-    yield
-    if jax.process_index() == 0:
-        multihost_utils.sync_global_devices(name)
-
-
 def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """All devices along the axes of `cfg`; a mesh of ones on one device is no special case."""
     devices = jax.devices() if devices is None else devices
@@ -105,6 +73,23 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices
     )
+
+
+def check_model(cfg: ModelConfig, mesh: Mesh) -> None:
+    """Raises ValueError where an axis does not divide what it cuts in every layer.
+
+    Kernels alone would not tell: two key heads of 64 are a kernel of 128 columns.
+    """
+    for axis, setting, count in (
+        ("tensor", "num_heads", cfg.num_heads),
+        ("tensor", "num_kv_heads", cfg.kv_heads),
+        ("expert", "num_experts", cfg.num_experts),
+        ("context", "context_length", cfg.context_length),
+    ):
+        if count % mesh.shape[axis]:
+            raise ValueError(
+                f"mesh.{axis}={mesh.shape[axis]}: does not divide model.{setting}={count}"
+            )
 
 
 def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -164,7 +149,8 @@ def place_rows(
     ways = math.prod(mesh.shape[axis] for axis in ROWS)
     if num_rows % ways:
         raise ValueError(
-            f"train.batch_size={num_rows}: mesh data*fsdp={ways} must divide the rows of a batch"
+            f"train.batch_size={num_rows}: mesh {'*'.join(ROWS)}={ways} must divide the rows of a "
+            "batch"
         )
     spans = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((num_rows,))
     mine = np.unique(np.concatenate([np.arange(num_rows)[index] for index in spans.values()]))

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxgpt import hardware, optim, sharding, tree
+from jaxgpt import hardware, optim, processes, sharding, tree
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import RunConfig
 from jaxgpt.kernels.platform import compiler_options
@@ -162,13 +162,14 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
             _batches(stage, mesh, cfg, start) as next_batch,
             _profiler(cfg) as trace,
         ):
+            vote = processes.make_vote(mesh)
             if start == 0:
                 between_steps(0, state)
             for step in range(start, cfg.train.steps):
                 trace(step)
                 batch = next_batch(state, frozen, step)
                 state, measures = step_fn(state, frozen, batch)
-                stopping = stop.is_set()
+                stopping = vote(stop.is_set())  # all processes save the same step
                 log.step(step + 1, measures, math.prod(batch["tokens"].shape))
                 with log.throughput.paused():
                     between_steps(step + 1, state, stopping)

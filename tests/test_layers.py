@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxgpt"
 LAYERS = (
     {"types", "config", "tree"},
     {"kernels"},
-    {"hardware"},
+    {"hardware", "processes"},
     {"weights", "losses", "optim", "sharding", "metrics", "checkpoint", "data"},
     {"model", "peft", "rundir", "runlog", "report", "tasks"},
     {"sampling", "convert", "train", "scoring"},

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxgpt import hardware, metrics, peft, report, rundir, sharding, train, tree
+from jaxgpt import hardware, metrics, peft, processes, report, rundir, sharding, train, tree
 from jaxgpt.config import ConversationConfig, PeftConfig, PretrainConfig, RewardConfig, RunConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load
@@ -35,6 +35,7 @@ BEGIN: dict[str, Callable[[Any], Loaded]] = {
 }
 
 
+@processes.end_together()
 def launch(name: str, cfg: RunConfig) -> None:
     """Trains in the run directory, going on from what is there, and writes the report.
 
@@ -43,12 +44,13 @@ def launch(name: str, cfg: RunConfig) -> None:
         train.Diverged: the loss exploded.
     """
     hardware.use_compilation_cache()
-    sharding.initialize()
+    processes.join()
     mesh = sharding.make_mesh(cfg.mesh)
     shows, cfg = cfg.show_batch, dataclasses.replace(cfg, show_batch=False)
-    with sharding.first_process_first("run"), jax.set_mesh(mesh):
+    with processes.first_process_first("run"), jax.set_mesh(mesh):
         run = rundir.enter(cfg)
         start = _begin(name, cfg)
+        sharding.check_model(start.config, mesh)
         start.tokenizer.save(run / "tokenizer.json")
         for file in start.files.keys() - {"tokenizer.json"}:
             (run / file).write_bytes(start.files[file])
