@@ -32,6 +32,11 @@ _TITLES = {
     "loss": "Loss", "loss by tokens": "Loss over tokens", "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm", "speed/tokens_per_second": "Tokens per second",
     "speed/mfu": "Model FLOPs utilisation",
+    "reward": "Reward on held-out problems", "exact_match": "Exact match on held-out problems",
+    "rollout/reward": "Reward of rollouts", "rollout/exact_match": "Exact match of rollouts",
+    "rollout/length": "Tokens of an answer", "rollout/kl": "KL of an answer to the reference",
+    "policy/kl": "KL to the reference", "policy/entropy": "Entropy",
+    "speed/rollout_tokens_per_second": "Tokens per second, writing rollouts",
 }  # fmt: skip
 
 
@@ -93,6 +98,9 @@ def _tiles(series: dict[str, Series]) -> str:
         best = int(values.argmin())
         tiles["validation loss"] = f"{values[0]:.3f} → {values[-1]:.3f}"
         tiles["best validation loss"] = f"{values[best]:.3f} <small>step {steps[best]:,.0f}</small>"
+    if "val/exact_match" in series:
+        _, values = series["val/exact_match"]
+        tiles["exact match"] = f"{values[0]:.1%} → {values[-1]:.1%}"
     if "train/loss" in series:
         steps, values = series["train/loss"]
         tiles["training loss"] = f"{values[0]:.3f} → {values[-1]:.3f}"

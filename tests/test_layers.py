@@ -14,10 +14,11 @@ LAYERS = (
     {"types", "config", "tree"},
     {"kernels"},
     {"hardware", "processes"},
-    {"weights", "losses", "optim", "sharding", "metrics", "checkpoint", "data"},
+    {"weights", "losses", "policy_losses", "optim", "sharding", "metrics", "checkpoint", "data"},
     {"model", "peft", "rundir", "runlog", "report", "tasks"},
     {"sampling", "convert", "train", "scoring"},
-    {"language_model"},
+    {"episodes"},
+    {"language_model", "rollouts"},
     {"stages", "evals", "serve", "jaxgpt"},  # jaxgpt is the front door, jaxgpt/__init__.py
     {"scripts"},
 )
