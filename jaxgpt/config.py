@@ -441,7 +441,8 @@ class ConversationConfig:
 
     path: str = ""
     """JSONL, JSON or Parquet file (or its .gz), Hub data set, or embedded task; empty: arithmetic.
-    The formats are told by their columns: messages, conversations, instruction, prompt, chosen."""
+    The formats are told by their columns: messages, conversations, instruction, prompt, question,
+    chosen."""
     split: str = "train"
     """Split of a Hub data set."""
     val_path: str = ""
@@ -473,6 +474,8 @@ class ChatDataConfig(ConversationConfig):
     """Several conversations to a row; off: one, padded to the longest of the batch."""
     learn: Literal["assistant", "all"] = "assistant"
     """Whose words are targets."""
+    calls: Literal["text", "turns"] = "text"
+    """GSM8K's <<48/2=24>> is text, or a turn that calls the calculator and what that gives."""
     text_share: float = 0.0
     """Share of the rows that are windows of plain text, against forgetting; 1: nothing else."""
     text_path: str = ""

@@ -4,6 +4,7 @@ messages                       OpenAI: [{"role": …, "content": …}]
 conversations                  ShareGPT: [{"from": "human", "value": …}]
 instruction, input, output     Alpaca
 prompt, completion             or response; the prompt is text or messages
+question, answer               GSM8K; its <<48/2=24>> may become calls of a calculator
 "\\n\\nHuman: …\\n\\nAssistant: …"   HH-RLHF transcripts, wherever a conversation may stand
 
 Preferences have `chosen` and `rejected` beside their prompt, or as two whole conversations; single
@@ -26,6 +27,7 @@ ROLES = {
     "function": "tool", "bot": "assistant", "model": "assistant",
 }  # fmt: skip
 KNOWN = ("system", "developer", "user", "assistant", "tool")
+CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")
 
 
@@ -72,10 +74,14 @@ def ratings(path: str, split: str = "train") -> Iterator[Rated]:
 
 
 def rows(path: str, split: str = "train") -> Iterator[tuple[Any, str]]:
-    """Every row of a JSONL, JSON or Parquet file (or its .gz) or Hub data set, with its place."""
+    """Every row of a JSONL, JSON or Parquet file (or its .gz) or Hub data set, with its place.
+
+    A Hub data set that has several parts is named with one of them: openai/gsm8k:main.
+    """
     file = Path(path)
     if not file.exists():
-        if not documents.HUB_NAME.fullmatch(path) or file.suffix in documents.TABLES:
+        repository = path.partition(":")[0]
+        if not documents.HUB_NAME.fullmatch(repository) or file.suffix in documents.TABLES:
             raise ValueError(f"data.path={path}: no such file, embedded task or Hub data set")
         yield from _hub_rows(path, split)
     elif Path(file.stem if file.suffix in documents.PACKED else file).suffix == ".parquet":
@@ -107,6 +113,26 @@ def question_and_answer(row: Any, place: str) -> tuple[str, str]:
     return str(question), str(answer)
 
 
+def with_calls(dialogue: Dialogue) -> Dialogue:
+    """The same conversation, in which every <<48/2=24>> is a turn that calls the calculator.
+
+    "He needs 48/2 = <<48/2=24>>24 boxes" becomes "He needs 48/2 = calculator(48/2)", the tool's
+    "24", and "24 boxes".
+    """
+    messages: list[Message] = []
+    for message in dialogue.messages:
+        if message["role"] != "assistant":
+            messages.append(message)
+            continue
+        *parts, rest = CALL.split(message["content"])
+        for text, expression, result in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+            apart = " " if text[-1:].isalnum() else ""
+            messages.append(_says("assistant", f"{text}{apart}calculator({expression})"))
+            messages.append(_says("tool", result))
+        messages.append(_says("assistant", rest))
+    return dialogue._replace(messages=messages)
+
+
 def _read(path: str, split: str, parse: Callable[[dict[str, Any], str], T]) -> Iterator[T]:
     for row, place in rows(path, split):
         if not isinstance(row, dict):
@@ -118,6 +144,9 @@ def _dialogue(row: dict[str, Any], place: str) -> Dialogue:
     if "chosen" in row and "rejected" in row:
         pair = _preference(row, place)
         return Dialogue(pair.prompt + pair.chosen, place)
+    if "question" in row and "answer" in row:
+        question, answer = question_and_answer(row, place)
+        return Dialogue([_says("user", question), _says("assistant", answer)], place)
     prompt = _prompt(row, place)
     answer = next((row[n] for n in ("output", "completion", "response") if row.get(n)), None)
     messages = prompt if answer is None else prompt + _messages(answer, place, "assistant")
@@ -170,6 +199,10 @@ def _prompt(row: dict[str, Any], place: str) -> list[Message]:
     raise ValueError(
         f"{place}: no messages, conversations, prompt or instruction (it holds: {', '.join(row)})"
     )
+
+
+def _says(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
 def _messages(value: Any, place: str, role: str) -> list[Message]:
@@ -246,8 +279,9 @@ def _parquet_rows(file: Path) -> Iterator[tuple[Any, str]]:
 def _hub_rows(name: str, split: str) -> Iterator[tuple[Any, str]]:
     from datasets import load_dataset
 
+    repository, _, part = name.partition(":")
     try:
-        loaded = load_dataset(name, split=split)
+        loaded = load_dataset(repository, part or None, split=split)
     except Exception as error:  # no network, no such data set, no permission: dozens of kinds
         raise ValueError(
             f"data.path={name}: no such file or embedded task, and the Hub does not give a data "
