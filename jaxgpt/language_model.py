@@ -267,4 +267,5 @@ def _cut(text: str, stop: Sequence[str]) -> str:
 
 @partial(jax.jit, static_argnames="cfg")
 def _logits(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Array:
-    return gpt.logits(params, gpt.apply(cfg, params, tokens_BT).hidden_BTD)
+    output = gpt.apply(likelihood.rolled(cfg), params, tokens_BT)
+    return gpt.logits(params, output.hidden_BTD)

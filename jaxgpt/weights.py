@@ -139,16 +139,8 @@ def store_transposed(params: Params) -> Params:
     return map_kernels(turn, params)
 
 
-def set_apart(params: Params) -> Params:
-    """Parameters whose layers have arrays of their own: {"blocks": {"0": …, "1": …}}."""
-    blocks = params["blocks"]
-    num_layers = jax.tree.leaves(blocks)[0].shape[0]
-    layer = lambda n: jax.tree.map(lambda leaf: leaf[n], blocks)
-    return params | {"blocks": {str(n): layer(n) for n in range(num_layers)}}
-
-
 def layers_apart(params: Params) -> bool:
-    """Whether `set_apart` made these parameters."""
+    """Whether layers have arrays of their own, {"blocks": {"0": …, "1": …}}, as for decoding."""
     return "0" in params.get("blocks", {})
 
 

@@ -124,7 +124,7 @@ class GPT(nn.Module):
 
 
 class Apart(nn.Module):
-    """The blocks when every layer has arrays of its own, as for decoding (`weights.set_apart`).
+    """The blocks when every layer has arrays of its own, as `for_decoding` makes them.
 
     A scan over a stack copies each layer's slice before it is multiplied, and decoding one token
     does little else than read the weights once.

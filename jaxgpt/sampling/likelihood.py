@@ -124,7 +124,7 @@ def _read(cfg: ModelConfig, params: Params, tokens_BT: Array, start_B: Array) ->
     """The keys and values of the contexts."""
     B, T = tokens_BT.shape
     cache = init_cache(cfg, B, T, start_B)
-    read = gpt.apply(_rolled(cfg), params, tokens_BT, cache=cache).cache
+    read = gpt.apply(rolled(cfg), params, tokens_BT, cache=cache).cache
     assert read is not None
     return read
 
@@ -150,7 +150,7 @@ def _score(
         values_LRSKH = jnp.pad(cache.values_LBSKH[:, parent_R], room)
         start_R = cache.start_B[parent_R]
         cache = KVCache(keys_LRSKH, values_LRSKH, cache.length, start_R, fresh=False)
-    hidden_RCD = gpt.apply(_rolled(cfg), params, tokens_RC, cache=cache).hidden_BTD
+    hidden_RCD = gpt.apply(rolled(cfg), params, tokens_RC, cache=cache).hidden_BTD
     count = targets_RC.size
     chunks = -(-count // HEAD_TOKENS)
     pad = chunks * -(-count // chunks) - count
@@ -170,7 +170,7 @@ def _score(
     return whole(logprobs_MN), whole(greedy_MN)
 
 
-def _rolled(cfg: ModelConfig) -> ModelConfig:
+def rolled(cfg: ModelConfig) -> ModelConfig:
     """With its layers as a loop also on CPU (see layer_unroll): without a gradient remat has no
     other effect. At thousands of tokens the loop costs nothing, and 30 layers compile 7x faster.
     """
