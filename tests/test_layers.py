@@ -14,7 +14,7 @@ LAYERS = (
     {"types", "config", "tree"},
     {"kernels"},
     {"hardware", "processes"},
-    {"weights", "losses", "optim", "sharding", "metrics", "checkpoint", "data"},
+    {"weights", "losses", "policy_losses", "optim", "sharding", "metrics", "checkpoint", "data"},
     {"model", "peft", "rundir", "runlog", "report", "tasks"},
     {"sampling", "convert", "train", "scoring"},
     {"language_model"},
