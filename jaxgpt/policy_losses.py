@@ -7,6 +7,7 @@ in prompts, in what tools wrote and in padding. Everything is float32.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxgpt.types import Array
 
@@ -16,7 +17,7 @@ TINY = 1e-6  # beside a standard deviation
 # ---- advantages
 
 
-def group_advantages(rewards_GP: Array, baseline: str) -> Array:
+def group_advantages(rewards_GP: ArrayLike, baseline: str) -> Array:
     """By how much each of P answers to a prompt is better than its group.
 
     group   (r - mean) / std, GRPO (arXiv:2402.03300)
@@ -47,7 +48,9 @@ def group_advantages(rewards_GP: Array, baseline: str) -> Array:
     return jnp.where(spread > 0, advantages_GP, 0.0)
 
 
-def gae(rewards_BT: Array, values_BT: Array, mask_BT: Array, gamma: float, lam: float) -> Array:
+def gae(
+    rewards_BT: ArrayLike, values_BT: ArrayLike, mask_BT: ArrayLike, gamma: float, lam: float
+) -> Array:
     """Generalised advantage estimation (arXiv:1506.02438) over the tokens of the mask.
 
     delta_t = r_t + gamma V_next - V_t;  A_t = delta_t + gamma lam A_next, where next is the next
@@ -65,14 +68,15 @@ def gae(rewards_BT: Array, values_BT: Array, mask_BT: Array, gamma: float, lam: 
         carried_B = jnp.where(real_B, advantage_B, next_advantage_B)
         return (value_B, carried_B), jnp.where(real_B, advantage_B, 0.0)
 
-    zero_B = jnp.zeros(rewards_BT.shape[0], jnp.float32)
+    zero_B = jnp.zeros(rewards_BT.shape[0])
     steps = (rewards_BT.T, values_BT.T, real_BT.T)
     _, advantages_TB = jax.lax.scan(step, (zero_B, zero_B), steps, reverse=True)
     return advantages_TB.T
 
 
-def whiten(x_BT: Array, mask_BT: Array) -> Array:
+def whiten(x_BT: Array, mask_BT: ArrayLike) -> Array:
     """(x - mean) / std over the tokens of the mask, zero elsewhere and where there is only one."""
+    mask_BT = jnp.asarray(mask_BT, jnp.float32)
     count = jnp.maximum(mask_BT.sum(), 1.0)
     centred_BT = (x_BT - (x_BT * mask_BT).sum() / count) * mask_BT
     variance = jnp.square(centred_BT).sum() / jnp.maximum(count - 1, 1.0)
@@ -83,14 +87,17 @@ def whiten(x_BT: Array, mask_BT: Array) -> Array:
 
 
 def clipped_policy_loss(
-    logprobs_BT: Array, old_BT: Array, advantages_BT: Array, low: float, high: float
+    change_BT: Array, advantages_BT: Array, low: float, high: float
 ) -> tuple[Array, Array]:
     """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), and where clipping took the gradient away.
 
     PPO (arXiv:1707.06347); with high > low a rare good token may grow further (arXiv:2503.14476).
+
+    Args:
+        change_BT: log p now minus log p when the token was drawn; the ratio is its exponential.
     """
     # exp(20) is far beyond any clip; the bound keeps a lost token from becoming inf * 0.
-    ratio_BT = jnp.exp(jnp.clip(logprobs_BT - old_BT, -20.0, 20.0))
+    ratio_BT = jnp.exp(jnp.clip(change_BT, -20.0, 20.0))
     free_BT = -advantages_BT * ratio_BT
     bound_BT = -advantages_BT * jnp.clip(ratio_BT, 1 - low, 1 + high)
     return jnp.maximum(free_BT, bound_BT), (bound_BT > free_BT).astype(jnp.float32)
@@ -145,8 +152,9 @@ def token_weights(mask_BT: Array, normalize: str, max_tokens: int) -> tuple[Arra
     raise ValueError(f"normalize={normalize}: must be tokens, sequences or constant")
 
 
-def explained_variance(values_BT: Array, returns_BT: Array, mask_BT: Array) -> Array:
-    """1 - Var(return - value) / Var(return): 1 if values say it all, 0 if a constant does as well."""
+def explained_variance(values_BT: ArrayLike, returns_BT: ArrayLike, mask_BT: ArrayLike) -> Array:
+    """1 - Var(return - value) / Var(return): 1 if values tell all, 0 if no more than a constant."""
+    values_BT, returns_BT, mask_BT = map(jnp.asarray, (values_BT, returns_BT, mask_BT))
     count = jnp.maximum(mask_BT.sum(), 1.0)
 
     def variance(x_BT: Array) -> Array:
