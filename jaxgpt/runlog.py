@@ -12,7 +12,7 @@ import jax
 
 from jaxgpt import hardware, metrics
 from jaxgpt.config import RunConfig
-from jaxgpt.types import Array
+from jaxgpt.types import Array, Report
 
 FLUSH_SECONDS = 1.0  # how stale the progress line may get
 
@@ -34,6 +34,7 @@ class RunLog:
         self._pending: list[tuple[int, Mapping[str, Array], int]] = []
         self._flushed = time.perf_counter()
         self._held_out: tuple[int, dict[str, float]] = (-1, {})
+        self._rollout: list[str] = []
         peak = hardware.peak_flops(jax.devices()[0])
         self.throughput = metrics.Throughput(
             metrics.flops_per_token(cfg.model, cfg.model.context_length),
@@ -114,10 +115,19 @@ class RunLog:
         step, measures = self._held_out
         return measures.get("loss") if step == done else None
 
+    def rollout(self, done: int, report: Report) -> None:
+        """What the policy wrote after `done` updates, to learn from."""
+        if report.warning:
+            self.write(f"warning: step {done}: {report.warning}")
+        for sink in self._sinks:
+            sink(done, report.measures)
+        self._show(done, report.measures)
+        self._rollout = report.texts
+
     def samples(self, done: int, texts: Sequence[str]) -> None:
-        """Texts written by the model after `done` updates."""
-        if self._writes:
-            metrics.append_samples(self._directory / "samples.md", done, texts)
+        """Texts written by the model after `done` updates, and some of the last rollout."""
+        if self._writes and (texts or self._rollout):
+            metrics.append_samples(self._directory / "samples.md", done, [*texts, *self._rollout])
 
     def _due(self, done: int) -> bool:
         return done % self._cfg.log.every == 0 or done == self._cfg.train.steps

@@ -38,7 +38,10 @@ class Stage(NamedTuple):
     evaluate: EvalFn | None = None  # params -> held-out metrics
     carry: Carry = {}  # noqa: RUF012 -- never changed in place; small state outside the gradient, checkpointed
     after_step: CarryFn | None = None  # (carry, metrics) -> carry, traced
-    on_policy: bool = False  # next_batch looks at the parameters, so no batch is made ahead
+    # Steps that learn from one rollout of the policy; next_batch looks at the parameters where a
+    # rollout begins, so no batch is made ahead. 0: it never does.
+    updates_per_rollout: int = 0
+    skips: bool = False  # a batch of weight zero is no mistake: it changes no parameter
 
 
 class TrainState(NamedTuple):
@@ -96,16 +99,21 @@ def make_step(stage: Stage, cfg: RunConfig, optimizer: optax.GradientTransformat
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             total, _ = jax.lax.scan(accumulate, zeros, parts)
         (loss, (weight, sums)), grads = total
-        grads = jax.tree.map(lambda grad: grad / weight, grads)
+        divisor = jnp.where(weight > 0, weight, 1.0) if stage.skips else weight
+        grads = jax.tree.map(lambda grad: grad / divisor, grads)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if stage.skips:
+            keep = lambda new, old: jnp.where(weight > 0, new, old)
+            params = jax.tree.map(keep, params, state.params)
+            opt_state = jax.tree.map(keep, opt_state, state.opt_state)
         decay = cfg.optim.ema
         ema = state.ema and jax.tree.map(
             lambda a, p: decay * a + (1 - decay) * p, state.ema, params
         )
         measures = _values(sums) | {
-            "loss": loss / weight,
+            "loss": loss / divisor,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": optim.learning_rate(cfg.optim, state.step, cfg.train.steps),
         }
@@ -118,12 +126,15 @@ def make_step(stage: Stage, cfg: RunConfig, optimizer: optax.GradientTransformat
 def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None) -> None:
     """Restores, then steps, logs, evaluates, samples and saves up to `train.steps`.
 
-    SIGTERM and Ctrl-C end it early, with everything saved.
+    SIGTERM and Ctrl-C end it early, with everything saved; a stage that samples first makes the
+    updates that its rollout is for, so that a resumed run needs no rollout of old parameters.
 
     Raises:
         Diverged: naming the step and the last good checkpoint.
         ValueError: the run directory was made with other frozen weights.
     """
+    updates = max(stage.updates_per_rollout, 1)
+    _require_whole_rollouts(cfg, updates)
     checkpoints = Checkpoints(Path(cfg.run) / "checkpoints", cfg.checkpoint.keep)
     optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps)
     state, frozen = _place(stage, cfg, mesh, optimizer)
@@ -141,7 +152,7 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
         last = done == cfg.train.steps
         due = lambda every: last or (done > 0 and every > 0 and done % every == 0)
         evaluates = stage.evaluate if due(cfg.eval.every) or done == 0 else None
-        samples = sample if due(cfg.sample.every) and done > 0 else None
+        samples = done > 0 and due(cfg.sample.every) and (sample or stage.updates_per_rollout)
         saves = done > 0 and (stopping or due(cfg.checkpoint.every))
         if not (evaluates or samples or saves):
             return
@@ -151,7 +162,7 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
         if evaluates:
             log.held_out(done, evaluates(params))
         if samples:
-            log.samples(done, samples(params))
+            log.samples(done, sample(params) if sample else [])
         if saves:
             checkpoints.save(done, state, meta, log.held_out_loss(done))
 
@@ -167,9 +178,16 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
                 between_steps(0, state)
             for step in range(start, cfg.train.steps):
                 trace(step)
-                batch = next_batch(state, frozen, step)
+                begins = stage.updates_per_rollout and step % updates == 0
+                if begins:
+                    log.flush()  # so that the time of a rollout is its own
+                with log.throughput.paused() if begins else contextlib.nullcontext():
+                    batch = next_batch(state, frozen, step)
+                if report := batch.pop("report", None):
+                    log.rollout(step + 1, report)  # of the first update, lest a resume repeat it
                 state, measures = step_fn(state, frozen, batch)
-                stopping = vote(stop.is_set())  # all processes save the same step
+                # All processes save the same step.
+                stopping = (step + 1) % updates == 0 and vote(stop.is_set())
                 log.step(step + 1, measures, math.prod(batch["tokens"].shape))
                 with log.throughput.paused():
                     between_steps(step + 1, state, stopping)
@@ -200,6 +218,15 @@ def fingerprint(frozen: Params) -> str:
     for name, leaf in leaves.items():
         digest.update(name.encode() + np.asarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def _require_whole_rollouts(cfg: RunConfig, updates: int) -> None:
+    """Raises ValueError if a checkpoint would fall between the updates of one rollout."""
+    if cfg.checkpoint.every % updates:
+        raise ValueError(
+            f"checkpoint.every={cfg.checkpoint.every}: must be a multiple of {updates}, the "
+            "updates that are made of one rollout"
+        )
 
 
 def _values(sums: Metrics) -> dict[str, Array]:
@@ -277,7 +304,7 @@ def _batches(
     stage: Stage, mesh: Mesh, cfg: RunConfig, start: int
 ) -> Iterator[Callable[[TrainState, Params, int], Batch]]:
     """The function that gives each step its batch, made ahead by a thread where possible."""
-    if stage.on_policy:
+    if stage.updates_per_rollout:
         yield lambda state, frozen, step: stage.next_batch(
             everything(state.params, frozen, state.carry), state.carry, step
         )

@@ -1,7 +1,7 @@
 """The names of the few types that travel between modules."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -10,6 +10,15 @@ Params = Any  # a nested dict of arrays, or of the leaves that weights.py define
 Batch = dict[str, Any]  # name -> array whose first axis is the row; see train.make_step
 Carry = dict[str, Any]  # small state outside the gradient, checkpointed
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, weight); their ratio is the value
+
+
+class Report(NamedTuple):
+    """What a stage that samples has to tell of a rollout; it travels as a batch's `report`."""
+
+    measures: dict[str, float]
+    texts: list[str]  # some of what was written
+    warning: str = ""
+
 
 # (params, batch, rng_B) -> (loss sum, weight, metrics). `params` has one entry per network, and
 # `carry`. There is one random key per row, so that a row draws the same numbers wherever it is.

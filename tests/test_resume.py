@@ -31,6 +31,7 @@ from jaxgpt.config import (
 )  # fmt: skip
 from jaxgpt.runlog import Diverged
 from jaxgpt.train import Stage
+from jaxgpt.types import Report
 
 ROOT = Path(__file__).parents[1]
 GOAL = np.linspace(-1, 1, 6, dtype=np.float32)[:, None]
@@ -267,7 +268,7 @@ def test_an_on_policy_batch_sees_the_newest_parameters_and_the_carry(tmp_path):
         seen.append((step, float(carry["steps"]), distance(params)))
         return batch_of(step)
 
-    fit(regression(next_batch=next_batch, on_policy=True), run_of(tmp_path, steps=5))
+    fit(regression(next_batch=next_batch, updates_per_rollout=1), run_of(tmp_path, steps=5))
     assert [(step, count) for step, count, _ in seen] == [(n, n) for n in range(5)]
     assert len({gap for *_, gap in seen}) == 5
 
@@ -297,7 +298,7 @@ def test_the_profiler_traces_the_asked_steps(tmp_path, monkeypatch):
         calls.append(step)
         return batch_of(step)
 
-    stage = regression(next_batch=next_batch, on_policy=True)
+    stage = regression(next_batch=next_batch, updates_per_rollout=1)
     fit(stage, run_of(tmp_path / "a", steps=5, log=LogConfig(profile="1:2")))
     assert calls == [0, "start", 1, 2, "stop", 3, 4]
     calls.clear()
@@ -422,3 +423,64 @@ def test_a_finished_command_only_reports(workplace):
     assert time.perf_counter() - began < 60 and "step" not in err
     assert again == out and (workplace / "finished/metrics.jsonl").read_text() == before
     assert json.loads(before.splitlines()[0])["step"] == 0
+
+
+def sampling(on_rollout=lambda step: None) -> Stage:
+    """Three updates a rollout; what a rollout drew is kept beside the loop, as a sampler does."""
+    drawn: dict[int, float] = {}
+
+    def next_batch(params, carry, step):
+        if step % 3 == 0:
+            on_rollout(step)
+            drawn.clear()
+            drawn[step] = distance(params)
+        (scale,) = drawn.values()
+        batch = batch_of(step)
+        batch["tokens"] = batch["tokens"] * np.float32(scale)
+        report = Report({"rollout/scale": scale}, [f"drawn at {step}"])
+        return {**batch, "report": report} if step % 3 == 0 else batch
+
+    return regression(next_batch=next_batch, updates_per_rollout=3)
+
+
+def test_a_stage_that_samples_is_stopped_and_resumed_between_rollouts(tmp_path, capsys):
+    ask = lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None
+    cfg = lambda name: run_of(tmp_path / name, checkpoint=CheckpointConfig(every=6))
+    fit(sampling(ask), cfg("stopped"))
+    assert "stopped and saved at step 6" in capsys.readouterr().err
+    fit(sampling(), cfg("stopped"))
+    fit(sampling(), cfg("whole"))
+    assert_same_arrays(tmp_path / "stopped", tmp_path / "whole", 12)
+    for name in ("stopped", "whole"):
+        # Logged with the first update that learns from it.
+        assert lines_of(tmp_path / name, "rollout/scale") == [1, 4, 7, 10]
+        samples = metrics.read_samples(tmp_path / name / "samples.md")
+        assert samples == [(6, ["drawn at 3"]), (12, ["drawn at 9"])]
+
+
+def test_checkpoints_within_a_rollout_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint\.every=4: must be a multiple of 3"):
+        fit(sampling(lambda step: pytest.fail("sampled")), run_of(tmp_path))
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_batch_of_weight_zero_changes_nothing_where_it_may(tmp_path, skips):
+    whole = regression().loss
+
+    def loss(params, batch, rng_B):
+        total, weight, sums = whole(params, batch, rng_B)
+        return total * batch["alive"][0], weight * batch["alive"][0], sums
+
+    def next_batch(params, carry, step):
+        return {**batch_of(step), "alive": np.full(8, step != 1, np.float32)}
+
+    stage = regression(loss=loss, next_batch=next_batch, skips=skips)
+    cfg = run_of(tmp_path, steps=2, checkpoint=CheckpointConfig(every=1))
+    if not skips:
+        with pytest.raises(Diverged, match="step 2"):
+            fit(stage, cfg)
+        return
+    fit(stage, cfg)
+    before, after = (arrays_of(tmp_path, step) for step in (1, 2))
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    assert changed == {"step", "carry/steps"}
