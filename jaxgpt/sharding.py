@@ -146,12 +146,7 @@ def place_rows(
     Raises:
         ValueError: the devices do not divide the rows or positions.
     """
-    ways = math.prod(mesh.shape[axis] for axis in ROWS)
-    if num_rows % ways:
-        raise ValueError(
-            f"train.batch_size={num_rows}: mesh {'*'.join(ROWS)}={ways} must divide the rows of a "
-            "batch"
-        )
+    check_rows(mesh, num_rows)
     spans = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((num_rows,))
     mine = np.unique(np.concatenate([np.arange(num_rows)[index] for index in spans.values()]))
     local = read(mine)
@@ -171,3 +166,28 @@ def place_rows(
         return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), piece)
 
     return {name: place(array) for name, array in local.items()}
+
+
+def check_rows(mesh: Mesh, num_rows: int) -> None:
+    """Raises ValueError unless the devices that have rows of their own divide a batch."""
+    ways = math.prod(mesh.shape[axis] for axis in ROWS)
+    if num_rows % ways:
+        raise ValueError(
+            f"train.batch_size={num_rows}: mesh {'*'.join(ROWS)}={ways} must divide the rows of a "
+            "batch"
+        )
+
+
+def over_rows(mesh: Mesh, num_rows: int) -> NamedSharding:
+    """Arrays [rows, …] cut over the devices that have rows of their own, or whole."""
+    ways = math.prod(mesh.shape[axis] for axis in ROWS)
+    return NamedSharding(mesh, P(ROWS) if num_rows % ways == 0 else P())
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """An array as NumPy, also where other processes hold some of it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

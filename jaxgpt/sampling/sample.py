@@ -8,8 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxgpt import weights
+from jaxgpt import sharding, weights
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.platform import platform
 from jaxgpt.model import gpt
@@ -18,6 +19,7 @@ from jaxgpt.sampling.truncation import penalize_repetition, truncate
 from jaxgpt.types import Array, Params
 
 SCAN_STEPS = 16  # tokens per compiled scan: what streaming and early exit are rounded to
+SMALLEST_BATCH = 8  # fewer rows decode no faster
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Completion(NamedTuple):
     tokens: list[int]  # without the stop token
     logprobs: list[float]  # of each token, under the distribution it was drawn from
     stopped: bool  # by a stop token, rather than by running out of room
+    end: tuple[int, float] | None = None  # that stop token and its log-probability
 
 
 class DecodeState(NamedTuple):
@@ -72,6 +75,8 @@ def generate(
     rng: Array | None = None,
     rows: Sequence[int] | None = None,
     on_tokens: Callable[[list[Completion]], bool] | None = None,
+    mesh: Mesh | None = None,
+    compact: bool = False,
 ) -> list[Completion]:
     """Continues every prompt until a stop token, `max_new_tokens` or the context's end.
 
@@ -80,34 +85,50 @@ def generate(
             the token, never on the other prompts of the batch.
         rows: numbers of the rows; default 0, 1, 2, …
         on_tokens: sees the completions so far after every scan; True ends the generation.
+        mesh: spreads the rows over its devices, if it can.
+        compact: finished rows leave the batch where half of it can go, on one device. Every size
+            is compiled, so this pays where many batches are written.
 
     Raises:
         ValueError: an empty prompt, or one that leaves no room in the context.
     """
     check_prompts(cfg, prompts)
     rng = jax.random.key(0) if rng is None else rng
-    rows_B = jnp.arange(len(prompts)) if rows is None else jnp.asarray(rows)
+    B = len(prompts)
+    rows_B = jnp.arange(B) if rows is None else jnp.asarray(rows)
     rng_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows_B)
     stops = jnp.asarray(list(stop_ids), jnp.int32)
+    room_B = [min(settings.max_new_tokens, cfg.context_length - len(p)) for p in prompts]
 
     width = _bucket(max(len(prompt) for prompt in prompts))
     num_scans = -(-settings.max_new_tokens // SCAN_STEPS)
     tokens_BT, start_B = _align_right(prompts, width)
+    if mesh is not None:
+        placed = sharding.over_rows(mesh, B)
+        tokens_BT, start_B, rng_B = (jax.device_put(x, placed) for x in (tokens_BT, start_B, rng_B))
+        compact = compact and placed.num_devices == 1
     state = prefill(cfg, params, tokens_BT, start_B, width + num_scans * SCAN_STEPS, settings)
-    tokens_BN = np.zeros((len(prompts), 0), np.int32)
-    logprobs_BN = np.zeros((len(prompts), 0), np.float32)
+    tokens_BN = np.zeros((B, num_scans * SCAN_STEPS), np.int32)
+    logprobs_BN = np.zeros(tokens_BN.shape, np.float32)
+    prompt_R = np.arange(B)  # which prompt each row of the state continues
     completions = [Completion([], [], False) for _ in prompts]
-    for _ in range(num_scans):
+    for scan in range(num_scans):
         state, new_tokens, new_logprobs = decode(cfg, params, state, rng_B, stops, settings)
-        tokens_BN = np.concatenate([tokens_BN, np.asarray(new_tokens)], axis=1)
-        logprobs_BN = np.concatenate([logprobs_BN, np.asarray(new_logprobs)], axis=1)
-        room_B = [min(settings.max_new_tokens, cfg.context_length - len(p)) for p in prompts]
-        completions = [
-            _completion(*row, set(stop_ids))
-            for row in zip(tokens_BN, logprobs_BN, room_B, strict=True)
-        ]
-        if bool(np.all(state.done_B)) or (on_tokens is not None and on_tokens(completions)):
+        span = slice(scan * SCAN_STEPS, (scan + 1) * SCAN_STEPS)
+        tokens_BN[prompt_R, span] = sharding.whole(new_tokens)
+        logprobs_BN[prompt_R, span] = sharding.whole(new_logprobs)
+        done_R = sharding.whole(state.done_B)
+        last = scan + 1 == num_scans or bool(done_R.all())
+        if last or on_tokens is not None:
+            written = (tokens_BN[:, : span.stop], logprobs_BN[:, : span.stop])
+            completions = [
+                _completion(*row, set(stop_ids)) for row in zip(*written, room_B, strict=True)
+            ]
+        if last or (on_tokens is not None and on_tokens(completions)):
             break
+        if compact and (kept_R := _still_going(done_R)) is not None:
+            state, rng_B = _take(state, rng_B, kept_R)
+            prompt_R = prompt_R[kept_R]
     return completions
 
 
@@ -227,4 +248,31 @@ def _completion(
 ) -> Completion:
     tokens = tokens_N[:room].tolist()
     length = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
-    return Completion(tokens[:length], logprobs_N[:length].tolist(), length < len(tokens))
+    stopped = length < len(tokens)
+    end = (tokens[length], float(logprobs_N[length])) if stopped else None
+    return Completion(tokens[:length], logprobs_N[:length].tolist(), stopped, end)
+
+
+def _still_going(done_R: np.ndarray) -> np.ndarray | None:
+    """The rows to keep, a power of two of them; None unless at least half can go.
+
+    Finished rows fill the number up: what they go on to write is never looked at.
+    """
+    going = int((~done_R).sum())
+    size = max(SMALLEST_BATCH, 1 << (going - 1).bit_length())
+    if 2 * size > len(done_R):
+        return None
+    return np.sort(np.argsort(done_R, kind="stable")[:size])
+
+
+@jax.jit
+def _take(state: DecodeState, rng_B: Array, rows_R: Array) -> tuple[DecodeState, Array]:
+    """The state and keys of some of its rows."""
+    cache = state.cache
+    of_rows = lambda slots: jax.tree.map(lambda x_LBSKH: x_LBSKH[:, rows_R], slots)
+    cache = KVCache(
+        of_rows(cache.keys_LBSKH), of_rows(cache.values_LBSKH), cache.length,
+        cache.start_B[rows_R], cache.fresh,
+    )  # fmt: skip
+    rest = jax.tree.map(lambda x_B: x_B[rows_R], state._replace(cache=None))  # type: ignore[arg-type]
+    return rest._replace(cache=cache), rng_B[rows_R]

@@ -10,6 +10,7 @@ import pytest
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import gpt
+from jaxgpt.sampling import sample
 from jaxgpt.sampling.sample import Sampling, for_decoding, generate
 
 DENSE = ModelConfig(
@@ -194,3 +195,27 @@ def test_greedy_text_equals_transformers_generate(family, tmp_path):
             logits_V = score(cfg, params, mine[:place])[-1]
             second, first = np.sort(logits_V)[-2:]
             assert first - second < 1e-4
+
+
+def test_rows_that_leave_the_batch_change_nothing(tiny, rng, monkeypatch):
+    params = for_decoding(tiny, gpt.init(tiny, rng))
+    prompts = [[n % 50 + 1, 2, 3][: n % 3 + 1] for n in range(32)]
+    settings = Sampling(max_new_tokens=28, temperature=1.0, top_p=1.0)
+    # A third of the vocabulary ends a row, so that few are left after the first scan.
+    options = {"stop_ids": range(4), "rng": jax.random.key(5)}
+    expected = generate(tiny, params, prompts, settings, **options)
+    kept, take = [], sample._take
+
+    def noted(state, rng_B, rows_R):
+        kept.append(len(rows_R))
+        return take(state, rng_B, rows_R)
+
+    monkeypatch.setattr(sample, "_take", noted)
+    found = generate(tiny, params, prompts, settings, compact=True, **options)
+    assert kept and kept[0] < 32
+    for one, other in zip(expected, found, strict=True):
+        assert (one.tokens, one.stopped) == (other.tokens, other.stopped)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+        assert (one.end is None) == (not one.stopped)
+        if one.end is not None:
+            assert one.end[0] in range(4) and one.end[0] == other.end[0]
