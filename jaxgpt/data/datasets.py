@@ -235,6 +235,15 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
+def shuffled(counts: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Item number `count` of the endless sequence of epochs over `size`, each in its own order."""
+    chosen = np.empty_like(counts)
+    for epoch in np.unique(counts // size):
+        inside = counts // size == epoch
+        chosen[inside] = permute(counts[inside] % size, size, (seed << 32) + int(epoch))
+    return chosen
+
+
 def choose(numbers: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """For each row number its source, and how many earlier rows that source had.
 

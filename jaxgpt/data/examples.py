@@ -89,14 +89,7 @@ class Examples:
         return self._batch(chosen, rows)
 
     def _shuffled(self, counts: np.ndarray) -> np.ndarray:
-        """Item number `count` of the endless sequence of epochs, each in its own order."""
-        size = max(len(self.items), 1)
-        chosen = np.empty_like(counts)
-        for epoch in np.unique(counts // size):
-            inside = counts // size == epoch
-            key = (self.seed << 32) + int(epoch)
-            chosen[inside] = datasets.permute(counts[inside] % size, size, key)
-        return chosen
+        return datasets.shuffled(counts, max(len(self.items), 1), self.seed)
 
     def _batch(self, chosen: np.ndarray, rows: np.ndarray) -> Rows:
         """Args:
