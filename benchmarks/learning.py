@@ -58,11 +58,40 @@ def distill_tiny(folder: Path, seed: int) -> Result:
     }
 
 
+def grpo_arithmetic(folder: Path, seed: int) -> Result:
+    """Exact match on held-out problems, greedy, of a half-learned policy after GRPO."""
+    return practised(folder, seed, "grpo", 0.95)
+
+
+def ppo_arithmetic(folder: Path, seed: int) -> Result:
+    """The same after PPO by the rule."""
+    return practised(folder, seed, "ppo", 0.9)
+
+
+def ppo_reward_model(folder: Path, seed: int) -> Result:
+    """PPO by a learnt taste for concise answers: held-out reward, KL, and the rule's opinion."""
+    start = train(folder, seed, "sft", "arithmetic-styles-partly")
+    taste = train(folder, seed, "reward", "arithmetic-concise", init=start)
+    run = train(folder, seed, "ppo", "reward-model", init=start, reward_model=taste)
+    before, after = (share(model, "is_concise", temperature=1.0) for model in (start, run))
+    (old, new), (_, kl) = held_out(run, "val/learnt_reward"), held_out(run, "rollout/kl")
+    passed = new > old + 0.5 and kl < 20 and after > before + 0.1
+    return {
+        "before": {"reward": round(old, 3), "concise": round(before, 4)},
+        "after": {"reward": round(new, 3), "concise": round(after, 4), "kl": round(kl, 2)},
+        "target": "reward + 0.5, concise + 0.1, kl < 20",
+        "passed": passed,
+    }
+
+
 CLAIMS: dict[str, Callable[[Path, int], Result]] = {
     "sft-arithmetic": sft_arithmetic,
     "reward-arithmetic": reward_arithmetic,
     "dpo-arithmetic": dpo_arithmetic,
     "distill-tiny": distill_tiny,
+    "grpo-arithmetic": grpo_arithmetic,
+    "ppo-arithmetic": ppo_arithmetic,
+    "ppo-reward-model": ppo_reward_model,
 }
 
 
@@ -90,6 +119,13 @@ def base(folder: Path, seed: int) -> Path:
 
 def tuned(folder: Path, seed: int) -> Path:
     return train(folder, seed, "sft", "arithmetic", init=base(folder, seed))
+
+
+def practised(folder: Path, seed: int, stage: str, target: float) -> Result:
+    """Exact match of a policy that was tuned only partly, before and after it practised."""
+    start = train(folder, seed, "sft", "arithmetic-partly")
+    run = train(folder, seed, stage, "arithmetic", init=start)
+    return judge(share(start, "is_correct"), share(run, "is_correct"), target)
 
 
 def train(

@@ -80,6 +80,39 @@ def answer_logprobs(
     return losses.sequence_logprobs(logprobs_N.reshape(mask_BT.shape), mask_BT)
 
 
+def token_scores(
+    cfg: ModelConfig, params: Params, hidden_BTD: Array, batch: Batch, temperature: float = 1.0,
+    chunk: int = 1024,
+) -> tuple[Array, Array]:  # fmt: skip
+    """log p of every target and the entropy of the distribution it comes from, each [B, T].
+
+    Args:
+        hidden_BTD: what `run` makes of the batch.
+    """
+    targets_BT = batch["targets"]
+    scores = cross_entropy.logprobs_and_entropy(
+        hidden_BTD.reshape(-1, cfg.model_dim), gpt.head(params), targets_BT.reshape(-1),
+        chunk=chunk, temperature=temperature,
+    )  # fmt: skip
+    logprobs_BT, entropy_BT = (x_N.reshape(targets_BT.shape) for x_N in scores)
+    return logprobs_BT, entropy_BT
+
+
+def scalars(cfg: ModelConfig, head: Params, hidden_BTD: Array) -> Array:
+    """A value or a reward at every position; `head` has a `score`."""
+    own = {"params": {"score": head["score"]}}
+    return gpt.ScalarHead(cfg).apply(own, hidden_BTD)  # type: ignore[return-value]
+
+
+def final_reward(cfg: ModelConfig, body: Params, head: Params, batch: Batch) -> Array:
+    """The reward [B] of every row, read at its last token by its length."""
+    hidden_BTD = run(cfg, body, batch).hidden_BTD
+    length_B = (batch["segments"] > 0).sum(-1)
+    last_B11 = jnp.maximum(length_B, 1)[:, None, None] - 1
+    last_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
+    return scalars(cfg, head, last_B1D)[:, 0]
+
+
 def flatten_arms(batch: Batch) -> Batch:
     """[B, A, T] -> [B * A, T]: every sequence of an item its own row."""
     return {

@@ -187,7 +187,7 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
                     log.rollout(step + 1, report)  # of the first update, lest a resume repeat it
                 state, measures = step_fn(state, frozen, batch)
                 # All processes save the same step.
-                stopping = (step + 1) % updates == 0 and vote(stop.is_set())
+                stopping = vote(stop.is_set()) and (step + 1) % updates == 0
                 log.step(step + 1, measures, math.prod(batch["tokens"].shape))
                 with log.throughput.paused():
                     between_steps(step + 1, state, stopping)

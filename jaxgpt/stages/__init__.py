@@ -9,14 +9,14 @@ from typing import Any
 import jax
 
 from jaxgpt import hardware, metrics, peft, processes, report, rundir, sharding, train, tree
-from jaxgpt.config import ConversationConfig, PeftConfig, PretrainConfig, RewardConfig, RunConfig
+from jaxgpt.config import PeftConfig, PretrainConfig, RewardConfig, RunConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load
 from jaxgpt.convert.table import Place
 from jaxgpt.data import chat, show
 from jaxgpt.model import gpt
 from jaxgpt.sampling.sample import Sampling, check_prompts, for_decoding, generate
-from jaxgpt.stages import distill, dpo, pretrain, reward, sft
+from jaxgpt.stages import distill, dpo, grpo, ppo, pretrain, reward, sft
 from jaxgpt.train import SampleFn, Stage
 from jaxgpt.types import Array, Params
 
@@ -26,6 +26,8 @@ BUILD: dict[str, Callable[[Any, Loaded], Stage]] = {
     "reward": reward.build,
     "dpo": dpo.build,
     "distill": distill.build,
+    "grpo": grpo.build,
+    "ppo": ppo.build,
 }
 # What to start from where `init` is empty; the other stages need trained weights.
 BEGIN: dict[str, Callable[[Any], Loaded]] = {
@@ -64,7 +66,9 @@ def launch(name: str, cfg: RunConfig) -> None:
         start = start._replace(params=_on_mesh(cfg, start.params, mesh))
         stage = _efficient(cfg.peft, BUILD[name](cfg, start))
         if shows:
-            print(show.describe(stage.next_batch({}, {}, 0), start.tokenizer))
+            batch = stage.next_batch({**stage.params, "carry": stage.carry}, stage.carry, 0)
+            batch.pop("report", None)
+            print(show.describe(batch, start.tokenizer))
             return
         train.fit(stage, cfg, mesh, sampler(cfg, start))
     if jax.process_index() == 0:
@@ -120,9 +124,9 @@ def _begin(name: str, cfg: RunConfig) -> Loaded:
         start = BEGIN[name](cfg)
     else:
         raise ValueError("init is empty: this stage starts from trained weights; give --init PATH")
-    data = getattr(cfg, "data", None)
-    if isinstance(data, ConversationConfig):
-        start = chatting.with_format(start, chatting.chat_format(start, data.template))
+    template = getattr(getattr(cfg, "data", None), "template", None)
+    if template is not None:  # the stage has conversations
+        start = chatting.with_format(start, chatting.chat_format(start, template))
     return start
 
 
@@ -135,7 +139,7 @@ def _place(cfg: RunConfig, mesh: Any) -> Place:
 
 def _reader(cfg: RunConfig, start: Loaded) -> Callable[[str], list[int]]:
     """What turns a prompt into tokens: by the chat template, where the stage has conversations."""
-    if not isinstance(getattr(cfg, "data", None), ConversationConfig):
+    if not hasattr(getattr(cfg, "data", None), "template"):
         return start.tokenizer.encode
     form = chatting.chat_format(start)
 

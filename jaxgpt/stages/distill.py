@@ -17,7 +17,9 @@ from jaxgpt.data import chat, conversations, examples, instructions
 from jaxgpt.data.conversations import Dialogue
 from jaxgpt.data.examples import Examples
 from jaxgpt.model import gpt
+from jaxgpt.rollouts import Problems, Rollouts, Writer
 from jaxgpt.sampling.sample import Sampling, for_decoding, generate
+from jaxgpt.tasks.environment import Question
 from jaxgpt.train import Stage
 from jaxgpt.types import Array, Batch, Metrics, Params
 
@@ -57,6 +59,9 @@ def build(cfg: DistillConfig, start: Loaded) -> Stage:
     else:
         params["teacher"] = teacher.params
     place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
+    next_batch = lambda params, carry, step: place(partial(train_rows.rows, step))
+    if cfg.on_policy:
+        next_batch = _own_answers(cfg, start, form, said[0])
     apart = partial(_divergence, cfg, teacher.config)
 
     def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
@@ -82,8 +87,10 @@ def build(cfg: DistillConfig, start: Loaded) -> Stage:
         params=params,
         trainable="^policy/",
         loss=loss,
-        next_batch=lambda params, carry, step: place(partial(train_rows.rows, step)),
+        next_batch=next_batch,
         evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+        updates_per_rollout=cfg.rollout.updates if cfg.on_policy else 0,
+        skips=cfg.on_policy,
     )
 
 
@@ -140,6 +147,26 @@ def _write_answers(
                 messages = [*prompt, {"role": "assistant", "content": text}]
                 lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return lines
+
+
+def _own_answers(
+    cfg: DistillConfig, start: Loaded, form: chat.Format, said: list[Dialogue]
+) -> Rollouts:
+    """The student's answers to the data's prompts, which nobody judges but the teacher."""
+    writer = Writer(cfg.model, form, start.stop_ids)
+    prompts = Problems(len(said), lambda n: Question(said[n].messages[:-1]), judged=False)
+
+    @jax.jit
+    def score(params: Params, batch: Batch) -> dict[str, Array]:
+        hidden_BTD = scoring.run(cfg.model, params["policy"], batch).hidden_BTD
+        options = (cfg.rollout.temperature, cfg.train.loss_chunk)
+        logprobs_BT, _ = scoring.token_scores(
+            cfg.model, params["policy"], hidden_BTD, batch, *options
+        )
+        return {"logprobs": logprobs_BT}
+
+    nothing_more = lambda rows, carry: ({}, {})
+    return Rollouts(cfg, cfg.rollout, writer, prompts, score, nothing_more, ())
 
 
 def _load_teacher(cfg: DistillConfig, place: Place | None = None) -> Loaded:

@@ -66,11 +66,7 @@ def score_pairs(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
         params: networks `policy`, the body, and `reward`, the head.
     """
     arms = scoring.flatten_arms(batch)
-    hidden_BTD = scoring.run(cfg, params["policy"], arms).hidden_BTD
-    length_B = (arms["segments"] > 0).sum(-1)
-    last_B11 = jnp.maximum(length_B, 1)[:, None, None] - 1
-    last_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
-    return gpt.ScalarHead(cfg).apply({"params": params["reward"]}, last_B1D).reshape(-1, 2)  # type: ignore[union-attr]
+    return scoring.final_reward(cfg, params["policy"], params["reward"], arms).reshape(-1, 2)
 
 
 def _head(cfg: RewardConfig, mesh: Mesh) -> Params:

@@ -1,0 +1,447 @@
+"""Rollouts: a policy writes answers to a task's problems, they are judged, and become batches.
+
+One forward definition serves both sides: answers are drawn by the scan sampler, then scored once by
+the forward pass that trains. How far the two are apart is measured in every rollout.
+"""
+
+import math
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxgpt import sharding
+from jaxgpt.config import ModelConfig, RolloutConfig, RunConfig
+from jaxgpt.data import chat, datasets
+from jaxgpt.data.chat import Format, Message
+from jaxgpt.sampling.sample import Completion, Sampling, check_prompts, for_decoding, generate
+from jaxgpt.tasks.environment import Environment, Turn
+from jaxgpt.types import Batch, Carry, Params, Report
+
+WIDTH = 32  # rows are as wide as their longest, rounded up to this: few shapes are compiled
+SHOWN = 4  # episodes in the log
+# |Δ log p| between sampler and trainer from which on they are not the same function.
+AGREEMENT = {"float32": 1e-4, "bfloat16": 5e-2}
+
+Rows = dict[str, np.ndarray]  # name -> array whose first axis is the answer
+Score = Callable[[Params, Batch], dict[str, Any]]  # compiled; `logprobs` must be among them
+RewardFn = Callable[[Params, Batch], Any]  # compiled; the reward [B] of whole rows
+# (rows, carry) -> (what else the loss reads, measures); see `Rollouts`
+Prepare = Callable[[Rows, Carry], tuple[Rows, dict[str, float]]]
+
+
+class Writer(NamedTuple):
+    """The network that writes, and how its turns are told apart."""
+
+    model: ModelConfig
+    form: Format
+    stop_ids: tuple[int, ...]
+
+
+class Problems(NamedTuple):
+    """Where episodes come from: how many there are, and number -> a new one."""
+
+    size: int
+    make: Callable[[int], Environment]
+    judged: bool = True  # rewards mean something
+
+
+@dataclass
+class Episode:
+    """A conversation token by token, and what it was worth."""
+
+    messages: list[Message]
+    tokens: list[int]
+    mask: list[int]  # 1: the policy drew this token
+    logprobs: list[float] = field(default_factory=list)  # zero where it did not
+    reward: float = 0.0
+    turns: int = 0
+    last_turn: int = 0  # tokens of it
+    stopped: bool = False  # the last turn ended by a stop token
+
+    def add(self, tokens: Sequence[int], logprobs: Sequence[float] | None = None) -> None:
+        """What the policy drew; without `logprobs`, what it is told."""
+        self.tokens += tokens
+        self.mask += [int(logprobs is not None)] * len(tokens)
+        self.logprobs += logprobs or [0.0] * len(tokens)
+
+
+class Rollouts:
+    """The `next_batch` of a stage that learns from what its own policy writes.
+
+    Every `updates` steps it makes a rollout, which depends on the parameters, the seed, the
+    rollout's number and the row alone; the steps up to the next one get its rows in minibatches,
+    every row once an epoch.
+
+    Args:
+        score: what the networks say of rows, [B, T] or [B].
+        prepare: makes of all rows what the loss reads beside tokens, targets and mask: advantages
+            for one thing. `score`'s results are among the rows, and `sampler` (log-probabilities
+            as drawn), `reward`, `stopped`.
+        resample: how often groups of equally good answers are replaced by others.
+        loss_reads: the rows that reach the loss.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        settings: RolloutConfig,
+        writer: Writer,
+        problems: Problems,
+        score: Score,
+        prepare: Prepare,
+        loss_reads: Sequence[str],
+        resample: int = 0,
+    ) -> None:
+        self.seed, self.settings, self.writer, self.problems = cfg.seed, settings, writer, problems
+        self.batch_size = cfg.train.batch_size
+        self.num_rows = settings.rows(self.batch_size)
+        self.score, self.prepare, self.resample = score, prepare, resample
+        self.loss_reads = ("tokens", "targets", "mask", "segments", *loss_reads)
+        self.mesh = jax.sharding.get_mesh()
+        self._rows: tuple[int, Rows] = (-1, {})
+        if problems.size == 0:
+            raise ValueError("data.path: has no problem to practise on")
+        sharding.check_rows(self.mesh, self.batch_size)
+
+    def __call__(self, params: Params, carry: Carry, step: int) -> Batch:
+        number, update = divmod(step, self.settings.updates)
+        report = None
+        if update == 0:
+            rows, report = self.roll(params, carry, number)
+            self._rows = (number, rows)
+        made, rows = self._rows
+        assert made == number, "a run resumes where a rollout begins"
+        per_epoch = self.settings.updates // self.settings.epochs
+        first = update * self.batch_size + np.arange(self.batch_size)
+        epoch_key = self.seed + number * self.settings.epochs
+        chosen = datasets.shuffled(first, per_epoch * self.batch_size, epoch_key)
+        batch = self._place(rows, chosen)
+        return batch if report is None else {**batch, "report": report}
+
+    def roll(self, params: Params, carry: Carry, number: int) -> tuple[Rows, Report]:
+        """Rollout `number`: all that the loss reads, and what to tell of it."""
+        policy = for_decoding(self.writer.model, params["policy"], self.num_rows)
+        episodes, seconds = self._write(policy, number, 0)
+        first = episodes
+        for attempt in range(1, self.resample + 1):
+            lacking = sum(not informative(group) for group in self._groups(episodes))
+            if not lacking:
+                break
+            more, spent = self._write(policy, number, attempt)
+            seconds += spent
+            episodes = self._replace(episodes, more)
+        self._require_stops(number, first)
+        rows = lay_out(episodes, self.writer.model.context_length)
+        rows["reward"] = np.array([self._worth(episode) for episode in episodes], np.float32)
+        rows |= self._by_parts(partial(self.score, params), rows)
+        measures = self._measures(first, rows)
+        drawn = sum(sum(e.mask) for e in first)
+        measures["speed/rollout_tokens_per_second"] = drawn / max(seconds, 1e-9)
+        self._require_agreement(measures)
+        if self.settings.truncated == "mask":
+            rows["mask"] = rows["mask"] * rows["stopped"][:, None]
+        more_rows, more_measures = self.prepare(rows, jax.device_get(carry))
+        kept = {
+            name: array for name, array in (rows | more_rows).items() if name in self.loss_reads
+        }
+        warning = "" if any(e.stopped for e in first) else self._no_stop()
+        texts = [transcript(e) for e in episodes[:: self.settings.samples][:SHOWN]]
+        return kept, Report(measures | more_measures, texts, warning)
+
+    def evaluate(
+        self, held_out: Problems, limit: int, params: Params, reward: RewardFn | None = None
+    ) -> dict[str, float]:
+        """Reward, exact match and length of greedy answers to held-out problems.
+
+        Args:
+            limit: of problems, evenly spread; 0: all.
+            reward: a learnt one, to be measured too.
+        """
+        count = min(limit or held_out.size, held_out.size)
+        numbers = [n * held_out.size // count for n in range(count)]
+        policy = for_decoding(self.writer.model, params["policy"], self.num_rows)
+        how = Sampling(self.settings.max_new_tokens, temperature=0.0, top_p=1.0)
+        size, found, learnt = self.num_rows, [], []
+        for start in range(0, count, size):
+            some = numbers[start : start + size]
+            filled = [*some, *[some[-1]] * (size - len(some))]  # one shape is compiled
+            environments = [held_out.make(n) for n in filled]
+            episodes, _ = self._play(policy, environments, how, jax.random.key(0))
+            found += episodes[: len(some)]
+            if reward is not None:
+                rows = lay_out(episodes, self.writer.model.context_length)
+                scores = self._by_parts(lambda batch: {"reward": reward(params, batch)}, rows)
+                learnt += scores["reward"][: len(some)].tolist()
+        measures = {
+            "val/reward": [e.reward for e in found],
+            "val/exact_match": [is_right(e) for e in found],
+            "val/length": [sum(e.mask) for e in found],
+            "val/truncated": [not e.stopped for e in found],
+            "val/learnt_reward": learnt,
+        }
+        return {name: float(np.mean(values)) for name, values in measures.items() if values}
+
+    def _write(self, policy: Params, number: int, attempt: int) -> tuple[list[Episode], float]:
+        """New episodes, the answers to one prompt beside each other."""
+        P = self.settings.samples
+        num_groups = self.num_rows // P
+        turn = number * (self.resample + 1) + attempt
+        chosen = datasets.shuffled(
+            turn * num_groups + np.arange(num_groups), self.problems.size, self.seed
+        )
+        environments = [self.problems.make(int(n)) for n in np.repeat(chosen, P)]
+        how = Sampling(self.settings.max_new_tokens, self.settings.temperature, top_p=1.0)
+        rng = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(b"rollout"))
+        return self._play(policy, environments, how, jax.random.fold_in(rng, turn))
+
+    def _play(
+        self, policy: Params, environments: list[Environment], how: Sampling, rng: Any
+    ) -> tuple[list[Episode], float]:
+        return play(
+            self.writer, policy, environments, how, rng, self.settings.judge_seconds, self.mesh
+        )
+
+    def _groups(self, episodes: list[Episode]) -> list[list[Episode]]:
+        P = self.settings.samples
+        return [episodes[first : first + P] for first in range(0, len(episodes), P)]
+
+    def _replace(self, episodes: list[Episode], more: list[Episode]) -> list[Episode]:
+        """Informative new groups in the place of uninformative ones."""
+        spare = iter([group for group in self._groups(more) if informative(group)])
+        kept = [
+            group if informative(group) else next(spare, group) for group in self._groups(episodes)
+        ]
+        return [episode for group in kept for episode in group]
+
+    def _worth(self, episode: Episode) -> float:
+        """The reward less what the last stretch of an overlong answer costs."""
+        buffer = self.settings.overlong_buffer
+        over = episode.last_turn - (self.settings.max_new_tokens - buffer)
+        return episode.reward - (min(max(over / buffer, 0.0), 1.0) if buffer else 0.0)
+
+    def _by_parts(self, fn: Callable[[Batch], dict[str, Any]], rows: Rows) -> Rows:
+        """`fn` of all rows, as many at a time as a step reads."""
+        parts = []
+        for first in range(0, self.num_rows, self.batch_size):
+            found = fn(self._place(rows, first + np.arange(self.batch_size)))
+            parts.append({name: sharding.whole(array) for name, array in found.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _place(self, rows: Rows, chosen: np.ndarray) -> Batch:
+        wanted = {n: a for n, a in rows.items() if n in self.loss_reads}
+        read = lambda numbers: {name: array[chosen[numbers]] for name, array in wanted.items()}
+        return sharding.place_rows(self.mesh, self.batch_size, read)
+
+    def _measures(self, episodes: list[Episode], rows: Rows) -> dict[str, float]:
+        """Of the answers as they were drawn, before any group was replaced."""
+        groups = self._groups(episodes)
+        apart = np.abs(rows["logprobs"] - rows["sampler"])[rows["mask"] > 0]
+        mean = lambda values: float(np.mean(list(values)))
+        measures = {
+            "rollout/length": mean(sum(e.mask) for e in episodes),
+            "rollout/truncated": mean(not e.stopped for e in episodes),
+            "rollout/difference_max": float(apart.max()),
+            "rollout/difference_mean": float(apart.mean()),
+        }
+        if self.problems.judged:
+            measures["rollout/reward"] = mean(e.reward for e in episodes)
+            measures["rollout/reward_std"] = float(np.std([e.reward for e in episodes]))
+            measures["rollout/exact_match"] = mean(is_right(e) for e in episodes)
+        if self.problems.judged and self.settings.samples > 1:
+            measures["rollout/uninformative"] = mean(not informative(g) for g in groups)
+        if any(e.turns > 1 for e in episodes):
+            measures["rollout/turns"] = mean(e.turns for e in episodes)
+        return measures
+
+    def _require_stops(self, number: int, episodes: list[Episode]) -> None:
+        if number == 0 and not any(e.stopped for e in episodes):
+            raise ValueError(self._no_stop())
+
+    def _no_stop(self) -> str:
+        return (
+            f"rollout.max_new_tokens={self.settings.max_new_tokens}: none of {self.num_rows} "
+            "answers ended by a stop token, so nothing would be learned but to be cut off; raise "
+            "it, or start from a model that was tuned to answer"
+        )
+
+    def _require_agreement(self, measures: dict[str, float]) -> None:
+        found, dtype = measures["rollout/difference_max"], self.writer.model.dtype
+        if not found <= AGREEMENT[dtype]:
+            raise FloatingPointError(
+                f"the sampler's and the trainer's log-probabilities differ by {found:.3g}, more "
+                f"than {AGREEMENT[dtype]:g} for model.dtype={dtype}: they are not of one policy"
+            )
+
+
+def play(
+    writer: Writer,
+    policy: Params,
+    environments: Sequence[Environment],
+    how: Sampling,
+    rng: Any,
+    seconds: float,
+    mesh: Any = None,
+) -> tuple[list[Episode], float]:
+    """An episode in every environment, and the seconds that the policy wrote.
+
+    The policy writes a turn up to its stop token; what the environment answers, by the chat
+    template, is read but not learned. An episode ends when its environment says so, when a turn
+    has no end, or when the context is full.
+
+    Args:
+        policy: laid out by `for_decoding`.
+        seconds: how long an environment may think about one turn.
+    """
+    episodes = [_begin(writer.form, environment) for environment in environments]
+    check_prompts(writer.model, [episode.tokens for episode in episodes])
+    going, spent = list(range(len(episodes))), 0.0
+    while going:
+        # A power of two after the first turn, so that few shapes are compiled.
+        size = len(episodes) if len(going) == len(episodes) else 1 << (len(going) - 1).bit_length()
+        rows = [*going, *[going[-1]] * (min(size, len(episodes)) - len(going))]
+        began = time.perf_counter()
+        written = generate(
+            writer.model, policy, [episodes[n].tokens for n in rows], how,
+            stop_ids=writer.stop_ids, rng=rng, rows=rows, mesh=mesh, compact=True,
+        )[: len(going)]  # fmt: skip
+        spent += time.perf_counter() - began
+        texts = [writer.form.tokenizer.decode(completion.tokens) for completion in written]
+        turns = judge([environments[n] for n in going], texts, seconds)
+        going = [
+            n
+            for n, completion, text, turn in zip(going, written, texts, turns, strict=True)
+            if _take_turn(writer, episodes[n], completion, text, turn)
+        ]
+    return episodes, spent
+
+
+def judge(environments: Sequence[Environment], texts: Sequence[str], seconds: float) -> list[Turn]:
+    """What the environments answer.
+
+    Raises:
+        ValueError: one of them raised, took longer than `seconds`, or gave no finite reward.
+    """
+    answers: queue.Queue[Turn | BaseException] = queue.Queue()
+
+    def work() -> None:
+        for environment, text in zip(environments, texts, strict=True):
+            try:
+                answers.put(environment.step(text))
+            except BaseException as error:  # raised again where the turn is asked for
+                return answers.put(error)
+
+    threading.Thread(target=work, daemon=True).start()  # one that hangs must not keep the process
+    found = []
+    for text in texts:
+        try:
+            turn = answers.get(timeout=seconds)
+        except queue.Empty:
+            raise ValueError(
+                f"rollout.judge_seconds={seconds:g}: judging {text!r:.200} took longer"
+            ) from None
+        if isinstance(turn, BaseException):
+            kind = type(turn).__name__
+            raise ValueError(f"data.path: judging {text!r:.200} failed, {kind}: {turn}") from turn
+        if not isinstance(turn.reward, int | float) or not math.isfinite(turn.reward):
+            raise ValueError(
+                f"data.path: the reward of {text!r:.200} is {turn.reward}, not a finite number"
+            )
+        found.append(turn)
+    return found
+
+
+def lay_out(episodes: Sequence[Episode], context_length: int) -> Rows:
+    """Episodes as rows, filled up on the right; `mask` is 1 where the policy drew the target."""
+    longest = max(len(episode.tokens) for episode in episodes)
+    T = min(-(-longest // WIDTH) * WIDTH, context_length)
+    shape = (len(episodes), T)
+    rows: Rows = {
+        "tokens": np.zeros(shape, np.int32),
+        "targets": np.zeros(shape, np.int32),
+        "mask": np.zeros(shape, np.float32),
+        "segments": np.zeros(shape, np.int32),
+        "sampler": np.zeros(shape, np.float32),
+    }
+    for row, episode in enumerate(episodes):
+        # The last token is read, too: a reward model judges there.
+        length = len(episode.tokens)
+        rows["tokens"][row, :length] = episode.tokens
+        rows["targets"][row, : length - 1] = episode.tokens[1:]
+        rows["mask"][row, : length - 1] = episode.mask[1:]
+        rows["segments"][row, :length] = 1
+        rows["sampler"][row, : length - 1] = episode.logprobs[1:]
+    rows["stopped"] = np.array([episode.stopped for episode in episodes], np.float32)
+    return rows
+
+
+def informative(group: Sequence[Episode]) -> bool:
+    """Not all answers to the prompt are equally good."""
+    return len({episode.reward for episode in group}) > 1
+
+
+def is_right(episode: Episode) -> bool:
+    """Tasks give an answer that is right in every way a reward of 1."""
+    return episode.reward > 1 - 1e-6
+
+
+def transcript(episode: Episode) -> str:
+    """An episode for people: who said what, what tools gave, what it was worth."""
+    lines = [
+        f"  → {message['content']}" if message["role"] == "tool"
+        else f"{message['role']}: {message['content']}"
+        for message in episode.messages
+    ]  # fmt: skip
+    cut = "" if episode.stopped else ", cut off"
+    return "\n".join([*lines, f"[reward {episode.reward:g}{cut}]"])
+
+
+def from_task(task: Any, held_out: bool) -> Problems:
+    """The problems of one split of a task (tasks/__init__.py)."""
+    problems = list(task.problems(held_out))
+    return Problems(len(problems), lambda number: task.environment(problems[number]))
+
+
+def _begin(form: Format, environment: Environment) -> Episode:
+    messages = environment.reset()
+    tokens = chat.encode(form, messages, add_generation_prompt=True).tokens_T.tolist()
+    episode = Episode(list(messages), [], [])
+    episode.add(tokens)
+    return episode
+
+
+def _take_turn(
+    writer: Writer, episode: Episode, completion: Completion, text: str, turn: Turn
+) -> bool:
+    """Notes a turn and what follows it; whether there is another one."""
+    drawn, logprobs = list(completion.tokens), list(completion.logprobs)
+    if completion.end is not None:
+        drawn, logprobs = [*drawn, completion.end[0]], [*logprobs, completion.end[1]]
+    episode.add(drawn, logprobs)
+    episode.turns += 1
+    episode.last_turn, episode.stopped = len(drawn), completion.stopped
+    episode.reward += float(turn.reward)
+    episode.messages.append({"role": "assistant", "content": text})
+    if turn.done or turn.observation is None or not completion.stopped:
+        return False
+    episode.messages.append({"role": "tool", "content": turn.observation})
+    told = _after_turn(writer.form, episode.messages)
+    if len(episode.tokens) + len(told) >= writer.model.context_length:
+        episode.messages.pop()
+        return False
+    episode.add(told)
+    return True
+
+
+def _after_turn(form: Format, messages: Sequence[Message]) -> list[int]:
+    """The tokens behind the assistant's last end of turn, up to where it writes again."""
+    encoded = chat.encode(form, messages, add_generation_prompt=True)
+    last = int(np.flatnonzero(encoded.target_T)[-1])
+    return encoded.tokens_T[last + 1 :].tolist()
