@@ -2,6 +2,7 @@
 
 python benchmarks/decode.py                                  # batch 1 and 8
 python benchmarks/decode.py --dtype float32 --batch 1
+python benchmarks/decode.py --rollout                        # drawing as rollouts do, against greedy
 """
 
 import argparse
@@ -20,21 +21,30 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="of jaxgpt")
     parser.add_argument("--peer", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--rollout", action="store_true", help="ours as in reinforcement learning")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         who, dtype = args.side
-        {"jaxgpt": jaxgpt_side, "transformers": torch_side}[who](dtype, args.batch[0])
+        sides = {
+            "jaxgpt": jaxgpt_side,
+            "rollout": partial(jaxgpt_side, rollout=True),
+            "transformers": torch_side,
+        }
+        sides[who](dtype, args.batch[0])
         return
     for batch in args.batch:
         start = partial(paired.Side, __file__, "--batch", str(batch), "--side")
-        ours = [partial(start, "jaxgpt", dtype) for dtype in args.dtype]
-        peers = [partial(start, "transformers", dtype) for dtype in args.peer]
+        own, peer = ("rollout", "jaxgpt") if args.rollout else ("jaxgpt", "transformers")
+        ours = [partial(start, own, dtype) for dtype in args.dtype]
+        peers = [
+            partial(start, peer, dtype) for dtype in (args.dtype if args.rollout else args.peer)
+        ]
         paired.compare(f"batch {batch}", ours, peers, batch * NEW, "tokens", args.pairs)
 
 
-def jaxgpt_side(dtype: str, batch: int) -> None:
+def jaxgpt_side(dtype: str, batch: int, rollout: bool = False) -> None:
     import jax
     import numpy as np
 
@@ -48,13 +58,14 @@ def jaxgpt_side(dtype: str, batch: int) -> None:
     )  # fmt: skip
     params = sample.for_decoding(cfg, gpt.init(cfg, jax.random.key(0)), batch)
     prompts = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT)).tolist()
-    greedy = sample.Sampling(max_new_tokens=NEW, temperature=0.0)
+    how = sample.Sampling(max_new_tokens=NEW, temperature=1.0 if rollout else 0.0, top_p=1.0)
 
     def run() -> None:
-        written = sample.generate(cfg, params, prompts, greedy)
+        written = sample.generate(cfg, params, prompts, how, compact=rollout)
         assert all(len(completion.tokens) == NEW for completion in written)
 
-    paired.serve(f"jaxgpt {dtype}", lambda: paired.timed(run, 1))
+    name = f"rollouts {dtype}" if rollout else f"jaxgpt {dtype}"
+    paired.serve(name, lambda: paired.timed(run, 1))
 
 
 def torch_side(dtype: str, batch: int) -> None:

@@ -218,6 +218,8 @@ def _summary(metrics: Mapping[str, Any]) -> str:
     formats = {
         "train/loss": lambda value: f"loss {value:.4g}",
         "val/loss": lambda value: f"val {value:.4g}",
+        "rollout/reward": lambda value: f"reward {value:.3f}",
+        "val/exact_match": lambda value: f"exact match {value:.1%}",
         "speed/tokens_per_second": lambda value: f"{short(value)} tokens/s",
         "speed/mfu": lambda value: f"MFU {value:.1%}",
     }

@@ -98,6 +98,9 @@ def _tiles(series: dict[str, Series]) -> str:
         best = int(values.argmin())
         tiles["validation loss"] = f"{values[0]:.3f} → {values[-1]:.3f}"
         tiles["best validation loss"] = f"{values[best]:.3f} <small>step {steps[best]:,.0f}</small>"
+    if "val/exact_match" in series:
+        _, values = series["val/exact_match"]
+        tiles["exact match"] = f"{values[0]:.1%} → {values[-1]:.1%}"
     if "train/loss" in series:
         steps, values = series["train/loss"]
         tiles["training loss"] = f"{values[0]:.3f} → {values[-1]:.3f}"

@@ -15,6 +15,7 @@ import pytest
 from jaxgpt import checkpoint, metrics, peft, rollouts, sharding, stages, tasks, train
 from jaxgpt.config import (
     CheckpointConfig,
+    DistillConfig,
     EvalConfig,
     GrpoConfig,
     LogConfig,
@@ -30,6 +31,7 @@ from jaxgpt.config import (
 )
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
+from jaxgpt.data import synthetic
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.model import gpt
 from jaxgpt.stages import grpo, ppo
@@ -78,7 +80,8 @@ def make(kind: str, folder: Path, **changes: Any) -> tuple[Any, Loaded]:
 
 
 def build(cfg: Any, start: Loaded) -> train.Stage:
-    return stages.BUILD["ppo" if isinstance(cfg, PpoConfig) else "grpo"](cfg, start)
+    names = {GrpoConfig: "grpo", PpoConfig: "ppo", DistillConfig: "distill"}
+    return stages.BUILD[names[type(cfg)]](cfg, start)
 
 
 def fit(cfg: Any, start: Loaded, change: Callable = lambda stage: stage) -> None:
@@ -302,3 +305,25 @@ def test_adapters_learn_and_their_base_is_the_reference(kind, tmp_path):
     key = "rollout/kl" if kind == "ppo" else "policy/kl"
     kls = [line[key] for line in lines if key in line]
     assert abs(kls[0]) < 1e-5 < abs(kls[-1])
+
+
+@pytest.mark.slow
+def test_a_student_nears_its_teacher_on_its_own_answers(tmp_path, monkeypatch):
+    whole = synthetic.problems
+    monkeypatch.setattr(synthetic, "problems", lambda held: list(whole(held))[:20])
+    shared, start = make("grpo", tmp_path)
+    teacher = start._replace(params=gpt.init(MODEL, jax.random.key(4)))
+    monkeypatch.setattr(stages.distill, "_load_teacher", lambda cfg: teacher)
+    same = ("run", "model", "train", "checkpoint", "eval", "sample", "log")
+    cfg = DistillConfig(
+        **{name: getattr(shared, name) for name in same}, on_policy=True, divergence="jsd",
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=0),
+        rollout=RolloutConfig(samples=1, max_new_tokens=16),
+    )  # fmt: skip
+    fit(cfg, start)
+    lines = metrics.read_jsonl(tmp_path / "metrics.jsonl")
+    kls = [line["val/kl"] for line in lines if "val/kl" in line]
+    assert kls[-1] < 0.9 * kls[0]
+    told = next(line for line in lines if "rollout/length" in line)
+    assert "rollout/reward" not in told  # nobody gave one
+    assert any("train/jsd" in line for line in lines)
