@@ -2,7 +2,7 @@
 
 python benchmarks/decode.py                                  # batch 1 and 8
 python benchmarks/decode.py --dtype float32 --batch 1
-python benchmarks/decode.py --rollout                        # drawing as rollouts do, against greedy
+python benchmarks/decode.py --rollout                        # drawing for rollouts, against greedy
 """
 
 import argparse
