@@ -4,13 +4,8 @@ One forward definition serves both sides: answers are drawn by the scan sampler,
 the forward pass that trains. How far the two are apart is measured in every rollout.
 """
 
-import math
-import queue
-import threading
-import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,11 +13,12 @@ import jax
 import numpy as np
 
 from jaxgpt import sharding
-from jaxgpt.config import ModelConfig, RolloutConfig, RunConfig
-from jaxgpt.data import chat, datasets
-from jaxgpt.data.chat import Format, Message
-from jaxgpt.sampling.sample import Completion, Sampling, check_prompts, for_decoding, generate
-from jaxgpt.tasks.environment import Environment, Turn
+from jaxgpt.config import RolloutConfig, RunConfig
+from jaxgpt.data import datasets
+from jaxgpt.episodes import Episode, Writer, play, transcript
+from jaxgpt.sampling.sample import Sampling, for_decoding
+from jaxgpt.tasks import Task
+from jaxgpt.tasks.environment import Environment
 from jaxgpt.types import Batch, Carry, Params, Report
 
 WIDTH = 32  # rows are as wide as their longest, rounded up to this: few shapes are compiled
@@ -37,40 +33,12 @@ RewardFn = Callable[[Params, Batch], Any]  # compiled; the reward [B] of whole r
 Prepare = Callable[[Rows, Carry], tuple[Rows, dict[str, float]]]
 
 
-class Writer(NamedTuple):
-    """The network that writes, and how its turns are told apart."""
-
-    model: ModelConfig
-    form: Format
-    stop_ids: tuple[int, ...]
-
-
 class Problems(NamedTuple):
     """Where episodes come from: how many there are, and number -> a new one."""
 
     size: int
     make: Callable[[int], Environment]
     judged: bool = True  # rewards mean something
-
-
-@dataclass
-class Episode:
-    """A conversation token by token, and what it was worth."""
-
-    messages: list[Message]
-    tokens: list[int]
-    mask: list[int]  # 1: the policy drew this token
-    logprobs: list[float] = field(default_factory=list)  # zero where it did not
-    reward: float = 0.0
-    turns: int = 0
-    last_turn: int = 0  # tokens of it
-    stopped: bool = False  # the last turn ended by a stop token
-
-    def add(self, tokens: Sequence[int], logprobs: Sequence[float] | None = None) -> None:
-        """What the policy drew; without `logprobs`, what it is told."""
-        self.tokens += tokens
-        self.mask += [int(logprobs is not None)] * len(tokens)
-        self.logprobs += logprobs or [0.0] * len(tokens)
 
 
 class Rollouts:
@@ -281,83 +249,6 @@ class Rollouts:
             )
 
 
-def play(
-    writer: Writer,
-    policy: Params,
-    environments: Sequence[Environment],
-    how: Sampling,
-    rng: Any,
-    seconds: float,
-    mesh: Any = None,
-) -> tuple[list[Episode], float]:
-    """An episode in every environment, and the seconds that the policy wrote.
-
-    The policy writes a turn up to its stop token; what the environment answers, by the chat
-    template, is read but not learned. An episode ends when its environment says so, when a turn
-    has no end, or when the context is full.
-
-    Args:
-        policy: laid out by `for_decoding`.
-        seconds: how long an environment may think about one turn.
-    """
-    episodes = [_begin(writer.form, environment) for environment in environments]
-    check_prompts(writer.model, [episode.tokens for episode in episodes])
-    going, spent = list(range(len(episodes))), 0.0
-    while going:
-        # A power of two after the first turn, so that few shapes are compiled.
-        size = len(episodes) if len(going) == len(episodes) else 1 << (len(going) - 1).bit_length()
-        rows = [*going, *[going[-1]] * (min(size, len(episodes)) - len(going))]
-        began = time.perf_counter()
-        written = generate(
-            writer.model, policy, [episodes[n].tokens for n in rows], how,
-            stop_ids=writer.stop_ids, rng=rng, rows=rows, mesh=mesh, compact=True,
-        )[: len(going)]  # fmt: skip
-        spent += time.perf_counter() - began
-        texts = [writer.form.tokenizer.decode(completion.tokens) for completion in written]
-        turns = judge([environments[n] for n in going], texts, seconds)
-        going = [
-            n
-            for n, completion, text, turn in zip(going, written, texts, turns, strict=True)
-            if _take_turn(writer, episodes[n], completion, text, turn)
-        ]
-    return episodes, spent
-
-
-def judge(environments: Sequence[Environment], texts: Sequence[str], seconds: float) -> list[Turn]:
-    """What the environments answer.
-
-    Raises:
-        ValueError: one of them raised, took longer than `seconds`, or gave no finite reward.
-    """
-    answers: queue.Queue[Turn | BaseException] = queue.Queue()
-
-    def work() -> None:
-        for environment, text in zip(environments, texts, strict=True):
-            try:
-                answers.put(environment.step(text))
-            except BaseException as error:  # raised again where the turn is asked for
-                return answers.put(error)
-
-    threading.Thread(target=work, daemon=True).start()  # one that hangs must not keep the process
-    found = []
-    for text in texts:
-        try:
-            turn = answers.get(timeout=seconds)
-        except queue.Empty:
-            raise ValueError(
-                f"rollout.judge_seconds={seconds:g}: judging {text!r:.200} took longer"
-            ) from None
-        if isinstance(turn, BaseException):
-            kind = type(turn).__name__
-            raise ValueError(f"data.path: judging {text!r:.200} failed, {kind}: {turn}") from turn
-        if not isinstance(turn.reward, int | float) or not math.isfinite(turn.reward):
-            raise ValueError(
-                f"data.path: the reward of {text!r:.200} is {turn.reward}, not a finite number"
-            )
-        found.append(turn)
-    return found
-
-
 def lay_out(episodes: Sequence[Episode], context_length: int) -> Rows:
     """Episodes as rows, filled up on the right; `mask` is 1 where the policy drew the target."""
     longest = max(len(episode.tokens) for episode in episodes)
@@ -392,56 +283,7 @@ def is_right(episode: Episode) -> bool:
     return episode.reward > 1 - 1e-6
 
 
-def transcript(episode: Episode) -> str:
-    """An episode for people: who said what, what tools gave, what it was worth."""
-    lines = [
-        f"  → {message['content']}" if message["role"] == "tool"
-        else f"{message['role']}: {message['content']}"
-        for message in episode.messages
-    ]  # fmt: skip
-    cut = "" if episode.stopped else ", cut off"
-    return "\n".join([*lines, f"[reward {episode.reward:g}{cut}]"])
-
-
-def from_task(task: Any, held_out: bool) -> Problems:
+def from_task(task: Task, held_out: bool) -> Problems:
     """The problems of one split of a task (tasks/__init__.py)."""
     problems = list(task.problems(held_out))
     return Problems(len(problems), lambda number: task.environment(problems[number]))
-
-
-def _begin(form: Format, environment: Environment) -> Episode:
-    messages = environment.reset()
-    tokens = chat.encode(form, messages, add_generation_prompt=True).tokens_T.tolist()
-    episode = Episode(list(messages), [], [])
-    episode.add(tokens)
-    return episode
-
-
-def _take_turn(
-    writer: Writer, episode: Episode, completion: Completion, text: str, turn: Turn
-) -> bool:
-    """Notes a turn and what follows it; whether there is another one."""
-    drawn, logprobs = list(completion.tokens), list(completion.logprobs)
-    if completion.end is not None:
-        drawn, logprobs = [*drawn, completion.end[0]], [*logprobs, completion.end[1]]
-    episode.add(drawn, logprobs)
-    episode.turns += 1
-    episode.last_turn, episode.stopped = len(drawn), completion.stopped
-    episode.reward += float(turn.reward)
-    episode.messages.append({"role": "assistant", "content": text})
-    if turn.done or turn.observation is None or not completion.stopped:
-        return False
-    episode.messages.append({"role": "tool", "content": turn.observation})
-    told = _after_turn(writer.form, episode.messages)
-    if len(episode.tokens) + len(told) >= writer.model.context_length:
-        episode.messages.pop()
-        return False
-    episode.add(told)
-    return True
-
-
-def _after_turn(form: Format, messages: Sequence[Message]) -> list[int]:
-    """The tokens behind the assistant's last end of turn, up to where it writes again."""
-    encoded = chat.encode(form, messages, add_generation_prompt=True)
-    last = int(np.flatnonzero(encoded.target_T)[-1])
-    return encoded.tokens_T[last + 1 :].tolist()

@@ -17,6 +17,7 @@ LAYERS = (
     {"weights", "losses", "policy_losses", "optim", "sharding", "metrics", "checkpoint", "data"},
     {"model", "peft", "rundir", "runlog", "report", "tasks"},
     {"sampling", "convert", "train", "scoring"},
+    {"episodes"},
     {"language_model", "rollouts"},
     {"stages", "evals", "serve", "jaxgpt"},  # jaxgpt is the front door, jaxgpt/__init__.py
     {"scripts"},

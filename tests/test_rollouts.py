@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import rollouts
+from jaxgpt import episodes, rollouts
 from jaxgpt.config import GrpoConfig, ModelConfig, PpoConfig, RolloutConfig, TrainConfig
 from jaxgpt.data import chat
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.rollouts import Episode, Rollouts, Writer
+from jaxgpt.episodes import Episode, Writer
+from jaxgpt.rollouts import Rollouts
 from jaxgpt.sampling.sample import Completion, Sampling
 from jaxgpt.tasks.environment import Question, Turn
 
@@ -51,13 +52,13 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *turns: list[str]) -> list[list[in
             written.append(Completion(tokens, [-0.5] * len(tokens), end is not None, end))
         return [*written, *[written[-1]] * (len(prompts) - len(written))]
 
-    monkeypatch.setattr(rollouts, "generate", generate)
+    monkeypatch.setattr(episodes, "generate", generate)
     return contexts
 
 
 def play(environments) -> list[Episode]:
     how, rng = Sampling(64, 1.0, top_p=1.0), jax.random.key(0)
-    return rollouts.play(WRITER, {}, environments, how, rng, seconds=5.0)[0]
+    return episodes.play(WRITER, {}, environments, how, rng, seconds=5.0)[0]
 
 
 def test_an_episode_with_a_tool_is_the_conversation_that_sft_would_see(monkeypatch):
@@ -77,7 +78,7 @@ def test_an_episode_with_a_tool_is_the_conversation_that_sft_would_see(monkeypat
     assert whole.tokens_T[length:].tolist() == TOKENIZER.encode("\n")
     assert (episode.reward, episode.turns, episode.stopped) == (1.0, 2, True)
     assert contexts[1] == episode.tokens[: len(contexts[1])]
-    assert rollouts.transcript(episode).splitlines() == [
+    assert episodes.transcript(episode).splitlines() == [
         "user: What is 6 * 7?", "assistant: calculator(6 * 7)", "  → 42",
         "assistant: 6 * 7 = 42", "[reward 1]",
     ]  # fmt: skip
@@ -85,8 +86,8 @@ def test_an_episode_with_a_tool_is_the_conversation_that_sft_would_see(monkeypat
 
 def test_rows_keep_the_stop_token_and_its_log_probability(monkeypatch):
     scripted(monkeypatch, ["42", "I think it is 4…"])
-    episodes = play([Rule(len), Rule(len)])
-    rows = rollouts.lay_out(episodes, MODEL.context_length)
+    played = play([Rule(len), Rule(len)])
+    rows = rollouts.lay_out(played, MODEL.context_length)
     assert rows["tokens"].shape[1] % rollouts.WIDTH == 0
     for row, (text, stopped) in enumerate([("42", True), ("I think it is 4", False)]):
         own = rows["mask"][row] > 0
@@ -96,7 +97,7 @@ def test_rows_keep_the_stop_token_and_its_log_probability(monkeypatch):
         assert rows["sampler"][row][own].tolist() == expected
         # Place t predicts token t + 1.
         np.testing.assert_array_equal(rows["tokens"][row][1:][own[:-1]], drawn)
-        assert rows["segments"][row].sum() == len(episodes[row].tokens)
+        assert rows["segments"][row].sum() == len(played[row].tokens)
         assert rows["stopped"][row] == stopped
     assert rows["mask"].dtype == rows["sampler"].dtype == np.float32
 
@@ -105,7 +106,7 @@ def test_a_turn_that_is_cut_off_ends_the_episode_though_it_calls_a_tool(monkeypa
     scripted(monkeypatch, ["calculator(6 * 7)…"])
     [episode] = play([Question(ASKED, lambda text: 1.0, ["calculator"])])
     assert (episode.turns, episode.reward, episode.stopped) == (1, 0.0, False)
-    assert "cut off" in rollouts.transcript(episode)
+    assert "cut off" in episodes.transcript(episode)
 
 
 def test_an_observation_that_does_not_fit_the_context_ends_the_episode(monkeypatch):
@@ -124,19 +125,19 @@ def test_a_reward_that_raises_names_the_text():
         raise KeyError("no such unit")
 
     with pytest.raises(ValueError, match=r"judging 'b' failed, KeyError: 'no such unit'"):
-        rollouts.judge([Rule(lambda text: 1.0), Rule(fails)], ["a", "b"], 5.0)
+        episodes.judge([Rule(lambda text: 1.0), Rule(fails)], ["a", "b"], 5.0)
 
 
 @pytest.mark.parametrize("reward", [float("nan"), float("inf"), None, "1"])
 def test_a_reward_that_is_no_finite_number_is_refused(reward):
     with pytest.raises(ValueError, match=r"reward of 'b' is .*not a finite number"):
-        rollouts.judge([Rule(len), Rule(lambda text: reward)], ["a", "b"], 5.0)
+        episodes.judge([Rule(len), Rule(lambda text: reward)], ["a", "b"], 5.0)
 
 
 def test_a_reward_that_hangs_is_given_up():
     began = time.perf_counter()
     with pytest.raises(ValueError, match=r"rollout.judge_seconds=0.2: judging 'b' took longer"):
-        rollouts.judge([Rule(len), Rule(lambda text: time.sleep(30) or 1.0)], ["a", "b"], 0.2)
+        episodes.judge([Rule(len), Rule(lambda text: time.sleep(30) or 1.0)], ["a", "b"], 0.2)
     assert time.perf_counter() - began < 10
 
 

@@ -16,8 +16,9 @@ from jaxgpt.convert.table import Place
 from jaxgpt.data import chat, conversations, examples, instructions
 from jaxgpt.data.conversations import Dialogue
 from jaxgpt.data.examples import Examples
+from jaxgpt.episodes import Writer
 from jaxgpt.model import gpt
-from jaxgpt.rollouts import Problems, Rollouts, Writer
+from jaxgpt.rollouts import Problems, Rollouts
 from jaxgpt.sampling.sample import Sampling, for_decoding, generate
 from jaxgpt.tasks.environment import Question
 from jaxgpt.train import Stage

@@ -14,7 +14,8 @@ from jaxgpt import policy_losses, scoring, tasks
 from jaxgpt.config import GrpoConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
-from jaxgpt.rollouts import Rollouts, Rows, Writer, from_task
+from jaxgpt.episodes import Writer
+from jaxgpt.rollouts import Rollouts, Rows, from_task
 from jaxgpt.train import Stage
 from jaxgpt.types import Array, Batch, Carry, Metrics, Params
 

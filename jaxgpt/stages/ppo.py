@@ -18,7 +18,8 @@ from jaxgpt import policy_losses, rundir, scoring, tasks
 from jaxgpt.config import ModelConfig, PpoConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load
-from jaxgpt.rollouts import Rollouts, Rows, Writer, from_task
+from jaxgpt.episodes import Writer
+from jaxgpt.rollouts import Rollouts, Rows, from_task
 from jaxgpt.train import Stage
 from jaxgpt.types import Array, Batch, Carry, Metrics, Params
 
