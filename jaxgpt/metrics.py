@@ -181,6 +181,10 @@ class Progress:
             self._bar.n = step
             self._bar.refresh()
 
+    def note(self, metrics: Mapping[str, Any]) -> None:
+        """Measures to show with the next step."""
+        self._shown |= metrics
+
     def write(self, text: str) -> None:
         """Prints above the bar."""
         if self._bar is None:

@@ -121,7 +121,8 @@ class RunLog:
             self.write(f"warning: step {done}: {report.warning}")
         for sink in self._sinks:
             sink(done, report.measures)
-        self._show(done, report.measures)
+        if self._writes:
+            self._progress.note(report.measures)
         self._rollout = report.texts
 
     def samples(self, done: int, texts: Sequence[str]) -> None:
