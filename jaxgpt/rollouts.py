@@ -21,7 +21,7 @@ from jaxgpt.tasks import Task
 from jaxgpt.tasks.environment import Environment
 from jaxgpt.types import Batch, Carry, Params, Report
 
-WIDTH = 32  # rows are as wide as their longest, rounded up to this: few shapes are compiled
+WIDTH = 16  # rows are as wide as their longest, rounded up to this: few shapes are compiled
 SHOWN = 4  # episodes in the log
 # |Δ log p| between sampler and trainer from which on they are not the same function.
 AGREEMENT = {"float32": 1e-4, "bfloat16": 5e-2}
