@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import policy_losses, rundir, scoring, tasks
+from jaxgpt import policy_losses, rundir, scoring, sharding, tasks
 from jaxgpt.config import ModelConfig, PpoConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load
@@ -178,7 +178,8 @@ def _value(cfg: PpoConfig, start: Loaded) -> Params:
 def _load_judge(cfg: PpoConfig, start: Loaded) -> tuple[ModelConfig, Params]:
     """A reward model's shape, and its body and head as one network."""
     try:
-        body = load(cfg.reward_model, merged=True)
+        place = partial(sharding.place, jax.sharding.get_mesh())
+        body = load(cfg.reward_model, place=place, merged=True)
         head = rundir.read_params(cfg.reward_model, "reward")
     except ValueError as error:
         raise ValueError(f"reward_model: no run of scripts/reward.py, {error}") from None

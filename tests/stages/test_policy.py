@@ -313,7 +313,7 @@ def test_a_student_nears_its_teacher_on_its_own_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "problems", lambda held: list(whole(held))[:20])
     shared, start = make("grpo", tmp_path)
     teacher = start._replace(params=gpt.init(MODEL, jax.random.key(4)))
-    monkeypatch.setattr(stages.distill, "_load_teacher", lambda cfg: teacher)
+    monkeypatch.setattr(stages.distill, "_load_teacher", lambda *_: teacher)
     same = ("run", "model", "train", "checkpoint", "eval", "sample", "log")
     cfg = DistillConfig(
         **{name: getattr(shared, name) for name in same}, on_policy=True, divergence="jsd",
