@@ -441,7 +441,8 @@ class ConversationConfig:
 
     path: str = ""
     """JSONL, JSON or Parquet file (or its .gz), Hub data set, or embedded task; empty: arithmetic.
-    The formats are told by their columns: messages, conversations, instruction, prompt, chosen."""
+    The formats are told by their columns: messages, conversations, instruction, prompt, question,
+    chosen."""
     split: str = "train"
     """Split of a Hub data set."""
     val_path: str = ""
@@ -473,6 +474,8 @@ class ChatDataConfig(ConversationConfig):
     """Several conversations to a row; off: one, padded to the longest of the batch."""
     learn: Literal["assistant", "all"] = "assistant"
     """Whose words are targets."""
+    calls: Literal["text", "turns"] = "text"
+    """GSM8K's <<48/2=24>> is text, or a turn that calls the calculator and what that gives."""
     text_share: float = 0.0
     """Share of the rows that are windows of plain text, against forgetting; 1: nothing else."""
     text_path: str = ""
@@ -872,6 +875,8 @@ class WriteConfig:
     """The same seed writes the same text."""
     chat: bool = False
     """Answer as the assistant, by the model's chat template."""
+    tools: list[str] = field(default_factory=list)
+    """Tools that the assistant may call, with --chat: calculator."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; null: the one that the model was trained with."""
 
@@ -953,11 +958,13 @@ class EvaluateConfig:
     """A run directory, a Hugging Face directory, a GGUF or a llama2.c file."""
     task: Literal[
         "perplexity", "multiple_choice", "hellaswag", "piqa", "arc", "winogrande", "lambada",
-        "gsm8k", "arithmetic",
+        "gsm8k", "arithmetic", "reward",
     ]  # fmt: skip
-    """Measure; multiple_choice reads any JSONL of {query, choices, gold}."""
+    """Measure; multiple_choice reads any JSONL of {query, choices, gold}, reward any pairs."""
     data: str
-    """Plain text (perplexity), or JSONL as on the Hub or in its local layout, also .gz or .bz2."""
+    """Plain text (perplexity), or JSONL as on the Hub or in its local layout, also .gz or .bz2; or
+    the held-out part of an embedded task: arithmetic, multi-step, … with task arithmetic and
+    --chat, arithmetic-correct or arithmetic-concise with task reward."""
     limit: int = 0
     """Only the first items; 0: all."""
     output: str = ""
@@ -981,6 +988,10 @@ class EvaluateConfig:
     """Of the samples."""
     chat: bool = False
     """Ask generative questions by the model's chat template."""
+    tools: list[str] = field(default_factory=list)
+    """Tools that a chatting model may call: calculator."""
+    reward_model: str = ""
+    """A run of scripts/reward.py, which chooses the best of the samples: gives best@n."""
     batch_tokens: int = 2048
     """Positions computed at a time, padding included."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -995,6 +1006,15 @@ class EvaluateConfig:
         _require(
             self.samples == 1 or self.temperature > 0,
             "samples", self.samples, "greedy answers are all the same; set a temperature",
+        )  # fmt: skip
+        generative = self.task in ("gsm8k", "arithmetic")
+        _require(
+            not self.tools or (self.chat and generative), "tools", self.tools,
+            "are for gsm8k and arithmetic with --chat",
+        )  # fmt: skip
+        _require(
+            not self.reward_model or (self.samples > 1 and generative), "reward_model",
+            self.reward_model, "chooses between several samples of gsm8k or arithmetic",
         )  # fmt: skip
 
 

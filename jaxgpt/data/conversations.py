@@ -4,6 +4,7 @@ messages                       OpenAI: [{"role": …, "content": …}]
 conversations                  ShareGPT: [{"from": "human", "value": …}]
 instruction, input, output     Alpaca
 prompt, completion             or response; the prompt is text or messages
+question, answer               GSM8K; its <<48/2=24>> may become calls of a calculator
 "\\n\\nHuman: …\\n\\nAssistant: …"   HH-RLHF transcripts, wherever a conversation may stand
 
 Preferences have `chosen` and `rejected` beside their prompt, or as two whole conversations; single
@@ -26,6 +27,7 @@ ROLES = {
     "function": "tool", "bot": "assistant", "model": "assistant",
 }  # fmt: skip
 KNOWN = ("system", "developer", "user", "assistant", "tool")
+CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")
 
 
@@ -107,6 +109,25 @@ def question_and_answer(row: Any, place: str) -> tuple[str, str]:
     return str(question), str(answer)
 
 
+def with_calls(dialogue: Dialogue) -> Dialogue:
+    """The same conversation, in which every <<48/2=24>> is a turn that calls the calculator.
+
+    "He needs 48/2 = <<48/2=24>>24 boxes" becomes "He needs 48/2 = calculator(48/2)", the tool's
+    "24", and "24 boxes".
+    """
+    messages: list[Message] = []
+    for message in dialogue.messages:
+        if message["role"] != "assistant":
+            messages.append(message)
+            continue
+        *parts, rest = CALL.split(message["content"])
+        for text, expression, result in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+            messages.append(_says("assistant", f"{text}calculator({expression})"))
+            messages.append(_says("tool", result))
+        messages.append(_says("assistant", rest))
+    return dialogue._replace(messages=messages)
+
+
 def _read(path: str, split: str, parse: Callable[[dict[str, Any], str], T]) -> Iterator[T]:
     for row, place in rows(path, split):
         if not isinstance(row, dict):
@@ -118,6 +139,9 @@ def _dialogue(row: dict[str, Any], place: str) -> Dialogue:
     if "chosen" in row and "rejected" in row:
         pair = _preference(row, place)
         return Dialogue(pair.prompt + pair.chosen, place)
+    if "question" in row and "answer" in row:
+        question, answer = question_and_answer(row, place)
+        return Dialogue([_says("user", question), _says("assistant", answer)], place)
     prompt = _prompt(row, place)
     answer = next((row[n] for n in ("output", "completion", "response") if row.get(n)), None)
     messages = prompt if answer is None else prompt + _messages(answer, place, "assistant")
@@ -170,6 +194,10 @@ def _prompt(row: dict[str, Any], place: str) -> list[Message]:
     raise ValueError(
         f"{place}: no messages, conversations, prompt or instruction (it holds: {', '.join(row)})"
     )
+
+
+def _says(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
 def _messages(value: Any, place: str, role: str) -> list[Message]:

@@ -20,7 +20,12 @@ def dialogues(cfg: ChatDataConfig) -> tuple[list[Dialogue], list[Dialogue]]:
     """Training and held-out conversations of `data.path`."""
     if cfg.text_share == 1:
         return [], []
-    return examples.split(cfg, conversations.dialogues, synthetic.dialogues, synthetic.DIALOGUES)
+    read = conversations.dialogues
+    if cfg.calls == "turns":
+        read = lambda path, split: map(
+            conversations.with_calls, conversations.dialogues(path, split)
+        )
+    return examples.split(cfg, read, synthetic.dialogues, synthetic.DIALOGUES)
 
 
 def batches(
