@@ -74,10 +74,14 @@ def ratings(path: str, split: str = "train") -> Iterator[Rated]:
 
 
 def rows(path: str, split: str = "train") -> Iterator[tuple[Any, str]]:
-    """Every row of a JSONL, JSON or Parquet file (or its .gz) or Hub data set, with its place."""
+    """Every row of a JSONL, JSON or Parquet file (or its .gz) or Hub data set, with its place.
+
+    A Hub data set that has several parts is named with one of them: openai/gsm8k:main.
+    """
     file = Path(path)
     if not file.exists():
-        if not documents.HUB_NAME.fullmatch(path) or file.suffix in documents.TABLES:
+        repository = path.partition(":")[0]
+        if not documents.HUB_NAME.fullmatch(repository) or file.suffix in documents.TABLES:
             raise ValueError(f"data.path={path}: no such file, embedded task or Hub data set")
         yield from _hub_rows(path, split)
     elif Path(file.stem if file.suffix in documents.PACKED else file).suffix == ".parquet":
@@ -122,7 +126,8 @@ def with_calls(dialogue: Dialogue) -> Dialogue:
             continue
         *parts, rest = CALL.split(message["content"])
         for text, expression, result in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-            messages.append(_says("assistant", f"{text}calculator({expression})"))
+            apart = " " if text[-1:].isalnum() else ""
+            messages.append(_says("assistant", f"{text}{apart}calculator({expression})"))
             messages.append(_says("tool", result))
         messages.append(_says("assistant", rest))
     return dialogue._replace(messages=messages)
@@ -274,8 +279,9 @@ def _parquet_rows(file: Path) -> Iterator[tuple[Any, str]]:
 def _hub_rows(name: str, split: str) -> Iterator[tuple[Any, str]]:
     from datasets import load_dataset
 
+    repository, _, part = name.partition(":")
     try:
-        loaded = load_dataset(name, split=split)
+        loaded = load_dataset(repository, part or None, split=split)
     except Exception as error:  # no network, no such data set, no permission: dozens of kinds
         raise ValueError(
             f"data.path={name}: no such file or embedded task, and the Hub does not give a data "
