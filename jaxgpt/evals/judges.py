@@ -34,9 +34,10 @@ class Judge:
     def __init__(self, path: str, setting: str) -> None:
         if not rundir.is_run(path):
             raise ValueError(f"{setting}={path}: is no run of scripts/reward.py")
-        self.head = rundir.read_params(path, "reward")
-        if not self.head:
-            raise ValueError(f"{setting}={path}: has no reward head; train it by scripts/reward.py")
+        try:
+            self.head = rundir.read_params(path, "reward")
+        except ValueError as error:
+            raise ValueError(f"{setting}={path}: is no run of scripts/reward.py, {error}") from None
         body = load(path, merged=True)
         self.model, self.body = body.config, body.params
         self.form = chatting.chat_format(body)

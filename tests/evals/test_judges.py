@@ -122,7 +122,7 @@ def test_another_run_is_no_judge(lm, tmp_path) -> None:
     with pytest.raises(ValueError, match="is no run of scripts/reward"):
         Judge(str(tmp_path), "reward_model")
     lm.save(tmp_path / "plain", "jaxgpt")
-    with pytest.raises(ValueError, match="plain: has no reward head"):
+    with pytest.raises(ValueError, match="plain: is no run of scripts/reward"):
         Judge(str(tmp_path / "plain"), "checkpoint")
 
 
