@@ -618,8 +618,10 @@ class TaskConfig:
     """The problems that a policy practises on."""
 
     path: str = "arithmetic"
-    """Embedded task (arithmetic, arithmetic-concise, arithmetic-calculator), or a JSONL, JSON or
-    Parquet file or Hub data set of {question, answer}."""
+    """Embedded task (arithmetic, arithmetic-concise, arithmetic-calculator, multi-step, products,
+    products-calculator), or a JSONL, JSON or Parquet file or Hub data set of {question, answer}."""
+    tools: list[str] = field(default_factory=list)
+    """Tools that may be called: [calculator]; empty: those that the embedded task offers."""
     split: str = "train"
     """Split of a Hub data set."""
     val_path: str = ""
