@@ -84,6 +84,30 @@ def ppo_reward_model(folder: Path, seed: int) -> Result:
     }
 
 
+def chain_of_thought(folder: Path, seed: int) -> Result:
+    """Exact match on held-out chains of terms: answered at one stroke, and step by step.
+
+    Both begin with the same random network and see the same problems for the same steps.
+    """
+    stroke = {"data.path": "multi-step-answer"}
+    at_once = train(folder, seed, "sft", "multi-step", "sft-multi-step-answer", **stroke)
+    before = solved(at_once, "multi-step")
+    return judge(
+        before, solved(train(folder, seed, "sft", "multi-step"), "multi-step"), before + 0.3
+    )
+
+
+def tools_calculator(folder: Path, seed: int) -> Result:
+    """Exact match on held-out products of 4 to 6 digits: by itself, and with a calculator."""
+    alone = {"data.path": "products", "train.steps": 200}  # more would not help
+    own = solved(train(folder, seed, "sft", "products", "sft-products-alone", **alone), "products")
+    start = train(folder, seed, "sft", "products")
+    run = train(folder, seed, "grpo", "products", init=start)
+    tuned, after = (solved(model, "products-calculator") for model in (start, run))
+    result = judge(own, after, 0.95) | {"after_sft": round(tuned, 4)}
+    return result | {"passed": result["passed"] and own < 0.05}
+
+
 CLAIMS: dict[str, Callable[[Path, int], Result]] = {
     "sft-arithmetic": sft_arithmetic,
     "reward-arithmetic": reward_arithmetic,
@@ -92,6 +116,8 @@ CLAIMS: dict[str, Callable[[Path, int], Result]] = {
     "grpo-arithmetic": grpo_arithmetic,
     "ppo-arithmetic": ppo_arithmetic,
     "ppo-reward-model": ppo_reward_model,
+    "chain-of-thought": chain_of_thought,
+    "tools-calculator": tools_calculator,
 }
 
 
@@ -168,6 +194,18 @@ def share(run: Path, rule: str, temperature: float = 0.0) -> float:
     answers = jaxgpt.load(str(run)).complete(asked, Sampling(144, temperature, top_p=1.0))
     kept = [getattr(synthetic, rule)(*pair) for pair in zip(problems, answers, strict=True)]
     return sum(kept) / len(kept)
+
+
+def solved(run: Path, name: str) -> float:
+    """Share of a task's held-out problems that a model solves, greedy, with the task's tools."""
+    import jaxgpt
+    from jaxgpt import tasks
+    from jaxgpt.sampling.sample import Sampling
+
+    task = tasks.find(name)
+    environments = [task.environment(problem) for problem in task.problems(True)[:ASKED]]
+    found = jaxgpt.load(str(run)).play(environments, Sampling(80, 0.0, top_p=1.0))
+    return sum(episode.reward for episode in found) / len(found)
 
 
 def held_out(run: Path, name: str) -> tuple[float, float]:

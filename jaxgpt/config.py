@@ -618,8 +618,10 @@ class TaskConfig:
     """The problems that a policy practises on."""
 
     path: str = "arithmetic"
-    """Embedded task (arithmetic, arithmetic-concise, arithmetic-calculator), or a JSONL, JSON or
-    Parquet file or Hub data set of {question, answer}."""
+    """Embedded task (arithmetic, arithmetic-concise, arithmetic-calculator, multi-step, products,
+    products-calculator), or a JSONL, JSON or Parquet file or Hub data set of {question, answer}."""
+    tools: list[str] = field(default_factory=list)
+    """Tools that may be called: [calculator]; empty: those that the embedded task offers."""
     split: str = "train"
     """Split of a Hub data set."""
     val_path: str = ""
@@ -875,6 +877,8 @@ class WriteConfig:
     """The same seed writes the same text."""
     chat: bool = False
     """Answer as the assistant, by the model's chat template."""
+    tools: list[str] = field(default_factory=list)
+    """Tools that the assistant may call, with --chat: calculator."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; null: the one that the model was trained with."""
 
@@ -956,11 +960,13 @@ class EvaluateConfig:
     """A run directory, a Hugging Face directory, a GGUF or a llama2.c file."""
     task: Literal[
         "perplexity", "multiple_choice", "hellaswag", "piqa", "arc", "winogrande", "lambada",
-        "gsm8k", "arithmetic",
+        "gsm8k", "arithmetic", "reward",
     ]  # fmt: skip
-    """Measure; multiple_choice reads any JSONL of {query, choices, gold}."""
+    """Measure; multiple_choice reads any JSONL of {query, choices, gold}, reward any pairs."""
     data: str
-    """Plain text (perplexity), or JSONL as on the Hub or in its local layout, also .gz or .bz2."""
+    """Plain text (perplexity), or JSONL as on the Hub or in its local layout, also .gz or .bz2; or
+    the held-out part of an embedded task: arithmetic, multi-step, … with task arithmetic and
+    --chat, arithmetic-correct or arithmetic-concise with task reward."""
     limit: int = 0
     """Only the first items; 0: all."""
     output: str = ""
@@ -984,6 +990,10 @@ class EvaluateConfig:
     """Of the samples."""
     chat: bool = False
     """Ask generative questions by the model's chat template."""
+    tools: list[str] = field(default_factory=list)
+    """Tools that a chatting model may call: calculator."""
+    reward_model: str = ""
+    """A run of scripts/reward.py, which chooses the best of the samples: gives best@n."""
     batch_tokens: int = 2048
     """Positions computed at a time, padding included."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -998,6 +1008,15 @@ class EvaluateConfig:
         _require(
             self.samples == 1 or self.temperature > 0,
             "samples", self.samples, "greedy answers are all the same; set a temperature",
+        )  # fmt: skip
+        generative = self.task in ("gsm8k", "arithmetic")
+        _require(
+            not self.tools or (self.chat and generative), "tools", self.tools,
+            "are for gsm8k and arithmetic with --chat",
+        )  # fmt: skip
+        _require(
+            not self.reward_model or (self.samples > 1 and generative), "reward_model",
+            self.reward_model, "chooses between several samples of gsm8k or arithmetic",
         )  # fmt: skip
 
 

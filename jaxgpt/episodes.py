@@ -52,8 +52,9 @@ def play(
     environments: Sequence[Environment],
     how: Sampling,
     rng: Any,
-    seconds: float,
+    seconds: float = 60.0,
     mesh: Any = None,
+    rows: Sequence[int] | None = None,
 ) -> tuple[list[Episode], float]:
     """An episode in every environment, and the seconds that the policy wrote.
 
@@ -64,18 +65,21 @@ def play(
     Args:
         policy: laid out by `for_decoding`.
         seconds: how long an environment may think about one turn.
+        rows: numbers that, with `rng`, decide the draws of each episode; default 0, 1, 2, …
     """
     episodes = [_begin(writer.form, environment) for environment in environments]
     check_prompts(writer.model, [episode.tokens for episode in episodes])
     going, spent = list(range(len(episodes))), 0.0
+    numbers = going if rows is None else rows
     while going:
         # A power of two after the first turn, so that few shapes are compiled.
         size = len(episodes) if len(going) == len(episodes) else 1 << (len(going) - 1).bit_length()
-        rows = [*going, *[going[-1]] * (min(size, len(episodes)) - len(going))]
+        filled = [*going, *[going[-1]] * (min(size, len(episodes)) - len(going))]
         began = time.perf_counter()
         written = generate(
-            writer.model, policy, [episodes[n].tokens for n in rows], how,
-            stop_ids=writer.stop_ids, rng=rng, rows=rows, mesh=mesh, compact=True,
+            writer.model, policy, [episodes[n].tokens for n in filled], how,
+            stop_ids=writer.stop_ids, rng=rng, rows=[numbers[n] for n in filled], mesh=mesh,
+            compact=True,
         )[: len(going)]  # fmt: skip
         spent += time.perf_counter() - began
         texts = [writer.form.tokenizer.decode(completion.tokens) for completion in written]

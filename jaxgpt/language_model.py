@@ -12,17 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxgpt import rundir, tree
+from jaxgpt import episodes, rundir, tree
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import ModelConfig, RunConfig
-from jaxgpt.convert import hf, table, tokenizer_files
+from jaxgpt.convert import chatting, hf, table, tokenizer_files
 from jaxgpt.convert.load import Loaded
 from jaxgpt.convert.load import load as load_parts
 from jaxgpt.data import chat as templates
 from jaxgpt.data.chat import Message
+from jaxgpt.episodes import Episode, Writer
 from jaxgpt.model import gpt
 from jaxgpt.sampling import likelihood
 from jaxgpt.sampling.sample import Completion, Sampling, for_decoding, generate
+from jaxgpt.tasks.environment import Environment, Question
 from jaxgpt.types import Array, Params
 
 
@@ -110,21 +112,58 @@ class LanguageModel:
         ids = [self.encode(text) or [self.tokenizer.eos_id] for text in texts]
         return self.complete(ids, settings, seed, [stop] if isinstance(stop, str) else stop, rows)
 
-    def chat(self, messages: Sequence[Message], **sampling: Any) -> str:
+    def chat(self, messages: Sequence[Message], tools: Sequence[str] = (), **sampling: Any) -> str:
         """The assistant's next turn, by the model's own chat template.
 
         Args:
             messages: such as [{"role": "user", "content": "Hello"}].
             sampling: as `generate` takes it.
+            tools: names of tools that the model may call before it answers: calculator.
 
         Raises:
             ValueError: the model has no chat template, or its template refuses the messages.
         """
+        if tools:
+            return self.play_chat(messages, tools, **sampling)[-1]["content"]
         ids = self.encode_chat(messages)
         stop = sampling.pop("stop", ())
         seed = sampling.pop("seed", 0)
         settings = Sampling(**{"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0} | sampling)
         return self.complete([ids], settings, seed, [stop] if isinstance(stop, str) else stop)[0]
+
+    def play_chat(
+        self, messages: Sequence[Message], tools: Sequence[str], **sampling: Any
+    ) -> list[Message]:
+        """`chat`, with all that was said on the way to the answer: calls and what they gave."""
+        stop = sampling.pop("stop", ())
+        seed = sampling.pop("seed", 0)
+        settings = Sampling(**{"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0} | sampling)
+        (episode,) = self.play([Question(messages, names=tools)], settings, seed)
+        *calls, answer = episode.messages[len(messages) :]
+        text = _cut(answer["content"], [stop] if isinstance(stop, str) else stop)
+        return [*calls, {**answer, "content": text}]
+
+    def play(
+        self,
+        environments: Sequence[Environment],
+        settings: Sampling,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+    ) -> list[Episode]:
+        """An episode in every environment, by the loop that reinforcement learning uses too.
+
+        Args:
+            rows: numbers that, with the seed, decide the draws of each episode.
+        """
+        self.render([{"role": "user", "content": "?"}])  # refuses a model that cannot chat
+        parts = Loaded(
+            self.config, self.params, self.tokenizer, self.chat_template, self.begin_ids,
+            self.stop_ids, self._files,
+        )  # fmt: skip
+        writer = Writer(self.config, chatting.chat_format(parts), self.stop_ids)
+        policy = self._decoding_params(len(environments))
+        rng = jax.random.key(seed)
+        return episodes.play(writer, policy, environments, settings, rng, rows=rows)[0]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the assistant answers."""

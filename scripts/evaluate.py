@@ -5,18 +5,21 @@ The last line of the output is one JSON object: measures, their standard errors,
 
 import json
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 from jaxgpt import config
 from jaxgpt.config import EvaluateConfig
 
 
 def main() -> None:
-    cfg = config.parse(EvaluateConfig, __doc__ or "")
-    if not Path(cfg.data).exists():
-        raise ValueError(f"data={cfg.data}: does not exist")
+    cfg = config.parse(EvaluateConfig, __doc__ or "", config.join_lists(sys.argv[1:], "--tools"))
     import jaxgpt
     from jaxgpt import evals, hardware, rundir
+
+    if not evals.is_embedded(cfg) and not Path(cfg.data).exists():
+        raise ValueError(f"data={cfg.data}: does not exist")
 
     hardware.use_compilation_cache()
     lm = jaxgpt.load(cfg.checkpoint, dtype=cfg.dtype)
@@ -31,7 +34,7 @@ def main() -> None:
     print(json.dumps({name: _plain(value) for name, value in measures.items()}))
 
 
-def _plain(value: float | str) -> float | str | None:
+def _plain(value: Any) -> Any:
     """JSON has no NaN: the standard error of a single item is null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

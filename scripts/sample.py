@@ -8,18 +8,32 @@ from jaxgpt import config
 
 def main() -> None:
     cfg = config.parse(
-        config.WriteConfig, __doc__, config.join_lists(sys.argv[1:], "--prompt", "--stop")
+        config.WriteConfig,
+        __doc__,
+        config.join_lists(sys.argv[1:], "--prompt", "--stop", "--tools"),
     )
     from jaxgpt import hardware, language_model
     from jaxgpt.sampling.sample import Sampling
+    from jaxgpt.tasks import tools
 
     settings = Sampling(
         cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, cfg.repetition_penalty
     )
 
+    if cfg.tools and not cfg.chat:
+        raise ValueError(f"tools={', '.join(cfg.tools)}: are for --chat")
+    tools.check(cfg.tools)
     hardware.use_compilation_cache()
     lm = language_model.load(cfg.checkpoint, cfg.dtype)
     prompts = cfg.prompt or [sys.stdin.read().rstrip("\n")]
+    if cfg.tools:
+        for prompt in prompts:
+            asked = [{"role": "user", "content": prompt}]
+            said = lm.play_chat(asked, cfg.tools, seed=cfg.seed, stop=cfg.stop, **vars(settings))
+            print("\n".join(("→ " if m["role"] == "tool" else "") + m["content"] for m in said))
+            if len(prompts) > 1:
+                print()
+        return
     if cfg.chat:
         ids = [lm.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
     else:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxgpt import train
+from jaxgpt import rundir, tasks, train
 from jaxgpt.config import EvaluateConfig
-from jaxgpt.evals import choice, exact_match, lambada, perplexity, records
+from jaxgpt.data import synthetic
+from jaxgpt.evals import choice, exact_match, judges, lambada, perplexity, records
 from jaxgpt.evals.statistics import Measures
 from jaxgpt.language_model import LanguageModel
 
@@ -28,15 +29,14 @@ TASKS = {
     "lambada": Task(lambada.read, lambada.score, lambada.summarize),
     "gsm8k": Task(exact_match.read_gsm8k, exact_match.score, exact_match.summarize),
     "arithmetic": Task(exact_match.read_arithmetic, exact_match.score, exact_match.summarize),
+    "reward": Task(judges.read, judges.score, judges.summarize),
 }
 
 # Settings that change no result: where things are, how many items, how many at a time.
-FREE = ("checkpoint", "data", "limit", "output", "batch_tokens")
+FREE = ("checkpoint", "data", "limit", "output", "batch_tokens", "reward_model")
 
 
-def evaluate(
-    lm: LanguageModel, cfg: EvaluateConfig, output: Path | None = None
-) -> dict[str, float | str]:
+def evaluate(lm: LanguageModel, cfg: EvaluateConfig, output: Path | None = None) -> dict[str, Any]:
     """The measures of a task, their standard errors and the count.
 
     Args:
@@ -64,6 +64,12 @@ def evaluate(
     return {"task": cfg.task, **measures, "count": len(items)}
 
 
+def is_embedded(cfg: EvaluateConfig) -> bool:
+    """Whether `data` names an embedded task rather than a file."""
+    known = {"arithmetic": tasks.TASKS, "reward": synthetic.PREFERENCES}
+    return cfg.data in known.get(cfg.task, {})
+
+
 def results_name(lm: LanguageModel, cfg: EvaluateConfig) -> str:
     """A file name of its own for every evaluation of a run, which is trained on in between."""
     question = json.dumps(_question(lm, cfg), sort_keys=True)
@@ -73,9 +79,11 @@ def results_name(lm: LanguageModel, cfg: EvaluateConfig) -> str:
 def _question(lm: LanguageModel, cfg: EvaluateConfig) -> dict[str, Any]:
     """All that decides the results."""
     settings = {name: value for name, value in vars(cfg).items() if name not in FREE}
+    judge = {"reward_model": rundir.fingerprint(cfg.reward_model)} if cfg.reward_model else {}
     return {
         **settings,
-        "data": records.digest(Path(cfg.data)),
+        **judge,
+        "data": cfg.data if is_embedded(cfg) else records.digest(Path(cfg.data)),
         "weights": train.fingerprint(lm.params),
         "tokenizer": lm.tokenizer.fingerprint,
     }

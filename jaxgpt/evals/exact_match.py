@@ -5,8 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from jaxgpt import tasks
 from jaxgpt.config import EvaluateConfig
-from jaxgpt.evals import queries, records, statistics
+from jaxgpt.data import synthetic
+from jaxgpt.data.chat import Message
+from jaxgpt.evals import judges, queries, records, statistics
+from jaxgpt.evals.judges import Judge
 from jaxgpt.evals.statistics import Measures
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.sampling.sample import Sampling
@@ -21,6 +27,10 @@ class Item(NamedTuple):
 
     prompt: str
     answer: str
+
+    @property
+    def messages(self) -> list[Message]:
+        return [{"role": "user", "content": self.prompt}]
 
 
 def read_gsm8k(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Item]:
@@ -37,7 +47,16 @@ def read_gsm8k(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Item]
 
 
 def read_arithmetic(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Item]:
-    """{context, continuation}, such as "25-759=" and "-734"."""
+    """{context, continuation}, such as "25-759=" and "-734", or an embedded task's held-out part.
+
+    Raises:
+        ValueError: rows of another form, or an embedded task without a chat.
+    """
+    if cfg.data in tasks.TASKS:
+        if not cfg.chat:
+            raise ValueError(f"data={cfg.data}: is asked by the chat template; add --chat")
+        problems = tasks.TASKS[cfg.data].problems(True)
+        return [Item(synthetic.question(p), str(p.answer)) for p in problems]
     items = []
     for place, row in records.read_rows(path):
         answer = verify.last_number(records.text_field(row, "continuation", place))
@@ -60,15 +79,23 @@ def score(
         for number, prompt in prompts.items()
         for sample in range(cfg.samples)
     }
+    if cfg.tools:
+        asked = {row: items[row // cfg.samples].messages for row in samples}
+        written = queries.play(lm, asked, samples, cfg.tools, settings, cfg.batch_tokens, cfg.seed)
+    else:
+        written = queries.write(lm, samples, settings, stop, cfg.batch_tokens, cfg.seed)
+    judge = judges.Judge(cfg.reward_model, "reward_model") if cfg.reward_model else None
     texts: dict[int, dict[int, str]] = {}
-    for row, text in queries.write(lm, samples, settings, stop, cfg.batch_tokens, cfg.seed):
+    for row, text in written:
         number, sample = divmod(row, cfg.samples)
         mine = texts.setdefault(number, {})
         mine[sample] = text
         if len(mine) == cfg.samples:
-            written = [mine[sample] for sample in range(cfg.samples)]
-            truncated = len(prompts[number]) > room
-            yield number, _judge(items[number], written) | {"truncated": truncated}
+            item, answers = items[number], [mine[sample] for sample in range(cfg.samples)]
+            found = _judge(item, answers) | {"truncated": len(prompts[number]) > room}
+            if judge is not None:
+                found["rewards"] = _rewards(judge, item, answers, cfg.batch_tokens)
+            yield number, found
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:
@@ -85,12 +112,15 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:
             measures |= statistics.mean(f"pass@{k}", chances)
         votes = [float(statistics.majority(r["last"]) == r["answer"]) for r in results]
         measures |= statistics.mean(f"maj@{samples}", votes)
+    if "rewards" in results[0]:
+        best = [float(r["last"][int(np.argmax(r["rewards"]))] == r["answer"]) for r in results]
+        measures |= statistics.mean(f"best@{samples}", best)
     return measures | {"truncated": sum(r["truncated"] for r in results)}
 
 
 def _encode(lm: LanguageModel, cfg: EvaluateConfig, item: Item) -> list[int]:
     if cfg.chat:
-        return lm.encode_chat([{"role": "user", "content": item.prompt}])
+        return lm.encode_chat(item.messages)
     return lm.encode(item.prompt)
 
 
@@ -101,6 +131,12 @@ def _judge(item: Item, texts: Sequence[str]) -> dict[str, Any]:
         "last": [verify.last_number(text) for text in texts],
         "texts": list(texts),
     }
+
+
+def _rewards(judge: Judge, item: Item, answers: Sequence[str], batch_tokens: int) -> list[float]:
+    said = [[*item.messages, {"role": "assistant", "content": answer}] for answer in answers]
+    found = {number: reward for number, reward, _ in judge.rewards(said, batch_tokens)}
+    return [found[number] for number in range(len(answers))]
 
 
 def _powers_of_two(largest: int) -> Iterator[int]:

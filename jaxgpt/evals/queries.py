@@ -5,10 +5,12 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from jaxgpt.data.chat import Message
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.sampling import likelihood
 from jaxgpt.sampling.likelihood import Group, Scored
 from jaxgpt.sampling.sample import Sampling
+from jaxgpt.tasks.environment import Question
 
 K = TypeVar("K", bound=Hashable)
 
@@ -120,6 +122,34 @@ def write(
         batch, order = order[:size], order[size:]
         ids = [prompts[n][-room:] for n in batch]
         yield from zip(batch, lm.complete(ids, settings, seed, stop, rows=batch), strict=True)
+
+
+def play(
+    lm: LanguageModel,
+    asked: Mapping[int, Sequence[Message]],
+    prompts: Mapping[int, Sequence[int]],
+    tools: Sequence[str],
+    settings: Sampling,
+    batch_tokens: int,
+    seed: int = 0,
+) -> Iterator[tuple[int, str]]:
+    """`write` for conversations in which the model may call tools: its last turn.
+
+    Args:
+        prompts: the same as tokens; one that leaves no room is answered by nothing.
+    """
+    room = prompt_room(lm, settings)
+    order = sorted(asked, key=lambda n: -len(prompts[n]))
+    yield from ((n, "") for n in order if len(prompts[n]) > room)
+    order = [n for n in order if len(prompts[n]) <= room]
+    while order:
+        # Tools make a conversation longer by what they give and by the turns that follow.
+        width = min(len(prompts[order[0]]) + 2 * settings.max_new_tokens, lm.config.context_length)
+        size = max(FEWEST_ROWS, batch_tokens // width)
+        batch, order = order[:size], order[size:]
+        environments = [Question(asked[n], names=tools) for n in batch]
+        for n, episode in zip(batch, lm.play(environments, settings, seed, batch), strict=True):
+            yield n, episode.messages[-1]["content"]
 
 
 def prompt_room(lm: LanguageModel, settings: Sampling) -> int:

@@ -3,10 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
-Measures = dict[str, float]
+Measures = dict[str, Any]  # name -> number, or the two ends of an interval
+NORMAL_95 = 1.959964  # standard errors to each side that hold 95 %
 
 
 def mean(name: str, values: Sequence[float]) -> Measures:
@@ -27,6 +29,15 @@ def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]
         return float(value), math.nan
     error = np.sqrt(((s - value * n) ** 2).sum() * len(s) / (len(s) - 1)) / n.sum()
     return float(value), float(error)
+
+
+def interval(right: float, count: int) -> list[float]:
+    """Wilson's 95 % interval of a share, which holds for few items and shares near 0 or 1 too."""
+    share, z = right / count, NORMAL_95
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    half = z * spread / (1 + z * z / count)
+    return [max(middle - half, 0.0), min(middle + half, 1.0)]
 
 
 def exponential(name: str, value: float, error: float) -> Measures:

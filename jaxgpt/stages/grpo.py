@@ -22,7 +22,7 @@ from jaxgpt.types import Array, Batch, Carry, Metrics, Params
 
 def build(cfg: GrpoConfig, start: Loaded) -> Stage:
     """Trains the network on its own answers to a task's problems."""
-    task = tasks.find(cfg.data.path, cfg.data.val_path, cfg.data.split)
+    task = tasks.find(cfg.data.path, cfg.data.val_path, cfg.data.split, cfg.data.tools)
     if cfg.data.format_weight:
         task = tasks.with_format(task, cfg.data.format_weight)
     writer = Writer(cfg.model, chatting.chat_format(start), start.stop_ids)

@@ -10,6 +10,7 @@ from jaxgpt.data import conversations, synthetic
 from jaxgpt.data.chat import Message
 from jaxgpt.tasks import verify
 from jaxgpt.tasks.environment import Environment, Question
+from jaxgpt.tasks.tools import check
 
 HELD_OUT = 10  # one row of a file in this many
 
@@ -34,17 +35,21 @@ class Row(NamedTuple):
     answer: str
 
 
-def find(name: str, held_out_path: str = "", split: str = "train") -> Task:
+def find(
+    name: str, held_out_path: str = "", split: str = "train", tools: Sequence[str] = ()
+) -> Task:
     """A task of TASKS, or the {question, answer} rows of a file or a Hub data set.
 
     Args:
         held_out_path: the rows that are held out; without it, one in HELD_OUT of the file's.
+        tools: what may be called; empty: what the task itself offers.
 
     Raises:
-        ValueError: no such task or file, or rows of another form.
+        ValueError: no such task, file or tool, or rows of another form.
     """
+    at_hand = check(tools)
     if name in TASKS:
-        return TASKS[name]
+        return TASKS[name]._replace(tools=at_hand or TASKS[name].tools)
     if not Path(name).exists() and "/" not in name:
         raise ValueError(f"task={name}: no such file, and not one of {', '.join(TASKS)}")
     rows = read_rows(name, split)
@@ -52,7 +57,7 @@ def find(name: str, held_out_path: str = "", split: str = "train") -> Task:
         splits = {False: rows, True: read_rows(held_out_path, split)}
     else:
         splits = {side: [row for row in rows if _held_out(row) == side] for side in (False, True)}
-    return Task(splits.__getitem__, lambda row: asks(row.question), _right)
+    return Task(splits.__getitem__, lambda row: asks(row.question), _right, at_hand)
 
 
 def with_format(task: Task, weight: float) -> Task:

@@ -44,3 +44,12 @@ def test_majority_ignores_no_answer_and_takes_the_first_of_equals():
     assert statistics.majority([None, None, None, "7", "8", "8"]) == "8"
     assert statistics.majority(["7", "8"]) == "7"
     assert statistics.majority([None]) is None
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "ends"),
+    [(8, 10, (0.4901625, 0.9433178)), (0, 10, (0.0, 0.2775328)), (10, 10, (0.7224672, 1.0))],
+)
+def test_wilsons_interval(right: int, count: int, ends: tuple[float, float]) -> None:
+    """By hand: https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval."""
+    assert statistics.interval(right, count) == pytest.approx(ends, abs=1e-6)

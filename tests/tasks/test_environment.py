@@ -77,6 +77,8 @@ def test_rows_of_a_file(tmp_path) -> None:
     row = next(row for row in [*train, *held_out] if row.question == "599 * 2?")
     assert row.answer == "1,198"
     assert task.environment(row).step("that is 1198") == Turn(None, 1.0, True)
+    with_tool = tasks.find(str(path), tools=["calculator"]).environment(row)
+    assert with_tool.step("calculator(599 * 2)") == Turn("1198", 0.0, False)
     both = tasks.find(str(path), held_out_path=str(path))
     assert both.problems(True) == both.problems(False) and len(both.problems(True)) == 600
 
@@ -97,6 +99,13 @@ def test_bad_rows_are_named_with_their_place(row, message: str, tmp_path) -> Non
         path.write_text('"text"\n')
     with pytest.raises(ValueError, match=message):
         tasks.find(str(path))
+
+
+def test_a_task_may_be_given_other_tools() -> None:
+    assert tasks.find("arithmetic", tools=["calculator"]).tools == ("calculator",)
+    assert tasks.find("arithmetic").tools == ()
+    with pytest.raises(ValueError, match="tools=shell"):
+        tasks.find("arithmetic", tools=["shell"])
 
 
 def test_an_unknown_task_is_refused() -> None:
