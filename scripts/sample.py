@@ -8,7 +8,9 @@ from jaxgpt import config
 
 def main() -> None:
     cfg = config.parse(
-        config.WriteConfig, __doc__, config.join_lists(sys.argv[1:], "--prompt", "--stop")
+        config.WriteConfig,
+        __doc__,
+        config.join_lists(sys.argv[1:], "--prompt", "--stop", "--adapter"),
     )
     from jaxgpt import hardware, language_model
     from jaxgpt.sampling.sample import Sampling
@@ -18,7 +20,11 @@ def main() -> None:
     )
 
     hardware.use_compilation_cache()
-    lm = language_model.load(cfg.checkpoint, cfg.dtype)
+    chosen = [None if path == "none" else path for path in cfg.adapter]
+    lm = language_model.load(
+        cfg.checkpoint, cfg.dtype, adapters={path: path for path in chosen if path}
+    )
+    adapter = chosen[0] if len(chosen) == 1 else chosen or None
     prompts = cfg.prompt or [sys.stdin.read().rstrip("\n")]
     if cfg.chat:
         ids = [lm.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
@@ -28,10 +34,12 @@ def main() -> None:
     write = partial(print, end="", flush=True)
     if len(prompts) == 1:
         write(shown[0])
-        lm.complete(ids, settings, cfg.seed, cfg.stop, on_text=language_model.streamed(write))
+        stream = language_model.streamed(write)
+        lm.complete(ids, settings, cfg.seed, cfg.stop, on_text=stream, adapter=adapter)
         write("\n")
         return
-    for before, text in zip(shown, lm.complete(ids, settings, cfg.seed, cfg.stop), strict=True):
+    texts = lm.complete(ids, settings, cfg.seed, cfg.stop, adapter=adapter)
+    for before, text in zip(shown, texts, strict=True):
         write(f"{before}{text}\n\n")
 
 
