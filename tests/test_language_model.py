@@ -243,15 +243,12 @@ def with_adapters(lm, tmp_path_factory):
 def test_every_prompt_may_choose_its_adapter(with_adapters):
     base, theirs, ours = with_adapters
     lm = jaxgpt.load(base, adapters={"a": theirs, "b": ours})
-    prompts = ["def f(", "x", "return 1", "import os"]
-    together = lm.generate(prompts, 12, adapter=["b", None, "a", "b"])
-    alone = [
-        jaxgpt.load(path).generate([prompt, prompt], 12)[0]
-        for path, prompt in zip((ours, base, theirs, ours), prompts, strict=True)
-    ]
-    assert together == alone
-    assert len({lm.generate(prompts, 12, adapter=name)[0] for name in (None, "a", "b")}) == 3
-    assert lm.generate(prompts[:1], 12, adapter="b") == together[:1]
+    prompts, chosen = ["def f(", "x", "return 1"], ["b", None, "a"]
+    together = lm.generate(prompts, 12, adapter=chosen)
+    each = {name: lm.generate(prompts, 12, adapter=name) for name in chosen}
+    assert together == [each[name][row] for row, name in enumerate(chosen)]
+    assert len({texts[0] for texts in each.values()}) == 3
+    jax.tree.map(np.testing.assert_array_equal, lm.adapters["b"], jaxgpt.load(ours).params)
 
 
 def test_an_adapter_that_is_not_there_or_not_of_this_base_is_refused(with_adapters, tmp_path):

@@ -174,4 +174,7 @@ def test_a_reward_model_shows_its_calibration(tmp_path):
     assert page.texts["h2"] == ["Curves", "Calibration of the reward"]
     # 0.25 * |0.65 - 0.55| + 0.75 * |0.93 - 0.95|
     assert page.texts["figcaption"][-1] == "Expected calibration error 0.040"
-    assert [path.name for path in (run / "plots").iterdir()] == ["loss.png", "reliability.png"]
+    assert sorted(path.name for path in (run / "plots").iterdir()) == [
+        "loss.png",
+        "reliability.png",
+    ]
