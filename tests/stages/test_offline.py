@@ -157,7 +157,8 @@ def test_meshes_and_micro_batches_give_the_same_gradient(
     chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_ends_like_an_uninterrupted_one(kind: str, tmp_path: Path) -> None:
     ends = []
     for folder, stops in (("whole", (4,)), ("cut", (2, 4))):
