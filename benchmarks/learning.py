@@ -8,6 +8,7 @@ What one claim builds on (a base model, a tuned one) is trained once a seed and 
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ASKED = 400  # held-out problems
+PASSES = 4  # over the sums that the base model reads
 Result = dict[str, Any]
 
 
@@ -108,6 +110,16 @@ def tools_calculator(folder: Path, seed: int) -> Result:
     return result | {"passed": result["passed"] and own < 0.05}
 
 
+def lora_arithmetic(folder: Path, seed: int) -> Result:
+    """Exact match of LoRA against that of full fine-tuning, at most two points below."""
+    return beside_full(folder, seed, "lora", 0.02)
+
+
+def qlora_arithmetic(folder: Path, seed: int) -> Result:
+    """Exact match of QLoRA against that of full fine-tuning, at most three points below."""
+    return beside_full(folder, seed, "qlora", 0.03)
+
+
 CLAIMS: dict[str, Callable[[Path, int], Result]] = {
     "sft-arithmetic": sft_arithmetic,
     "reward-arithmetic": reward_arithmetic,
@@ -118,6 +130,8 @@ CLAIMS: dict[str, Callable[[Path, int], Result]] = {
     "ppo-reward-model": ppo_reward_model,
     "chain-of-thought": chain_of_thought,
     "tools-calculator": tools_calculator,
+    "lora-arithmetic": lora_arithmetic,
+    "qlora-arithmetic": qlora_arithmetic,
 }
 
 
@@ -139,12 +153,30 @@ def main() -> None:
 
 
 def base(folder: Path, seed: int) -> Path:
-    """A small model of Python source that has never seen a conversation."""
-    return train(folder, seed, "pretrain", "base-bytes")
+    """A small model that reads and writes sums, but has never seen a conversation.
+
+    It has never seen a held-out problem either.
+    """
+    text = folder / "sums.txt"
+    if not text.exists():
+        from jaxgpt.data import synthetic
+
+        text.parent.mkdir(parents=True, exist_ok=True)
+        lines = synthetic.lines() * PASSES
+        random.Random(seed).shuffle(lines)
+        text.write_text("".join(lines))
+    return train(folder, seed, "pretrain", "sums", **{"data.path": text})
 
 
 def tuned(folder: Path, seed: int) -> Path:
-    return train(folder, seed, "sft", "arithmetic", init=base(folder, seed))
+    """The base after fine-tuning on the arithmetic assistant's conversations."""
+    return train(folder, seed, "sft", "arithmetic-tuned", init=base(folder, seed))
+
+
+def beside_full(folder: Path, seed: int, kind: str, less: float) -> Result:
+    run = train(folder, seed, "sft", f"arithmetic-{kind}", init=base(folder, seed))
+    full, before = (share(model(folder, seed), "is_correct") for model in (tuned, base))
+    return judge(before, share(run, "is_correct"), full - less) | {"full": round(full, 4)}
 
 
 def practised(folder: Path, seed: int, stage: str, target: float) -> Result:

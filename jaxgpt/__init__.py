@@ -4,7 +4,9 @@ lm = jaxgpt.load("runs/pretrain")  # or a Hugging Face directory, a GGUF or a ll
 lm.generate("Once upon a time", max_new_tokens=64)
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -14,19 +16,24 @@ __all__ = ["LanguageModel", "load"]
 
 
 def load(
-    path: str | Path, *, dtype: Literal["float32", "bfloat16"] | None = None
+    path: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    adapters: Mapping[str, str | Path] = MappingProxyType({}),
 ) -> "LanguageModel":
     """Opens a run directory, a Hugging Face directory, a GGUF file or a llama2.c file.
 
     Args:
         dtype: compute type; default: the one that the model was trained with here, or float32.
+        adapters: name -> run with --peft.kind lora or qlora on `path`, or a PEFT directory; every
+            request chooses one by name: lm.generate(prompts, adapter=["formal", None, "short"]).
 
     Raises:
         ValueError: nothing we know, damaged files, or settings that our model does not have.
     """
     from jaxgpt import language_model  # here, so that `import jaxgpt` needs no JAX
 
-    return language_model.load(path, dtype=dtype)
+    return language_model.load(path, dtype=dtype, adapters=adapters)
 
 
 def __getattr__(name: str) -> Any:

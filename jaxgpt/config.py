@@ -859,6 +859,9 @@ class WriteConfig:
     """A run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
     prompt: list[str] = field(default_factory=list)
     """Texts to continue, or with chat messages to answer; none: read from standard input."""
+    adapter: list[str] = field(default_factory=list)
+    """Runs with --peft.kind lora or qlora on this checkpoint, or PEFT directories: one for all
+    prompts, or one for each; none is the checkpoint alone."""
     max_new_tokens: int = 128
     """Tokens to write."""
     temperature: float = 0.8

@@ -1,10 +1,11 @@
 """LanguageModel: a network and its tokenizer, to be used from Python."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -12,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxgpt import episodes, rundir, tree
+from jaxgpt import episodes, peft, rundir, tree
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import ModelConfig, RunConfig
-from jaxgpt.convert import chatting, hf, table, tokenizer_files
-from jaxgpt.convert.load import Loaded
+from jaxgpt.convert import chatting, hf, peft_hf, table, tokenizer_files
+from jaxgpt.convert.load import Loaded, load_with_adapters, source_of
 from jaxgpt.convert.load import load as load_parts
 from jaxgpt.data import chat as templates
 from jaxgpt.data.chat import Message
@@ -29,14 +30,23 @@ from jaxgpt.types import Array, Params
 
 
 def load(
-    path: str | Path, dtype: Literal["float32", "bfloat16"] | None = None, merged: bool = False
+    path: str | Path,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    merged: bool = False,
+    adapters: Mapping[str, str | Path] = MappingProxyType({}),
 ) -> "LanguageModel":
     """See `jaxgpt.load`; `merged` folds adapters into the weights they adapt."""
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype={dtype}: must be float32 or bfloat16")
-    parts = load_parts(path, merged=merged)
+    networks: list[Params] = []
+    if adapters:
+        parts, networks = load_with_adapters(path, adapters.values())
+    else:
+        parts = load_parts(path, merged=merged)
     cfg = replace(parts.config, dtype=dtype or parts.config.dtype)
-    return LanguageModel(parts._replace(config=cfg), str(path))
+    lm = LanguageModel(parts._replace(config=cfg), str(path))
+    lm.adapters = dict(zip(adapters, networks, strict=True))
+    return lm
 
 
 class LanguageModel:
@@ -51,7 +61,8 @@ class LanguageModel:
         self.stop_ids = parts.stop_ids
         self.name = name
         self._files = dict(parts.files)
-        self._decoding: dict[bool, Params] = {}
+        self.adapters: dict[str, Params] = {}  # the network with each of them
+        self._decoding: dict[tuple[Any, ...], Params] = {}
 
     def __repr__(self) -> str:
         cfg = self.config
@@ -96,6 +107,7 @@ class LanguageModel:
         seed: int = 0,
         stop: str | Sequence[str] = (),
         rows: Sequence[int] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[str]:
         """What the model writes after each prompt, up to its end token or a stop string.
 
@@ -103,6 +115,8 @@ class LanguageModel:
             temperature: 0 is greedy.
             stop: strings before which the text is cut.
             rows: numbers that, with the seed, decide the draws of each prompt; default 0, 1, 2, …
+            adapter: which of the loaded adapters answers, for all prompts or for each; None: the
+                base.
 
         Raises:
             ValueError: a setting out of range, or a prompt that leaves no room in the context.
@@ -110,7 +124,8 @@ class LanguageModel:
         settings = Sampling(max_new_tokens, temperature, top_p, top_k)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         ids = [self.encode(text) or [self.tokenizer.eos_id] for text in texts]
-        return self.complete(ids, settings, seed, [stop] if isinstance(stop, str) else stop, rows)
+        stop = [stop] if isinstance(stop, str) else stop
+        return self.complete(ids, settings, seed, stop, rows, adapter=adapter)
 
     def chat(self, messages: Sequence[Message], tools: Sequence[str] = (), **sampling: Any) -> str:
         """The assistant's next turn, by the model's own chat template.
@@ -127,18 +142,19 @@ class LanguageModel:
             return self.play_chat(messages, tools, **sampling)[-1]["content"]
         ids = self.encode_chat(messages)
         stop = sampling.pop("stop", ())
-        seed = sampling.pop("seed", 0)
+        stop = [stop] if isinstance(stop, str) else stop
+        seed, adapter = sampling.pop("seed", 0), sampling.pop("adapter", None)
         settings = Sampling(**{"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0} | sampling)
-        return self.complete([ids], settings, seed, [stop] if isinstance(stop, str) else stop)[0]
+        return self.complete([ids], settings, seed, stop, adapter=adapter)[0]
 
     def play_chat(
         self, messages: Sequence[Message], tools: Sequence[str], **sampling: Any
     ) -> list[Message]:
         """`chat`, with all that was said on the way to the answer: calls and what they gave."""
         stop = sampling.pop("stop", ())
-        seed = sampling.pop("seed", 0)
+        seed, adapter = sampling.pop("seed", 0), sampling.pop("adapter", None)
         settings = Sampling(**{"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0} | sampling)
-        (episode,) = self.play([Question(messages, names=tools)], settings, seed)
+        (episode,) = self.play([Question(messages, names=tools)], settings, seed, adapter=adapter)
         *calls, answer = episode.messages[len(messages) :]
         text = _cut(answer["content"], [stop] if isinstance(stop, str) else stop)
         return [*calls, {**answer, "content": text}]
@@ -149,11 +165,13 @@ class LanguageModel:
         settings: Sampling,
         seed: int = 0,
         rows: Sequence[int] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Episode]:
         """An episode in every environment, by the loop that reinforcement learning uses too.
 
         Args:
             rows: numbers that, with the seed, decide the draws of each episode.
+            adapter: as `generate` takes it.
         """
         self.render([{"role": "user", "content": "?"}])  # refuses a model that cannot chat
         parts = Loaded(
@@ -161,7 +179,7 @@ class LanguageModel:
             self.stop_ids, self._files,
         )  # fmt: skip
         writer = Writer(self.config, chatting.chat_format(parts), self.stop_ids)
-        policy = self._decoding_params(len(environments))
+        policy = self._decoding_params(len(environments), adapter)
         rng = jax.random.key(seed)
         return episodes.play(writer, policy, environments, settings, rng, rows=rows)[0]
 
@@ -194,6 +212,7 @@ class LanguageModel:
         stop: Sequence[str] = (),
         rows: Sequence[int] | None = None,
         on_text: Callable[[list[str]], None] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[str]:
         """`generate` for prompts given as ids; `on_text` sees the texts so far, to stream them."""
         if "" in stop:
@@ -213,7 +232,7 @@ class LanguageModel:
             )
 
         completions = generate(
-            self.config, self._decoding_params(len(prompts)), prompts, settings,
+            self.config, self._decoding_params(len(prompts), adapter), prompts, settings,
             stop_ids=self.stop_ids, rng=jax.random.key(seed), rows=rows, on_tokens=watch,
         )  # fmt: skip
         return [_cut(text, stop) for text in self._texts(prompts, completions)]
@@ -242,11 +261,16 @@ class LanguageModel:
     ) -> None:
         """Writes a directory that transformers (or `load`) opens; never over something else's.
 
+        Low-rank changes beside their base are written as PEFT's, which opens them on that base.
+
         Raises:
             ValueError: the directory holds other files, or no Hugging Face family has this model.
         """
         if format not in ("huggingface", "jaxgpt"):
             raise ValueError(f"format={format}: must be huggingface or jaxgpt")
+        if format == "huggingface" and peft.has_changes(self.params):
+            peft_hf.save(path, self.config, self.params, str(source_of(self.name) or ""))
+            return
         if tree.flatten(self.params).keys() != table.parameter_shapes(self.config).keys():
             raise ValueError(
                 f"{self.name}: its weights carry an adapter or are quantised, which {format} does "
@@ -265,12 +289,24 @@ class LanguageModel:
         checkpoints.save(0, {"params": {"policy": self.params}}, meta={})
         checkpoints.wait()
 
-    def _decoding_params(self, num_rows: int) -> Params:
+    def _decoding_params(self, num_rows: int, adapter: str | Sequence[str | None] | None) -> Params:
         """Kept from call to call; one row alone may want another layout than several."""
-        alone = num_rows == 1
-        if alone not in self._decoding:
-            self._decoding = {alone: for_decoding(self.config, self.params, num_rows)}
-        return self._decoding[alone]
+        chosen = [adapter] * num_rows if adapter is None or isinstance(adapter, str) else adapter
+        if len(chosen) != num_rows:
+            raise ValueError(f"adapter: names {len(chosen)} for {num_rows} prompts; give one each")
+        for name in chosen:
+            if name is not None and name not in self.adapters:
+                known = ", ".join(self.adapters) or "none"
+                raise ValueError(f"adapter={name}: is not loaded (loaded: {known})")
+        names = list(dict.fromkeys(chosen))  # each once
+        key = (num_rows == 1, *(chosen if len(names) > 1 else names))
+        if key not in self._decoding:
+            networks = [self.params if name is None else self.adapters[name] for name in names]
+            params = networks[0]
+            if len(networks) > 1:
+                params = peft.for_rows(networks, [names.index(name) for name in chosen])
+            self._decoding = {key: for_decoding(self.config, params, num_rows)}
+        return self._decoding[key]
 
     def _texts(
         self, prompts: Sequence[Sequence[int]], completions: Iterable[Completion]

@@ -127,6 +127,11 @@ def without(params: Params) -> Params:
     return weights.map_kernels(lambda _, k: k.w if isinstance(k, Lora) else k, params)
 
 
+def has_changes(params: Params) -> bool:
+    """Whether low-rank changes stand beside any kernel."""
+    return any(isinstance(kernel, Lora) for kernel in leaves(params).values())
+
+
 def merge(params: Params) -> Params:
     """Plain float32 kernels that compute the same: changes added, codes decoded."""
     plain = lambda _, k: weights.dense(k) if isinstance(k, Lora | Int8 | Nf4) else k

@@ -8,11 +8,13 @@ It reads what the run directory holds and leaves out what is missing:
     environment.json  a flat object
 """
 
+import contextlib
 import dataclasses
 import io
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from jaxgpt import config, metrics
 
 Series = tuple[np.ndarray, np.ndarray]  # x, y
 Plot = dict[str, Series]  # label -> curve
+
+CALIBRATION = "calibration/"  # a reward model's, which has a figure of its own
 
 _INK = "#010203"  # becomes the page's own text colour in the inlined SVG
 _COLORS = {"train": "#3b82f6", "val": "#f97316", "": "#14a38b"}  # legible on white and on black
@@ -50,6 +54,7 @@ def write_report(run_dir: str | Path) -> Path:
     series = _series(records)
     sections = [
         _tiles(series), problem, _curves(_plots(series), run_dir / "plots"),
+        _reliability(records, run_dir / "plots"),
         _samples(run_dir / "samples.md"), _settings(run_dir / "config.yaml"),
         _environment(run_dir / "environment.json"),
     ]  # fmt: skip
@@ -66,7 +71,12 @@ def _series(records: list[dict[str, Any]]) -> dict[str, Series]:
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for record in records:
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float) and abs(value) < 1e300:
+            if (
+                name != "step"
+                and CALIBRATION not in name
+                and isinstance(value, int | float)
+                and abs(value) < 1e300
+            ):
                 points[name].append((record["step"], value))
     columns = {name: np.array(pairs, float).T for name, pairs in points.items()}
     return {name: (steps, values) for name, (steps, values) in columns.items()}
@@ -133,19 +143,9 @@ def _curves(plots: dict[str, Plot], directory: Path) -> str:
 
 def _draw(key: str, plot: Plot, png: Path) -> str:
     """Draws one figure into a PNG and returns it as inline SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    style: dict[Any, Any] = {
-        "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-        "axes.edgecolor": _INK, "grid.color": _INK, "svg.fonttype": "none", "font.size": 9,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.limits": (-3, 5),
-        "axes.formatter.useoffset": False, "svg.hashsalt": key,
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.6, 3.1), layout="constrained")
-        axes = figure.add_subplot()
+    with _figure(key, png) as (axes, svg):
         for label, curve in plot.items():
             _draw_curve(axes, label, *curve)
         values = np.concatenate([y for _, y in plot.values()])
@@ -158,11 +158,30 @@ def _draw(key: str, plot: Plot, png: Path) -> str:
         axes.set_xlabel("tokens" if key.endswith("by tokens") else "step")
         if len(plot) > 1:
             axes.legend(frameon=False)
+    return svg[0]
+
+
+@contextlib.contextmanager
+def _figure(key: str, png: Path) -> Iterator[tuple[Any, list[str]]]:
+    """Axes to draw on; afterwards the list holds the inline SVG, and the PNG is written."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+        "axes.edgecolor": _INK, "grid.color": _INK, "svg.fonttype": "none", "font.size": 9,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.limits": (-3, 5),
+        "axes.formatter.useoffset": False, "svg.hashsalt": key,
+    }  # fmt: skip
+    markup: list[str] = []
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.6, 3.1), layout="constrained")
+        yield figure.add_subplot(), markup
         figure.savefig(png, dpi=150)
         svg = io.StringIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    markup = svg.getvalue()
-    return markup[markup.index("<svg") :].replace(_INK, "currentColor")
+    text = svg.getvalue()
+    markup.append(text[text.index("<svg") :].replace(_INK, "currentColor"))
 
 
 def _draw_curve(axes: Any, label: str, x: np.ndarray, y: np.ndarray) -> None:
@@ -187,6 +206,38 @@ def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
     index = np.arange(len(values))
     reaches = np.minimum(reach, np.minimum(index, index[::-1]))
     return (total[index + reaches + 1] - total[index - reaches]) / (2 * reaches + 1)
+
+
+def _reliability(records: list[dict[str, Any]], directory: Path) -> str:
+    """How often a reward model is right against how sure it is, at the last evaluation."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for record in records:
+        known = {name: value for name, value in record.items() if CALIBRATION in name}
+        found = defaultdict(dict) if known else found
+        for name, value in known.items():
+            _, bin, measure = name.rsplit("/", 2)
+            found[bin][measure] = value
+    bins = [found[bin] for bin in sorted(found) if {"expected", "right"} <= found[bin].keys()]
+    if not bins:
+        return ""
+    sure, right, share = (
+        np.array([bin[name] for bin in bins]) for name in ("expected", "right", "share")
+    )
+    directory.mkdir(exist_ok=True)
+    with _figure("reliability", directory / "reliability.png") as (axes, svg):
+        axes.plot([0.5, 1], [0.5, 1], "--", color=_INK, alpha=0.4, label="perfectly calibrated")
+        axes.plot(sure, right, "-", color=_COLORS["val"], linewidth=1.6)
+        axes.scatter(sure, right, 20 + 300 * share, color=_COLORS["val"], label="held-out pairs")
+        axes.set_xlabel("probability that it gives to the answer it prefers")
+        axes.set_ylabel("share in which it is right")
+        axes.grid(alpha=0.13, linewidth=0.7)
+        axes.legend(frameon=False)
+    error = float((share * np.abs(right - sure)).sum())
+    caption = f"<figcaption>Expected calibration error {error:.3f}</figcaption>"
+    return (
+        "<h2>Calibration of the reward</h2>\n"
+        f"<div class=grid><figure>{caption}{svg[0]}</figure></div>"
+    )
 
 
 def _samples(path: Path) -> str:

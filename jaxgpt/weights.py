@@ -198,12 +198,14 @@ def _low_rank(product: Callable[[Array, Array], Array], x: Array, kernel: Lora) 
 
 
 def _drop(x_BTD: Array, rng_B: Array, rate: float) -> Array:
-    """Inverted dropout with a key per row."""
-    if len(rng_B) != len(x_BTD):
-        raise ValueError(
-            f"peft.dropout={rate}: this stage passes {len(x_BTD)} sequences for {len(rng_B)} rows "
-            "of a batch through the network; set it to 0"
-        )
+    """Inverted dropout with a key per row; the sequences of a row, which lie together, each have
+    one folded from it.
+    """
+    num_arms = len(x_BTD) // len(rng_B)
+    assert num_arms * len(rng_B) == len(x_BTD)
+    if num_arms > 1:
+        arms = jnp.tile(jnp.arange(num_arms), len(rng_B))
+        rng_B = jax.vmap(jax.random.fold_in)(jnp.repeat(rng_B, num_arms), arms)
     draw = lambda rng: jax.random.bernoulli(rng, 1 - rate, x_BTD.shape[1:])
     return jnp.where(jax.vmap(draw)(rng_B), x_BTD / (1 - rate), 0)
 

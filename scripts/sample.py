@@ -10,7 +10,7 @@ def main() -> None:
     cfg = config.parse(
         config.WriteConfig,
         __doc__,
-        config.join_lists(sys.argv[1:], "--prompt", "--stop", "--tools"),
+        config.join_lists(sys.argv[1:], "--prompt", "--stop", "--tools", "--adapter"),
     )
     from jaxgpt import hardware, language_model
     from jaxgpt.sampling.sample import Sampling
@@ -24,12 +24,19 @@ def main() -> None:
         raise ValueError(f"tools={', '.join(cfg.tools)}: are for --chat")
     tools.check(cfg.tools)
     hardware.use_compilation_cache()
-    lm = language_model.load(cfg.checkpoint, cfg.dtype)
+    chosen = [None if path == "none" else path for path in cfg.adapter]
+    lm = language_model.load(
+        cfg.checkpoint, cfg.dtype, adapters={path: path for path in chosen if path}
+    )
+    adapter = chosen[0] if len(chosen) == 1 else chosen or None
     prompts = cfg.prompt or [sys.stdin.read().rstrip("\n")]
     if cfg.tools:
         for prompt in prompts:
             asked = [{"role": "user", "content": prompt}]
-            said = lm.play_chat(asked, cfg.tools, seed=cfg.seed, stop=cfg.stop, **vars(settings))
+            said = lm.play_chat(
+                asked, cfg.tools, seed=cfg.seed, stop=cfg.stop, adapter=chosen[0] if chosen else None,
+                **vars(settings),
+            )  # fmt: skip
             print("\n".join(("→ " if m["role"] == "tool" else "") + m["content"] for m in said))
             if len(prompts) > 1:
                 print()
@@ -42,10 +49,12 @@ def main() -> None:
     write = partial(print, end="", flush=True)
     if len(prompts) == 1:
         write(shown[0])
-        lm.complete(ids, settings, cfg.seed, cfg.stop, on_text=language_model.streamed(write))
+        stream = language_model.streamed(write)
+        lm.complete(ids, settings, cfg.seed, cfg.stop, on_text=stream, adapter=adapter)
         write("\n")
         return
-    for before, text in zip(shown, lm.complete(ids, settings, cfg.seed, cfg.stop), strict=True):
+    texts = lm.complete(ids, settings, cfg.seed, cfg.stop, adapter=adapter)
+    for before, text in zip(shown, texts, strict=True):
         write(f"{before}{text}\n\n")
 
 

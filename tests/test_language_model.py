@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import language_model
-from jaxgpt.config import ModelConfig
+from jaxgpt import language_model, peft, rundir, tree
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import ModelConfig, PeftConfig, SftConfig
+from jaxgpt.convert import peft_hf
 from jaxgpt.convert.load import Loaded, own_files
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.language_model import LanguageModel
@@ -203,3 +205,75 @@ def test_smollm2_gives_the_known_answers(smollm2):
     assert np.log(smollm2.perplexity(text)) * (len(ids) - 1) == pytest.approx(46.738, abs=0.01)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     assert smollm2.chat(question) == "The capital of France is Paris."
+
+
+def adapter_of(lm, base, path, seed):
+    """A directory in PEFT's format with random changes of the base."""
+    cfg = PeftConfig(kind="lora", rank=2, alpha=8.0)
+    fresh = peft.add(cfg, lm.params, jax.random.key(seed))
+    part, rest = tree.partition(fresh, peft.trainable(cfg, ""))
+    noise = jax.random.key(seed)
+    drawn = jax.tree.map(lambda x: x + 0.5 * jax.random.normal(noise, x.shape), part)
+    peft_hf.save(path, lm.config, tree.combine(drawn, rest), str(base))
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def with_adapters(lm, tmp_path_factory):
+    """The model on disk, and two adapters of it: a PEFT directory and a run."""
+    folder = tmp_path_factory.mktemp("adapters")
+    base, theirs, ours = folder / "base", folder / "theirs", folder / "ours"
+    lm.save(base, "jaxgpt")
+    adapter_of(lm, base, theirs, 2)
+    drawn = adapter_of(lm, base, folder / "unused", 3)
+    cfg = SftConfig(
+        run=str(ours), init=str(base), model=lm.config,
+        peft=PeftConfig(kind="lora", rank=2, alpha=8.0),
+    )  # fmt: skip
+    rundir.enter(cfg)
+    rundir.write_base(cfg)
+    for name, content in lm._files.items():
+        (ours / name).write_bytes(content)
+    checkpoints = Checkpoints(ours / "checkpoints")
+    checkpoints.save(1, {"params": {"policy": drawn}}, meta={})
+    checkpoints.wait()
+    return base, theirs, ours
+
+
+def test_every_prompt_may_choose_its_adapter(with_adapters):
+    base, theirs, ours = with_adapters
+    lm = jaxgpt.load(base, adapters={"a": theirs, "b": ours})
+    prompts, chosen = ["def f(", "x", "return 1"], ["b", None, "a"]
+    together = lm.generate(prompts, 12, adapter=chosen)
+    each = {name: lm.generate(prompts, 12, adapter=name) for name in chosen}
+    assert together == [each[name][row] for row, name in enumerate(chosen)]
+    assert len({texts[0] for texts in each.values()}) == 3
+    jax.tree.map(np.testing.assert_array_equal, lm.adapters["b"], jaxgpt.load(ours).params)
+
+
+def test_an_adapter_that_is_not_there_or_not_of_this_base_is_refused(with_adapters, tmp_path):
+    base, theirs, ours = with_adapters
+    lm = jaxgpt.load(base, adapters={"a": theirs})
+    with pytest.raises(ValueError, match=r"adapter=c: is not loaded \(loaded: a\)"):
+        lm.generate("x", adapter="c")
+    with pytest.raises(ValueError, match="names 1 for 2 prompts"):
+        lm.generate(["x", "y"], adapter=["a"])
+    with pytest.raises(ValueError, match=r"is neither a run with --peft\.kind lora"):
+        jaxgpt.load(base, adapters={"a": base})
+    other = jaxgpt.load(base)
+    other.params = jax.tree.map(lambda x: x + 1, other.params)
+    other.save(tmp_path / "other", "jaxgpt")
+    with pytest.raises(ValueError, match=r"was trained on .*, whose weights are not"):
+        jaxgpt.load(tmp_path / "other", adapters={"a": ours})
+
+
+def test_an_adapter_is_exported_as_one(with_adapters, tmp_path):
+    _, _, ours = with_adapters
+    lm = jaxgpt.load(ours)
+    lm.save(tmp_path / "exported")
+    again = jaxgpt.load(tmp_path / "exported")
+    np.testing.assert_allclose(
+        again.logits([[1, 2, 3]]), lm.logits([[1, 2, 3]]), atol=1e-5, rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="holds something already"):
+        lm.save(tmp_path / "exported")

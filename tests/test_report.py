@@ -158,3 +158,23 @@ def test_an_empty_or_damaged_run_still_has_a_page(tmp_path):
     (run / "config.yaml").write_text("")
     (run / "samples.md").write_bytes(b"\xff## step\n")
     assert "line 1: not a JSON object" in report.write_report(run).read_text()
+
+
+def test_a_reward_model_shows_its_calibration(tmp_path):
+    sure = lambda right, share: {"expected": 0.55, "right": right, "share": share}
+    bins = {"0.55": sure(0.65, 0.25), "0.95": {"expected": 0.95, "right": 0.93, "share": 0.75}}
+    named = lambda bins: {
+        f"val/calibration/{name}/{measure}": value
+        for name, measures in bins.items()
+        for measure, value in measures.items()
+    }
+    early = named({"0.75": sure(0.1, 1.0)})
+    run = run_of(tmp_path, (0, {"val/loss": 0.7} | early), (9, {"val/loss": 0.5} | named(bins)))
+    page = Page(report.write_report(run))
+    assert page.texts["h2"] == ["Curves", "Calibration of the reward"]
+    # 0.25 * |0.65 - 0.55| + 0.75 * |0.93 - 0.95|
+    assert page.texts["figcaption"][-1] == "Expected calibration error 0.040"
+    assert sorted(path.name for path in (run / "plots").iterdir()) == [
+        "loss.png",
+        "reliability.png",
+    ]

@@ -105,8 +105,17 @@ def test_dropout_draws_by_row(rng):
     whole = through(x_BTD, keys_B)
     assert not np.allclose(whole, weights.matmul(x_BTD, kernel))
     np.testing.assert_allclose(whole[2:], through(x_BTD[2:], keys_B[2:]), atol=1e-5)
-    with pytest.raises(ValueError, match=r"peft\.dropout=0\.5: this stage passes 4 sequences"):
-        through(x_BTD, keys_B[:2])
+
+
+def test_dropout_differs_between_the_sequences_of_a_row(rng):
+    kernel = make("lora", rng)
+    keys_B = jax.random.split(rng, 2)
+    x_1TD = jax.random.normal(rng, (1, 5, D))
+    through = lambda x, rng: weights.matmul(x, dataclasses.replace(kernel, rng=rng, dropout=0.5))
+    both = through(jnp.tile(x_1TD, (4, 1, 1)), keys_B)  # two rows of two sequences
+    assert len({row.tobytes() for row in np.asarray(both)}) == 4
+    second = through(jnp.tile(x_1TD, (2, 1, 1)), keys_B[1:])  # as another micro-batch has it
+    np.testing.assert_allclose(both[2:], second, atol=1e-5)
 
 
 def test_dropout_keeps_the_mean(rng):

@@ -2,13 +2,16 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from jaxgpt import peft, rundir, tree
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, PeftConfig
 from jaxgpt.convert import gguf, hf, llama2c, peft_hf, tensors, tokenizer_files
 from jaxgpt.convert.table import Place
 from jaxgpt.data import chat
@@ -87,6 +90,60 @@ def _reader(path: Path) -> Callable[..., tuple[ModelConfig, Params, dict[str, by
             "to safetensors (transformers' save_pretrained writes it)"
         )
     return gguf.load if begin == b"GGUF" or path.suffix == ".gguf" else llama2c.load
+
+
+def source_of(path: str | Path) -> Path | None:
+    """The base that an adapter was trained on; None if `path` is no adapter."""
+    if peft_hf.is_adapter(path):
+        return peft_hf.base_of(path)
+    found = rundir.read_base(path) if rundir.is_run(path) else None
+    return found and found[0]
+
+
+def load_with_adapters(
+    path: str | Path, adapters: Iterable[str | Path]
+) -> tuple[Loaded, list[Params]]:
+    """A base, and the network of each adapter on it; all of them share the base's arrays.
+
+    Args:
+        adapters: runs with --peft.kind lora or qlora on this base, or directories that PEFT wrote.
+
+    Raises:
+        ValueError: no adapter, one of another base, or bases quantised in different ways.
+    """
+    runs: dict[Path, PeftConfig] = {}
+    for adapter in map(Path, adapters):
+        if not peft_hf.is_adapter(adapter):
+            runs[adapter] = _adapter_settings(adapter, path)
+    quantized = {cfg.quantize if cfg.kind == "qlora" else "" for cfg in runs.values()}
+    if len(quantized) > 1:
+        raise ValueError(f"adapter: {', '.join(map(str, runs))} store their base differently")
+    place = peft.place(next(iter(runs.values()))) if runs else None
+    base = load(path, place=place, merged=True)
+    base = base._replace(params=jax.tree.map(jnp.asarray, base.params))
+    if runs:  # its conversations have the form that the first of them was taught
+        files = own_files(tokenizer_files.read(next(iter(runs))))
+        base = _with_tokenizer(base.config, base.params, files)
+
+    def beside(adapter: Path) -> Params:
+        if adapter not in runs:
+            return peft_hf.load(adapter, base.config, base.params)
+        return peft.restore(runs[adapter], base.params, tree.flatten(rundir.read_params(adapter)))
+
+    return base, [beside(Path(adapter)) for adapter in adapters]
+
+
+def _adapter_settings(path: Path, base: str | Path) -> PeftConfig:
+    found = rundir.read_base(path) if rundir.is_run(path) else None
+    if found is None or found[1].kind == "adapter":
+        raise ValueError(
+            f"adapter={path}: is neither a run with --peft.kind lora or qlora nor a directory that "
+            "PEFT wrote"
+        )
+    source, cfg = found
+    if rundir.fingerprint(source) != rundir.fingerprint(base):
+        raise ValueError(f"adapter={path}: was trained on {source}, whose weights are not {base}'s")
+    return cfg
 
 
 def _read_run(path: Path, merged: bool) -> Params:

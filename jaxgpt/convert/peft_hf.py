@@ -122,6 +122,8 @@ def save(path: str | Path, cfg: ModelConfig, params: Params, base: str = "") -> 
     if left:
         raise ValueError(f"PEFT has no place for the change of {', '.join(sorted(left)[:4])}")
     path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: holds something already; give another directory")
     path.mkdir(parents=True, exist_ok=True)
     settings = _settings(scales, True in lengths, base, _conv1d(cfg))
     (path / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")

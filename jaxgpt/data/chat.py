@@ -170,7 +170,8 @@ def pieces(
     """The rendered text, cut where a turn begins or ends; rendered turn by turn to know where.
 
     Raises:
-        ValueError: the template rewrites earlier turns, so that there is no such cut.
+        ValueError: the template rewrites earlier turns, so that there is no such cut, or leaves
+            out the calls of a turn.
     """
     done, found = "", []
 
@@ -194,6 +195,7 @@ def pieces(
             whole, learned = draw(messages[:count]), count > learn_from
             end = _end_of_turn(whole, form.tokenizer)
             extend(whole[:end], role, learned)
+            _require_calls(message, found[-1].text)
             extend(whole, role, False)
             continue
         try:
@@ -235,6 +237,17 @@ def _compile(template: str) -> Any:
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)
+
+
+def _require_calls(message: Message, text: str) -> None:
+    """A template that knows of no tools would leave an empty turn to learn from."""
+    for call in message.get("tool_calls") or ():
+        name = call.get("function", call).get("name", "")
+        if name not in text:
+            raise ValueError(
+                f"data.template: does not write the assistant's tool_calls (of {name}); use one "
+                "that does, or messages that hold the call as text"
+            )
 
 
 def _end_of_turn(text: str, tokenizer: Tokenizer) -> int:

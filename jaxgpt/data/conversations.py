@@ -26,6 +26,12 @@ ROLES = {
     "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool",
     "function": "tool", "bot": "assistant", "model": "assistant",
 }  # fmt: skip
+# How a message's parts are written, by their type; as Qwen's models write them.
+PARTS = {
+    "text": "{}",
+    "reasoning": "<think>\n{}\n</think>\n\n",
+    "tool_call": "<tool_call>\n{}\n</tool_call>\n",
+}
 KNOWN = ("system", "developer", "user", "assistant", "tool")
 CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")
@@ -233,11 +239,21 @@ def _message(message: Any, place: str) -> Message:
 
 
 def _text(value: Any, place: str) -> str:
-    if isinstance(value, list) and all(isinstance(p, dict) and "text" in p for p in value):
-        value = "".join(part["text"] for part in value)
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        value = "".join(_part(part, place) for part in value)
     if not isinstance(value, str):
         raise ValueError(f"{place}: a message's content must be text, not {value!r:.40}")
     return value
+
+
+def _part(part: dict[str, Any], place: str) -> str:
+    """One of several parts of a message, such as {"type": "text", "text": …}."""
+    kind, text = part.get("type", "text"), part.get("text", part.get("value"))
+    if kind not in PARTS or not isinstance(text, str):
+        raise ValueError(
+            f"{place}: a message's part must be text of type {', '.join(PARTS)}, not {part!r:.60}"
+        )
+    return PARTS[kind].format(text)
 
 
 def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:

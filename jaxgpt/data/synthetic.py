@@ -75,6 +75,11 @@ def rambling(problem: Problem) -> str:
     return f"{first} To find {problem}, I do {steps}. So the answer is {problem.answer}"
 
 
+def lines() -> list[str]:
+    """Every problem that is not held out as a line of plain text, a question and its answer."""
+    return [f"{question(problem)} {concise(problem)}\n" for problem in problems(held_out=False)]
+
+
 def calculator(problem: Problem) -> list[Message]:
     """The assistant calls a calculator, reads what it gave, and answers."""
     return _with_call(problem, f"{problem} = {problem.answer}")

@@ -15,6 +15,8 @@ from jaxgpt.model import gpt
 from jaxgpt.train import Stage
 from jaxgpt.types import Array, Batch, Metrics, Params
 
+BINS = 5  # of confidence, when the calibration is measured
+
 
 def build(cfg: RewardConfig, start: Loaded) -> Stage:
     """Trains the network with a scalar head in the place of its vocabulary."""
@@ -48,6 +50,9 @@ def build(cfg: RewardConfig, start: Loaded) -> Stage:
     @jax.jit
     def held_out_metrics(params: Params, batch: Batch) -> Metrics:
         total, weight, metrics = loss(params, batch, jnp.zeros(0))
+        reward_B2 = score_pairs(cfg.model, params, batch)
+        real_B = (batch["mask"].sum(-1).min(-1) > 0).astype(jnp.float32)
+        metrics |= calibration(reward_B2[:, 0] - reward_B2[:, 1], real_B)
         return metrics | {"loss": (total, weight)}
 
     return Stage(
@@ -67,6 +72,24 @@ def score_pairs(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     """
     arms = scoring.flatten_arms(batch)
     return scoring.final_reward(cfg, params["policy"], params["reward"], arms).reshape(-1, 2)
+
+
+def calibration(difference_B: Array, weight_B: Array) -> Metrics:
+    """How often the model is right, by how sure it is: its probability that the answer which it
+    scores higher is the better one, in BINS equal steps from a half to one.
+    """
+    sure_B = jax.nn.sigmoid(jnp.abs(difference_B))
+    bin_B = jnp.minimum((2 * BINS * (sure_B - 0.5)).astype(jnp.int32), BINS - 1)
+    metrics: Metrics = {}
+    for number in range(BINS):
+        inside_B = weight_B * (bin_B == number)
+        name, count = f"calibration/{0.5 + (number + 0.5) / (2 * BINS):.2f}", inside_B.sum()
+        metrics |= {
+            f"{name}/right": ((inside_B * (difference_B > 0)).sum(), count),
+            f"{name}/expected": ((inside_B * sure_B).sum(), count),
+            f"{name}/share": (count, weight_B.sum()),
+        }
+    return metrics
 
 
 def _head(cfg: RewardConfig, mesh: Mesh) -> Params:

@@ -172,6 +172,40 @@ def test_every_shape_of_conversation_is_read(name: str, form: str, tmp_path: Pat
     ]
 
 
+def test_the_parts_of_a_message_are_one_text(tmp_path: Path) -> None:
+    part = lambda kind, text, name="text": {"type": kind, name: text}
+    row = {
+        "messages": [
+            {"role": "user", "content": [part("text", "What "), part("text", "time?", "value")]},
+            {
+                "role": "assistant",
+                "content": [part("reasoning", "Ask.", "value"), part("tool_call", "{}", "value")],
+            },
+        ]
+    }
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps(row))
+    (found,) = conversations.dialogues(str(file))
+    assert [message["content"] for message in found.messages] == [
+        "What time?",
+        "<think>\nAsk.\n</think>\n\n<tool_call>\n{}\n</tool_call>\n",
+    ]
+    row["messages"][0]["content"] = [{"type": "image_url", "image_url": "x.png"}]
+    file.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"data.jsonl, line 1: a message's part must be text"):
+        list(conversations.dialogues(str(file)))
+
+
+def test_a_template_that_leaves_out_calls_is_refused() -> None:
+    call = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    said = [OPENAI[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(ValueError, match=r"does not write the assistant's tool_calls \(of clock\)"):
+        chat.encode(chat.find_format("chatml", None, BYTES), said)
+    writes = chat.CHATML.replace("message['content']", "(message.tool_calls or '') | tojson")
+    encoded = chat.encode(chat.find_format("", writes, BYTES), said)
+    assert "clock" in BYTES.decode(encoded.tokens_T[encoded.target_T].tolist())
+
+
 PAIRS = {
     "prompt": {"prompt": "Q", "chosen": "A", "rejected": "B"},
     "hh": {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"},

@@ -1,6 +1,8 @@
 """The laws of the four offline stages, on a tiny network and the embedded tasks."""
 
+import re
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +11,9 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
 
-from jaxgpt import rundir, sharding, stages, train
+from jaxgpt import peft, rundir, sharding, stages, train, tree
 from jaxgpt.config import (
     CheckpointConfig,
     DistillConfig,
@@ -20,6 +23,7 @@ from jaxgpt.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    PeftConfig,
     RewardConfig,
     RunConfig,
     SampleConfig,
@@ -32,27 +36,33 @@ from jaxgpt.data import show, synthetic
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.model import gpt
 
-pytestmark = pytest.mark.slow  # not yet trimmed to the default selection's time
-
 MODEL = ModelConfig(
     vocab_size=260, context_length=128, num_layers=2, model_dim=16, num_heads=2, mlp_dim=32,
     position="rope",
 )  # fmt: skip
+LORA = PeftConfig(kind="lora", rank=2, alpha=4.0, dropout=0.3)
+BOTTLENECK = PeftConfig(kind="adapter", adapter_dim=8)
+PARALLEL = PeftConfig(kind="adapter", adapter_dim=8, adapter_parallel=True)
 KINDS: dict[str, Any] = {
     "sft": SftConfig(),
     "reward": RewardConfig(),
     "dpo": DpoConfig(),
     "ipo": DpoConfig(loss="ipo"),
     "orpo": DpoConfig(loss="orpo"),
+    "kto": DpoConfig(loss="kto"),
     "precomputed": DpoConfig(reference="precomputed"),
     "distill": DistillConfig(divergence="jsd", temperature=2.0, hard=0.3),
     "top_k": DistillConfig(top_k=5),
+    "sft-qlora": SftConfig(peft=replace(LORA, kind="qlora", quantize="int8")),
+    "reward-adapter": RewardConfig(peft=BOTTLENECK),
+    "dpo-lora": DpoConfig(peft=LORA),
+    "dpo-adapter": DpoConfig(peft=PARALLEL),
+    "distill-lora": DistillConfig(peft=LORA),
 }
-# The laws are slow to compile for every variant; two stand for all in the quick run.
-EVERY = [
-    kind if kind in ("sft", "dpo") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS
-]
-STAGE = {"ipo": "dpo", "orpo": "dpo", "precomputed": "dpo", "top_k": "distill"}
+# The laws are slow to compile for every variant; one, with all that can go wrong, stands for all.
+QUICK = "dpo-lora"
+EVERY = [kind if kind == QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+STAGE = {"ipo": "dpo", "orpo": "dpo", "kto": "dpo", "precomputed": "dpo", "top_k": "distill"}
 
 
 class Run(NamedTuple):
@@ -69,17 +79,27 @@ def few_problems(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(kind: str, tmp_path: Path, **changes: Any) -> Run:
     tokenizer = tokenizers.load("byte")
-    start = Loaded(MODEL, gpt.init(MODEL, jax.random.key(3)), tokenizer)
+    cfg = replace(KINDS[kind], **changes)
+    model = peft.model_config(cfg.peft, MODEL)
+    params = gpt.init(model, jax.random.key(3))
+    if cfg.peft.kind == "qlora":
+        params = tree.map_named(peft.place(cfg.peft), params)
+    start = Loaded(model, peft.add(cfg.peft, params, jax.random.key(5)), tokenizer)
     start = chatting.with_format(start, chatting.chat_format(start))
     cfg = replace(
-        KINDS[kind], run=str(tmp_path / kind), model=MODEL,
+        cfg, run=str(tmp_path / kind), model=model,
         train=TrainConfig(steps=4, batch_size=8, loss_chunk=100),
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=1),
         checkpoint=CheckpointConfig(every=2), eval=EvalConfig(every=2, batches=1),
         log=LogConfig(every=1), sample=SampleConfig(prompts=[]),
     )  # fmt: skip
     Path(cfg.run).mkdir(parents=True, exist_ok=True)
-    return Run(replace(cfg, **changes), start)
+    return Run(cfg, start)
+
+
+def stage_of(kind: str, cfg: RunConfig, start: Loaded) -> train.Stage:
+    name = kind.split("-")[0]
+    return stages._efficient(cfg.peft, stages.BUILD[STAGE.get(name, name)](cfg, start))
 
 
 @pytest.fixture(autouse=True)
@@ -90,12 +110,19 @@ def another_network_as_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages.distill, "_load_teacher", lambda *_: teacher)
 
 
-def first_update(run: Run, mesh_cfg: MeshConfig, micro_batches: int, kind: str) -> tuple[Any, Any]:
-    """The metrics and the gradient's step of the first batch."""
-    cfg = replace(run.cfg, train=replace(run.cfg.train, micro_batches=micro_batches))
-    mesh = sharding.make_mesh(mesh_cfg)
+def mesh_of(**sizes: int) -> Mesh:
+    """On as many devices as the sizes ask for."""
+    return sharding.make_mesh(
+        MeshConfig(**{"data": 1} | sizes), jax.devices()[: prod(sizes.values())]
+    )
+
+
+def first_update(run: Run, kind: str, mesh: Mesh | None = None, parts: int = 1) -> tuple[Any, Any]:
+    """The metrics and the gradient's step of the first batch; on one device if not said."""
+    cfg = replace(run.cfg, train=replace(run.cfg.train, micro_batches=parts))
+    mesh = mesh or mesh_of()
     with jax.set_mesh(mesh):
-        stage = stages.BUILD[STAGE.get(kind, kind)](cfg, run.start)
+        stage = stage_of(kind, cfg, placed(run.start, mesh))
         state, frozen = train._place(stage, cfg, mesh, optax.sgd(1.0))
         before = jax.device_get(state.params)
         step = jax.jit(train.make_step(stage, cfg, optax.sgd(1.0)))
@@ -104,67 +131,97 @@ def first_update(run: Run, mesh_cfg: MeshConfig, micro_batches: int, kind: str) 
         return jax.device_get(measures), moved
 
 
-ALONE = MeshConfig(data=8)
+def placed(start: Loaded, mesh: Mesh) -> Loaded:
+    """As `launch` gives it to a stage."""
+    at = sharding.shardings(mesh, {"policy": start.params})["policy"]
+    return start._replace(params=jax.device_put(start.params, at))
 
 
+MESHES = [
+    ({"data": 2, "fsdp": 2, "tensor": 2}, 2),
+    pytest.param({"data": 8}, 1, marks=pytest.mark.slow),
+    pytest.param({"fsdp": 8}, 1, marks=pytest.mark.slow),
+    pytest.param({"data": 1}, 4, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("sizes", "parts"), MESHES)
 @pytest.mark.parametrize("kind", EVERY)
-def test_meshes_and_micro_batches_give_the_same_gradient(kind: str, tmp_path: Path) -> None:
+def test_meshes_and_micro_batches_give_the_same_gradient(
+    kind: str, sizes: dict[str, int], parts: int, tmp_path: Path
+) -> None:
     run = make(kind, tmp_path)
-    expected = first_update(run, ALONE, 1, kind)
-    for mesh, parts in ((MeshConfig(data=2, fsdp=2, tensor=2), 1), (MeshConfig(fsdp=2), 2)):
-        found = first_update(run, mesh, parts, kind)
-        chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-4)
+    parts = 1 if kind == "kto" else parts  # whose reference point is a mean over the micro-batch
+    expected = first_update(run, kind)
+    found = first_update(run, kind, mesh_of(**sizes), parts)
+    chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_ends_like_an_uninterrupted_one(kind: str, tmp_path: Path) -> None:
     ends = []
     for folder, stops in (("whole", (4,)), ("cut", (2, 4))):
         run = make(kind, tmp_path / folder)
-        mesh = sharding.make_mesh(ALONE)
+        mesh = mesh_of()
         for steps in stops:
             cfg = replace(run.cfg, train=replace(run.cfg.train, steps=steps))
             cfg = replace(cfg, optim=replace(cfg.optim, decay_steps=4))
             with jax.set_mesh(mesh):
-                stage = stages.BUILD[STAGE.get(kind, kind)](cfg, run.start)
-                train.fit(stage, cfg, mesh)
+                train.fit(stage_of(kind, cfg, placed(run.start, mesh)), cfg, mesh)
         ends.append(rundir.read_params(cfg.run))
+    assert jax.tree.leaves(ends[0])
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
+@pytest.mark.parametrize("sizes", [{"data": 1}, {"fsdp": 8}])
+def test_dpo_with_lora_keeps_its_base_once(sizes: dict[str, int], tmp_path: Path) -> None:
+    """The reference is the policy's base, buffer by buffer, not a copy of it."""
+    run, mesh = make("dpo-lora", tmp_path), mesh_of(**sizes)
+    base = peft.without(run.start.params)
+    with jax.set_mesh(mesh):
+        stage = stage_of("dpo", run.cfg, placed(run.start, mesh))
+        _, frozen = train._place(stage, run.cfg, mesh, optax.sgd(1.0))
+    shards = [s.data for leaf in jax.tree.leaves(frozen) for s in leaf.addressable_shards]
+    held = {shard.unsafe_buffer_pointer(): shard.nbytes for shard in shards}
+    assert len(jax.tree.leaves(frozen)) == 2 * len(jax.tree.leaves(base))
+    cut = [s.data for leaf in jax.tree.leaves(frozen["reference"]) for s in leaf.addressable_shards]
+    assert sum(held.values()) == sum(shard.nbytes for shard in cut)
+
+
 def test_a_fresh_policy_is_its_own_reference(tmp_path: Path) -> None:
-    measures, _ = first_update(make("dpo", tmp_path), ALONE, 1, "dpo")
+    measures, _ = first_update(make("dpo", tmp_path), "dpo")
     assert np.isclose(measures["loss"], np.log(2), atol=1e-6)
     assert abs(measures["reward/margin"]) < 1e-6
 
 
 def test_live_and_precomputed_references_agree(tmp_path: Path) -> None:
-    live = first_update(make("dpo", tmp_path), ALONE, 1, "dpo")
-    stored = first_update(make("precomputed", tmp_path), ALONE, 1, "precomputed")
-    again = first_update(make("precomputed", tmp_path), ALONE, 1, "precomputed")  # from disk
+    live = first_update(make("dpo", tmp_path), "dpo")
+    stored = first_update(make("precomputed", tmp_path), "precomputed")
+    again = first_update(make("precomputed", tmp_path), "precomputed")  # from disk
     chex.assert_trees_all_close(stored, live, atol=1e-5)
     chex.assert_trees_all_equal(again, stored)
 
 
 def test_a_reference_on_disk_of_another_network_is_refused(tmp_path: Path) -> None:
     run = make("precomputed", tmp_path)
-    first_update(run, ALONE, 1, "precomputed")
+    first_update(run, "precomputed")
     other = run.start._replace(params=gpt.init(MODEL, jax.random.key(9)))
     with pytest.raises(ValueError, match="of another network"):
-        first_update(Run(run.cfg, other), ALONE, 1, "precomputed")
+        first_update(Run(run.cfg, other), "precomputed")
 
 
 def test_the_likeliest_tokens_on_disk_stand_for_a_live_teacher(tmp_path: Path) -> None:
     live = make("top_k", tmp_path / "live", top_k=0)
     stored = make("top_k", tmp_path / "stored", top_k=259)  # all of them but one
-    found = [first_update(run, ALONE, 1, "distill") for run in (stored, live)]
+    found = [first_update(run, "distill") for run in (stored, live)]
     chex.assert_trees_all_close(*found, atol=1e-5)
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path: Path) -> None:
     run = make("distill", tmp_path, hard=0.0)
     same = run.start._replace(params=gpt.init(MODEL, jax.random.key(4)))
-    measures, moved = first_update(Run(run.cfg, same), ALONE, 1, "distill")
+    measures, moved = first_update(Run(run.cfg, same), "distill")
     assert abs(measures["loss"]) < 1e-6
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved)) < 1e-5
 
@@ -173,7 +230,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     run = make("distill", tmp_path)
     other = run.start._replace(config=replace(MODEL, vocab_size=261))
     with pytest.raises(ValueError, match="another vocabulary"):
-        first_update(Run(run.cfg, other), ALONE, 1, "distill")
+        first_update(Run(run.cfg, other), "distill")
 
 
 def test_the_layers_of_a_student_are_the_teachers() -> None:
@@ -187,7 +244,7 @@ def test_the_layers_of_a_student_are_the_teachers() -> None:
 
 def test_the_reward_does_not_see_the_padding(tmp_path: Path) -> None:
     run = make("reward", tmp_path)
-    with jax.set_mesh(sharding.make_mesh(ALONE)):
+    with jax.set_mesh(mesh_of()):
         stage = stages.BUILD["reward"](run.cfg, run.start)
         batch = stage.next_batch({}, {}, 0)
         wide = {
@@ -203,23 +260,35 @@ def test_data_without_an_end_of_turn_is_refused(tmp_path: Path) -> None:
     run = make("sft", tmp_path)
     short = replace(run.cfg, data=replace(run.cfg.data, max_tokens=40))
     with pytest.raises(ValueError, match="not learn to stop"):
-        first_update(Run(short, run.start), ALONE, 1, "sft")
+        first_update(Run(short, run.start), "sft")
 
 
 def test_data_without_any_target_is_refused(tmp_path: Path) -> None:
     run = make("sft", tmp_path)
     short = replace(run.cfg, data=replace(run.cfg.data, max_tokens=8))
     with pytest.raises(ValueError, match="no row has a target"):
-        first_update(Run(short, run.start), ALONE, 1, "sft")
+        first_update(Run(short, run.start), "sft")
 
 
-def test_a_batch_of_preferences_can_be_shown(tmp_path: Path) -> None:
-    run = make("dpo", tmp_path)
-    with jax.set_mesh(sharding.make_mesh(ALONE)):
-        stage = stages.BUILD["dpo"](run.cfg, run.start)
-        text = show.describe(stage.next_batch({}, {}, 0), run.start.tokenizer)
-    assert text.startswith("row 0, 0  margin=0")
-    assert "258 '<|im_end|>'" in text and "padding" in text
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [
+        ("sft", "row 0\n"), ("distill", "row 0\n"), ("dpo", "row 0, 0  margin=0\n"),
+        ("kto", "row 0, 0  desirable="), ("reward", "row 0, 0  margin=0\n"),
+    ],
+)  # fmt: skip
+def test_the_first_batch_can_be_shown(kind: str, first: str, tmp_path: Path) -> None:
+    run = make(kind, tmp_path)
+    with jax.set_mesh(mesh_of()):
+        text = show.describe(
+            stage_of(kind, run.cfg, run.start).next_batch({}, {}, 0), run.start.tokenizer
+        )
+    assert text.startswith(first)
+    lines = text.split("\n")
+    assert lines[2].split() == ["1", "0", "user", "257", "'<|im_start|>'"]
+    ends = [line for line in lines if re.search(r"' +258 '<\|im_end\|>'$", line)]  # as a target
+    assert ends and all(line.split()[2] == "assistant" for line in ends)
+    assert any(line == "  padding" for line in lines)
 
 
 def test_plain_text_takes_its_share_of_the_rows(tmp_path: Path) -> None:
@@ -229,7 +298,7 @@ def test_plain_text_takes_its_share_of_the_rows(tmp_path: Path) -> None:
     (Path(run.cfg.run) / "tokenizer.json").unlink(missing_ok=True)
     run.start.tokenizer.save(Path(run.cfg.run) / "tokenizer.json")
     data = replace(run.cfg.data, text_share=0.25, text_path=str(text))
-    with jax.set_mesh(sharding.make_mesh(ALONE)):
+    with jax.set_mesh(mesh_of()):
         stage = stages.BUILD["sft"](replace(run.cfg, data=data), run.start)
         batches = [stage.next_batch({}, {}, step) for step in range(4)]
     plain = [row for batch in batches for row in np.asarray(batch["roles"]) if not row.any()]
