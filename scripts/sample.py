@@ -31,12 +31,12 @@ def main() -> None:
     adapter = chosen[0] if len(chosen) == 1 else chosen or None
     prompts = cfg.prompt or [sys.stdin.read().rstrip("\n")]
     if cfg.tools:
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             asked = [{"role": "user", "content": prompt}]
+            own = adapter[number] if isinstance(adapter, list) else adapter
             said = lm.play_chat(
-                asked, cfg.tools, seed=cfg.seed, stop=cfg.stop, adapter=chosen[0] if chosen else None,
-                **vars(settings),
-            )  # fmt: skip
+                asked, cfg.tools, seed=cfg.seed, stop=cfg.stop, adapter=own, **vars(settings)
+            )
             print("\n".join(("→ " if m["role"] == "tool" else "") + m["content"] for m in said))
             if len(prompts) > 1:
                 print()

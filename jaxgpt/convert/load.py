@@ -92,6 +92,16 @@ def _reader(path: Path) -> Callable[..., tuple[ModelConfig, Params, dict[str, by
     return gguf.load if begin == b"GGUF" or path.suffix == ".gguf" else llama2c.load
 
 
+def model_config(path: str | Path) -> ModelConfig:
+    """The shape of a model on disk; the weights are read only where nothing else tells it."""
+    path = Path(path)
+    if rundir.is_run(path):
+        return rundir.model_config(path)
+    if (path / "config.json").is_file():
+        return hf.config_from_hf(tensors.read_json(path / "config.json"))
+    return load(path, merged=True).config
+
+
 def source_of(path: str | Path) -> Path | None:
     """The base that an adapter was trained on; None if `path` is no adapter."""
     if peft_hf.is_adapter(path):

@@ -1,0 +1,111 @@
+"""Compiles train steps and the sampler for TPU slices that are not there; one Markdown row each.
+
+python benchmarks/topologies.py                                     # all, an hour of one core
+python benchmarks/topologies.py --model llama-8b --topology v5e:2x4
+
+Needs libtpu. All times are estimates from data sheets; nothing runs.
+"""
+
+import argparse
+import os
+from typing import Any
+
+TOPOLOGIES = ("v5e:2x4", "v6e:4x4", "v5p:4x4x8", "v5e:16x16")
+#          context, rows of a batch for each device, and what the sampler cuts by tensor
+MODELS = {
+    "gpt2-124m": (1024, 16, 1),
+    "llama-135m": (2048, 8, 1),
+    "llama-135m-moe": (2048, 8, 1),
+    "llama-8b": (2048, 2, 8),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--topology", nargs="+", default=list(TOPOLOGIES))
+    parser.add_argument("--program", nargs="+", default=["train", "sample"])
+    parser.add_argument("--override", nargs="*", default=[], help="--train.batch_size 8 ...")
+    args = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from jaxgpt import hardware
+
+    hardware.use_compilation_cache()
+    for topology in args.topology:
+        for model in args.model:
+            for program in args.program:
+                print({"train": train, "sample": sample}[program](model, topology, args.override))
+
+
+def train(name: str, topology: str, override: list[str]) -> str:
+    """The fastest setting that fits, FSDP over the whole slice."""
+    from jaxgpt import config, hardware, sharding, stages
+    from jaxgpt.plan import devices, report
+
+    chips = devices.topology(topology)
+    context, rows, _ = MODELS[name]
+    cfg = config.parse(config.PretrainConfig, "", [
+        "--model", f"configs/model/{name}.yaml", "--model.context_length", str(context),
+        "--train.batch_size", str(rows * len(chips)), "--mesh.data", "1", "--mesh.fsdp", "-1",
+        "--fit", "auto", *override,
+    ])  # fmt: skip
+    mesh = sharding.make_mesh(cfg.mesh, chips)
+    chip = hardware.chip(chips[0])
+    assert chip is not None
+    try:
+        cfg, step = stages.plan("pretrain", cfg, mesh)
+    except ValueError as error:
+        return f"| {name} | {topology} | train | | {error} |"
+    found = report.estimates(cfg, step, chip)
+    layer = "; ".join(
+        f"{kind} {both['forward']} / {both['backward']}"
+        for kind, both in report.per_layer(step).items()
+    )
+    span = lambda values, form: " to ".join(form.format(value) for value in values)
+    return (
+        f"| {name} | {topology} | train {cfg.train.batch_size} x {context} | "
+        f"{step.micro_batches} micro-batches, remat {step.remat} | {step.memory.total / 1e9:.2f} | "
+        f"{chip.memory / 1e9:.1f} | {layer} | {span(found['seconds_per_step'], '{:.3f}')} s | "
+        f"{span(found['mfu'], '{:.0%}')} |"
+    )
+
+
+def sample(name: str, topology: str, _: list[str]) -> str:
+    """Prefill and decode for eight rows of each group of devices that has a copy of the weights."""
+    from jaxgpt import config, hardware, sharding
+    from jaxgpt.plan import devices, program
+    from jaxgpt.plan.sampler import compile_sampler
+    from jaxgpt.sampling.sample import SCAN_STEPS, Sampling
+
+    chips = devices.topology(topology)
+    context, _, tensor = MODELS[name]
+    model = config.parse(config.PretrainConfig, "", [
+        "--model", f"configs/model/{name}.yaml", "--model.context_length", str(context)
+    ]).model  # fmt: skip
+    mesh = sharding.make_mesh(config.MeshConfig(data=-1, tensor=tensor), chips)
+    rows, prompt = 8 * len(chips) // tensor, context // 2
+    prefill, decode = compile_sampler(model, mesh, rows, prompt, Sampling())
+    chip = hardware.chip(chips[0])
+    assert chip is not None
+    moved = program.read(decode.as_text())
+    exchanged = sum(c.bytes * c.times for c in moved.collectives)
+    parts = (moved.memory_bytes / chip.bandwidth, exchanged / chip.link)
+    seconds = [each / SCAN_STEPS for each in (max(parts), sum(parts))]
+    memory = [_total(each.memory_analysis()) / 1e9 for each in (prefill, decode)]
+    return (
+        f"| {name} | {topology} | sample {rows} x ({prompt} + {context - prompt}) | "
+        f"tensor {tensor} | {memory[0]:.2f}, {memory[1]:.2f} (prefill, decode) | "
+        f"{chip.memory / 1e9:.1f} | | {1e3 * seconds[0]:.2f} to {1e3 * seconds[1]:.2f} ms a token "
+        "| |"
+    )
+
+
+def _total(sizes: Any) -> float:
+    return (
+        sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes + sizes.generated_code_size_in_bytes
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
