@@ -1,8 +1,13 @@
-"""x @ kernel in the compute dtype, with a backward pass that keeps XLA:CPU's fast products."""
+"""x @ kernel in the compute dtype, with backward passes of its own.
+
+On a CPU it keeps XLA's fast products. On accelerators it keeps only the kernel as it is stored,
+cut over devices: autodiff would keep the copy that was cast and gathered, for every layer.
+"""
 
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.kernels.placement import whole
 from jaxgpt.kernels.platform import platform, transposed
 from jaxgpt.types import Array
 
@@ -10,7 +15,7 @@ from jaxgpt.types import Array
 def linear(x_BTD: Array, kernel_DF: Array) -> Array:
     """x @ kernel over any leading axes; float32 on CPU, the dtype of x on accelerators."""
     if platform() != "cpu":
-        return x_BTD @ kernel_DF.astype(x_BTD.dtype)
+        return _gathering_linear(x_BTD, kernel_DF)
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     out_shape = (*x_BTD.shape[:-1], kernel_DF.shape[-1])
     if len(x_ND) == 1 and x_ND.dtype != jnp.float32:
@@ -42,3 +47,24 @@ def _backward(saved: tuple[Array, Array, Array], g_NF: Array) -> tuple[Array, Ar
 
 
 _linear.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _gathering_linear(x_BTD: Array, kernel_DF: Array) -> Array:
+    return x_BTD @ whole(kernel_DF.astype(x_BTD.dtype))
+
+
+def _gathering_backward(saved: tuple[Array, Array], g_BTF: Array) -> tuple[Array, Array]:
+    x_BTD, kernel_DF = saved
+    dx_BTD = g_BTF @ whole(kernel_DF.astype(x_BTD.dtype)).T
+    leading = tuple(range(x_BTD.ndim - 1))
+    dkernel_DF = jax.lax.dot_general(
+        x_BTD, g_BTF, ((leading, leading), ((), ())), preferred_element_type=jnp.float32
+    )
+    return dx_BTD, dkernel_DF.astype(kernel_DF.dtype)
+
+
+_gathering_linear.defvjp(
+    lambda x_BTD, kernel_DF: (_gathering_linear(x_BTD, kernel_DF), (x_BTD, kernel_DF)),
+    _gathering_backward,
+)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxgpt import weights
 from jaxgpt.config import ModelConfig
+from jaxgpt.kernels.placement import by_rows
 from jaxgpt.kernels.platform import layer_unroll
 from jaxgpt.model.attention import Attention, BlockInputs, KVCache, Slots
 from jaxgpt.model.layers import INIT_STD, Linear, dropout, make_norm, parameter, rope_tables
@@ -42,7 +43,7 @@ class Block(nn.Module):
         attended_BTD, cache = Attention(cfg, name="attention")(normed_BTD, inputs, cache, place)
         if cfg.adapter_dim and not cfg.adapter_parallel:
             attended_BTD += Adapter(cfg, name="attention_adapter")(attended_BTD)
-        x_BTD = x_BTD + dropout(attended_BTD, inputs.rng_B, 2 * layer + 1, cfg.dropout)
+        x_BTD = by_rows(x_BTD + dropout(attended_BTD, inputs.rng_B, 2 * layer + 1, cfg.dropout))
 
         normed_BTD = make_norm(cfg, "mlp_norm")(x_BTD)
         if cfg.num_experts:
@@ -53,7 +54,7 @@ class Block(nn.Module):
         if cfg.adapter_dim:
             seen_BTD = normed_BTD if cfg.adapter_parallel else mixed_BTD
             mixed_BTD += Adapter(cfg, name="mlp_adapter")(seen_BTD)
-        x_BTD = x_BTD + dropout(mixed_BTD, inputs.rng_B, 2 * layer + 2, cfg.dropout)
+        x_BTD = by_rows(x_BTD + dropout(mixed_BTD, inputs.rng_B, 2 * layer + 2, cfg.dropout))
         return (x_BTD, cache), stats
 
 
@@ -100,7 +101,7 @@ class GPT(nn.Module):
         x_BTD = Table(cfg.vocab_size, cfg.model_dim, name="embed")(tokens_BT)
         if cfg.position == "learned":
             x_BTD += Table(cfg.context_length, cfg.model_dim, name="positions")(positions_BT)
-        x_BTD = dropout(x_BTD, rng_B, 0, cfg.dropout)
+        x_BTD = by_rows(dropout(x_BTD, rng_B, 0, cfg.dropout))
 
         rope = rope_tables(cfg, positions_BT) if cfg.position == "rope" else None
         length = None if cache is None else cache.length
