@@ -162,6 +162,15 @@ class Source:
         return batch
 
 
+def blank(batch_size: int, context_length: int, documents: bool = False) -> Rows:
+    """A batch as such a source gives it, without text: one empty row, seen many times."""
+    nothing = Source((), (), 1, context_length, 0, documents, 0, 0)
+    row = nothing._batch(np.full((1, context_length + 1), -1, np.int32))
+    return {
+        name: np.broadcast_to(array, (batch_size, context_length)) for name, array in row.items()
+    }
+
+
 def source(
     files: Mapping[str, float] | str | Path,
     tokenizer: Tokenizer,

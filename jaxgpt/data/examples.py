@@ -168,6 +168,12 @@ def fill(sequence: Sequence[Encoded], width: int) -> Rows:
     return row
 
 
+def blank(batch_size: int, width: int, arms: int = 0) -> Rows:
+    """A batch of empty rows, [B, T] or, for items of several sequences, [B, arms, T]."""
+    shape = (batch_size, arms, width) if arms else (batch_size, width)
+    return {name: np.broadcast_to(array, shape) for name, array in fill((), width).items()}
+
+
 def fit(
     arms: Sequence[Encoded], width: int, truncate: bool, tally: Tally, read_end: bool = False
 ) -> list[Encoded] | None:

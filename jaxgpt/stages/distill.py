@@ -4,9 +4,11 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgpt import losses, scoring, sharding, train, tree
 from jaxgpt.config import DistillConfig, ModelConfig
@@ -53,17 +55,37 @@ def build(cfg: DistillConfig, start: Loaded) -> Stage:
     train_rows, held_out = instructions.batches(
         cfg.data, said, form, width, cfg.train.batch_size, cfg.seed, cfg.run
     )
-    params = {"policy": start.params}
     if cfg.top_k:
         train_rows = _with_top_k(cfg, teacher, train_rows, "train")
         held_out = _with_top_k(cfg, teacher, held_out, "val")
-    else:
-        params["teacher"] = teacher.params
     place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
     next_batch = lambda params, carry, step: place(partial(train_rows.rows, step))
     if cfg.on_policy:
         next_batch = _own_answers(cfg, start, form, said[0])
     apart = partial(_divergence, cfg, teacher.config)
+
+    @jax.jit
+    def held_out_metrics(params: Params, batch: Batch) -> Metrics:
+        _, weight, metrics = scoring.next_token_loss(
+            cfg.model, params["policy"], batch, chunk=cfg.train.loss_chunk
+        )
+        kl = apart(params, batch, "forward_kl", 1.0)
+        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "kl": (kl, weight)}
+
+    return outline(cfg, start.params, teacher.config, teacher.params)._replace(
+        next_batch=next_batch,
+        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+    )
+
+
+def outline(cfg: DistillConfig, params: Params, model: ModelConfig, teacher: Params) -> Stage:
+    """The stage without its data: batches are blank, and the parameters may be shapes.
+
+    Args:
+        model: the teacher's.
+    """
+    networks = {"policy": params} if cfg.top_k else {"policy": params, "teacher": teacher}
+    apart = partial(_divergence, cfg, model)
 
     def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
         hard, weight, metrics = scoring.next_token_loss(
@@ -76,20 +98,19 @@ def build(cfg: DistillConfig, start: Loaded) -> Stage:
         soft *= cfg.temperature**2  # or its gradient would shrink with the temperature
         return cfg.hard * hard + (1 - cfg.hard) * soft, weight, metrics
 
-    @jax.jit
-    def held_out_metrics(params: Params, batch: Batch) -> Metrics:
-        _, weight, metrics = scoring.next_token_loss(
-            cfg.model, params["policy"], batch, chunk=cfg.train.loss_chunk
-        )
-        kl = apart(params, batch, "forward_kl", 1.0)
-        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "kl": (kl, weight)}
+    def blank(*_: Any) -> Batch:
+        shortest = min(cfg.model.context_length, model.context_length)
+        B, T = cfg.train.batch_size, examples.row_width(cfg.data.max_tokens, shortest)
+        K = min(cfg.top_k, model.vocab_size - 1)
+        known = {"teacher_logprobs": np.float32, "teacher_ids": np.int32} if K else {}
+        zeros = {name: np.broadcast_to(kind(0), (B, K, T)) for name, kind in known.items()}
+        return examples.blank(B, T) | zeros
 
     return Stage(
-        params=params,
+        params=networks,
         trainable="^policy/",
         loss=loss,
-        next_batch=next_batch,
-        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+        next_batch=blank,
         updates_per_rollout=cfg.rollout.updates if cfg.on_policy else 0,
         skips=cfg.on_policy,
     )

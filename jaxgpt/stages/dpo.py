@@ -2,10 +2,11 @@
 
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgpt import losses, scoring, sharding, train
 from jaxgpt.config import DpoConfig
@@ -42,12 +43,27 @@ def build(cfg: DpoConfig, start: Loaded) -> Stage:
         cfg.seed,
     )
     place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
-    params = {"policy": start.params}
-    if cfg.loss not in ALONE and cfg.reference == "live":
-        params["reference"] = start.params
-    elif cfg.loss not in ALONE:
+    if cfg.loss not in ALONE and cfg.reference == "precomputed":
         train_pairs = _with_reference(cfg, start.params, train_pairs, "train")
         held_out = _with_reference(cfg, start.params, held_out, "val")
+    stage = outline(cfg, start.params)
+
+    @jax.jit
+    def held_out_metrics(params: Params, batch: Batch) -> Metrics:
+        total, weight, metrics = stage.loss(params, batch, jnp.zeros(0))
+        return metrics | {"loss": (total, weight)}
+
+    return stage._replace(
+        next_batch=lambda params, carry, step: place(partial(train_pairs.rows, step)),
+        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+    )
+
+
+def outline(cfg: DpoConfig, params: Params) -> Stage:
+    """The stage without its data: batches are blank, and `params` may be shapes."""
+    networks = {"policy": params}
+    if cfg.loss not in ALONE and cfg.reference == "live":
+        networks["reference"] = params
 
     def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
         policy = score(cfg, params["policy"], batch)
@@ -64,18 +80,16 @@ def build(cfg: DpoConfig, start: Loaded) -> Stage:
             return _kto(cfg, policy, reference, batch["desirable"], weight_B)
         return _pairs(cfg, policy, reference, weight_B)
 
-    @jax.jit
-    def held_out_metrics(params: Params, batch: Batch) -> Metrics:
-        total, weight, metrics = loss(params, batch, jnp.zeros(0))
-        return metrics | {"loss": (total, weight)}
+    def blank(*_: Any) -> Batch:
+        width = examples.row_width(cfg.data.max_tokens, cfg.model.context_length)
+        numbers = ["desirable" if cfg.loss == "kto" else "margin"]
+        if cfg.loss not in ALONE and cfg.reference == "precomputed":
+            numbers += [f"reference_{arm}" for arm in ARMS]
+        zeros_B = np.zeros(cfg.train.batch_size, np.float32)
+        arms = examples.blank(cfg.train.batch_size, width, len(ARMS))
+        return arms | dict.fromkeys(numbers, zeros_B)
 
-    return Stage(
-        params=params,
-        trainable="^policy/",
-        loss=loss,
-        next_batch=lambda params, carry, step: place(partial(train_pairs.rows, step)),
-        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
-    )
+    return Stage(params=networks, trainable="^policy/", loss=loss, next_batch=blank)
 
 
 def score(cfg: DpoConfig, params: Params, batch: Batch) -> Answers:

@@ -65,12 +65,20 @@ def build(cfg: PretrainConfig, start: Loaded) -> Stage:
         cfg.seed,
         cfg.data.documents,
     )
+    place: Place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
+    return outline(cfg, start.params)._replace(
+        next_batch=lambda params, carry, step: place(partial(source.rows, step)),
+        evaluate=partial(evaluate, cfg, source, place) if source.num_val_batches() else None,
+    )
+
+
+def outline(cfg: PretrainConfig, params: Params) -> Stage:
+    """The stage without its data: batches are blank, and `params` may be shapes."""
     options = {
         "z_loss": cfg.train.z_loss,
         "label_smoothing": cfg.train.label_smoothing,
         "chunk": cfg.train.loss_chunk,
     }
-    place: Place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
 
     def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
         return scoring.next_token_loss(
@@ -79,11 +87,12 @@ def build(cfg: PretrainConfig, start: Loaded) -> Stage:
 
     biased = cfg.model.num_experts > 0 and cfg.model.balance == "bias"
     return Stage(
-        params={"policy": start.params},
+        params={"policy": params},
         trainable="^policy/",
         loss=loss,
-        next_batch=lambda params, carry, step: place(partial(source.rows, step)),
-        evaluate=partial(evaluate, cfg, source, place) if source.num_val_batches() else None,
+        next_batch=lambda *_: datasets.blank(
+            cfg.train.batch_size, cfg.model.context_length, cfg.data.documents
+        ),
         carry={"router_bias": _no_bias(cfg.model)} if biased else {},
         after_step=_move_bias(cfg.model.balance_weight) if biased else None,
     )
@@ -123,8 +132,8 @@ def _token_paths(cfg: PretrainConfig) -> list[str | Path]:
     return [path if corpus.is_tokens(path) else own / str(n) for n, path in enumerate(paths)]
 
 
-def _no_bias(model: ModelConfig) -> Array:
-    return jnp.zeros((model.num_layers, model.num_experts))
+def _no_bias(model: ModelConfig) -> np.ndarray:
+    return np.zeros((model.num_layers, model.num_experts), np.float32)
 
 
 def _move_bias(speed: float) -> CarryFn:

@@ -1,10 +1,11 @@
 """A reward model: one number for an answer, higher for those that people prefer."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
 
 from jaxgpt import losses, scoring, sharding
 from jaxgpt.config import ModelConfig, RewardConfig
@@ -28,6 +29,25 @@ def build(cfg: RewardConfig, start: Loaded) -> Stage:
     mesh = jax.sharding.get_mesh()
     place = partial(sharding.place_rows, mesh, cfg.train.batch_size)
 
+    stage = outline(cfg, start.params)
+    placed = sharding.shardings(mesh, {"reward": stage.params["reward"]})["reward"]
+    head = jax.jit(partial(_head, cfg), out_shardings=placed)()
+
+    @jax.jit
+    def held_out_metrics(params: Params, batch: Batch) -> Metrics:
+        total, weight, metrics = stage.loss(params, batch, jnp.zeros(0))
+        return metrics | {"loss": (total, weight)}
+
+    return stage._replace(
+        params=stage.params | {"reward": head},
+        next_batch=lambda params, carry, step: place(partial(train.rows, step)),
+        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+    )
+
+
+def outline(cfg: RewardConfig, params: Params) -> Stage:
+    """The stage without its data: batches are blank, the head and maybe `params` shapes."""
+
     def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
         reward_B2 = score_pairs(cfg.model, params, batch)
         chosen_B, rejected_B = reward_B2[:, 0], reward_B2[:, 1]
@@ -45,17 +65,16 @@ def build(cfg: RewardConfig, start: Loaded) -> Stage:
         }
         return (loss_B * weight_B).sum(), weight, metrics
 
-    @jax.jit
-    def held_out_metrics(params: Params, batch: Batch) -> Metrics:
-        total, weight, metrics = loss(params, batch, jnp.zeros(0))
-        return metrics | {"loss": (total, weight)}
+    def blank(*_: Any) -> Batch:
+        width = examples.row_width(cfg.data.max_tokens, cfg.model.context_length)
+        margin_B = np.zeros(cfg.train.batch_size, np.float32)
+        return examples.blank(cfg.train.batch_size, width, 2) | {"margin": margin_B}
 
     return Stage(
-        params={"policy": start.params, "reward": _head(cfg, mesh)},
+        params={"policy": params, "reward": jax.eval_shape(partial(_head, cfg))},
         trainable="^(policy|reward)/",
         loss=loss,
-        next_batch=lambda params, carry, step: place(partial(train.rows, step)),
-        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+        next_batch=blank,
     )
 
 
@@ -69,10 +88,7 @@ def score_pairs(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     return scoring.final_reward(cfg, params["policy"], params["reward"], arms).reshape(-1, 2)
 
 
-def _head(cfg: RewardConfig, mesh: Mesh) -> Params:
+def _head(cfg: RewardConfig) -> Params:
     """A random scalar head."""
     hidden_BTD = jnp.zeros((1, 1, cfg.model.model_dim))
-    draw = lambda rng: gpt.ScalarHead(cfg.model).init(rng, hidden_BTD)["params"]
-    rng = jax.random.key(cfg.seed)
-    placed = sharding.shardings(mesh, {"reward": jax.eval_shape(draw, rng)})["reward"]
-    return jax.jit(draw, out_shardings=placed)(rng)
+    return gpt.ScalarHead(cfg.model).init(jax.random.key(cfg.seed), hidden_BTD)["params"]

@@ -34,6 +34,22 @@ def build(cfg: SftConfig, start: Loaded) -> Stage:
         cfg.run,
     )
     place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
+
+    @jax.jit
+    def held_out_metrics(params: Params, batch: Batch) -> Metrics:
+        _, _, metrics = scoring.next_token_loss(
+            cfg.model, params["policy"], batch, chunk=cfg.train.loss_chunk
+        )
+        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"]}
+
+    return outline(cfg, start.params)._replace(
+        next_batch=lambda params, carry, step: place(partial(train.rows, step)),
+        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+    )
+
+
+def outline(cfg: SftConfig, params: Params) -> Stage:
+    """The stage without its data: batches are blank, and `params` may be shapes."""
     options = {
         "z_loss": cfg.train.z_loss,
         "label_smoothing": cfg.train.label_smoothing,
@@ -45,17 +61,10 @@ def build(cfg: SftConfig, start: Loaded) -> Stage:
             cfg.model, params["policy"], batch, rng_B, params["carry"], **options
         )
 
-    @jax.jit
-    def held_out_metrics(params: Params, batch: Batch) -> Metrics:
-        _, _, metrics = scoring.next_token_loss(
-            cfg.model, params["policy"], batch, chunk=cfg.train.loss_chunk
-        )
-        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"]}
-
+    width = examples.row_width(cfg.data.max_tokens, cfg.model.context_length)
     return Stage(
-        params={"policy": start.params},
+        params={"policy": params},
         trainable="^policy/",
         loss=loss,
-        next_batch=lambda params, carry, step: place(partial(train.rows, step)),
-        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+        next_batch=lambda *_: examples.blank(cfg.train.batch_size, width),
     )
