@@ -9,19 +9,49 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-# Dense bfloat16 FLOP/s of one jax.Device, first match in device_kind wins. NVIDIA data sheets
-# (half of the "with sparsity" figure; GeForce: Ada and Blackwell white papers, float32
-# accumulation); cloud.google.com/tpu/docs. In jax a TPU v2 or v3 device is half a chip.
-_PEAK_FLOPS = (
-    ("TPU v6", 918e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5", 459e12),
-    ("TPU v4", 275e12), ("TPU v3", 61.5e12), ("TPU v2", 22.5e12),
-    ("GB200", 2500e12), ("B200", 2250e12), ("H200", 989.5e12), ("H100 NVL", 835e12),
-    ("H100 PCIe", 756e12), ("H100", 989.5e12), ("A100", 312e12), ("L40S", 362e12),
-    ("A10G", 70e12), ("A10", 125e12), ("L4", 121e12),
-    ("RTX 5090", 209.5e12), ("RTX 4090", 165.2e12), ("RTX 3090", 71e12),
-)  # fmt: skip
+class Chip(NamedTuple):
+    """One jax.Device by its data sheet, in bytes and seconds."""
+
+    flops: float  # dense bfloat16, a second
+    memory: float
+    bandwidth: float  # of that memory
+    link: float  # what reaches a device while a ring of them exchanges
+    price: float | None = None  # dollars an hour, on demand
+
+
+# First match in device_kind wins. In jax a TPU v2 or v3 device is half a chip. Read in 2026:
+# TPUs: cloud.google.com/tpu/docs/v5e and its like; a link is one axis of the torus, both ways: the
+#   sheet's bidirectional bandwidth of a chip over its number of ports (4, or 6 in three dimensions).
+# GPUs: NVIDIA data sheets (half of the "with sparsity" FLOP/s; GeForce: Ada and Blackwell white
+#   papers, float32 accumulation); a link is NVLink one way, or PCI Express.
+# Prices are list prices of 2025 in the United States, cloud.google.com/tpu/pricing and
+#   lambda.ai/pricing; they change, and plan.py takes --price.
+_CHIPS = (
+    ("TPU v6", Chip(918e12, 32 * 2**30, 1638e9, 200e9, 2.70)),
+    ("TPU v5 lite", Chip(197e12, 16 * 2**30, 819e9, 100e9, 1.20)),
+    ("TPU v5e", Chip(197e12, 16 * 2**30, 819e9, 100e9, 1.20)),
+    ("TPU v5", Chip(459e12, 95 * 2**30, 2765e9, 200e9, 4.20)),
+    ("TPU v4", Chip(275e12, 32 * 2**30, 1228e9, 100e9, 3.22)),
+    ("TPU v3", Chip(61.5e12, 16 * 2**30, 450e9, 82e9)),
+    ("TPU v2", Chip(22.5e12, 8 * 2**30, 350e9, 62e9)),
+    ("GB200", Chip(2500e12, 186e9, 8000e9, 900e9)),
+    ("B200", Chip(2250e12, 180e9, 8000e9, 900e9)),
+    ("H200", Chip(989.5e12, 141e9, 4800e9, 450e9)),
+    ("H100 NVL", Chip(835e12, 94e9, 3900e9, 300e9)),
+    ("H100 PCIe", Chip(756e12, 80e9, 2000e9, 64e9)),
+    ("H100", Chip(989.5e12, 80e9, 3350e9, 450e9, 2.99)),
+    ("A100-SXM4-80GB", Chip(312e12, 80e9, 2039e9, 300e9, 1.79)),
+    ("A100", Chip(312e12, 40e9, 1555e9, 300e9)),
+    ("L40S", Chip(362e12, 48e9, 864e9, 32e9)),
+    ("A10G", Chip(70e12, 24e9, 600e9, 32e9)),
+    ("A10", Chip(125e12, 24e9, 600e9, 32e9)),
+    ("L4", Chip(121e12, 24e9, 300e9, 32e9)),
+    ("RTX 5090", Chip(209.5e12, 32e9, 1792e9, 64e9)),
+    ("RTX 4090", Chip(165.2e12, 24e9, 1008e9, 32e9)),
+    ("RTX 3090", Chip(71e12, 24e9, 936e9, 32e9)),
+)
 
 
 def peak_flops(device: Any) -> float | None:
@@ -34,7 +64,48 @@ def peak_flops(device: Any) -> float | None:
         import jax
 
         return _measured_cpu_flops() / jax.local_device_count()
-    return next((peak for kind, peak in _PEAK_FLOPS if kind in device.device_kind), None)
+    sheet = _data_sheet(device)
+    return sheet and sheet.flops
+
+
+def chip(device: Any) -> Chip | None:
+    """What a jax.Device can do and hold; None if it is not listed.
+
+    A device that is here says itself how much memory it has. On a CPU all is measured, and shared
+    over the virtual devices.
+    """
+    import jax
+
+    if device.platform == "cpu":
+        import psutil
+
+        share = 1 / jax.local_device_count()
+        bandwidth = _measured_cpu_bandwidth()
+        memory = psutil.virtual_memory().total
+        return Chip(_measured_cpu_flops() * share, memory * share, bandwidth * share, bandwidth)
+    sheet = _data_sheet(device)
+    if sheet is None or device not in jax.local_devices():
+        return sheet
+    limit = (device.memory_stats() or {}).get("bytes_limit", sheet.memory)
+    return sheet._replace(memory=limit)
+
+
+def _data_sheet(device: Any) -> Chip | None:
+    return next((sheet for kind, sheet in _CHIPS if kind in device.device_kind), None)
+
+
+@functools.cache
+def _measured_cpu_bandwidth() -> float:
+    """Bytes read and written in a second by the fastest of a few copies of 64 MB."""
+    import numpy as np
+
+    source = np.ones(1 << 24, np.float32)
+    target, best = np.empty_like(source), 0.0
+    for _ in range(4):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
+    return best
 
 
 @functools.cache
