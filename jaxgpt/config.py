@@ -206,7 +206,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """Share of the target probability that is spread over the vocabulary."""
     loss_chunk: int = 1024
-    """Tokens whose logits exist at one time; 0: all."""
+    """Tokens of a device whose logits exist at one time; 0: all."""
     max_loss: float = 1e4
     """A loss above this, or not finite, stops the run."""
 
@@ -422,6 +422,9 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    fit: Literal["off", "auto"] = "off"
+    """auto: choose train.micro_batches and model.remat so that a step fits into the devices' memory
+    and takes the least time by estimate; a resumed run keeps the choice. See scripts/plan.py."""
     show_batch: bool = False
     """Print the first batch, token by token, and end."""
 
@@ -790,6 +793,44 @@ class DistillConfig(RunConfig):
                 ("data.text_share", self.data.text_share),
             ):  # fmt: skip
                 _require(not value, name, value, "is for answers of the data; not with on_policy")
+
+
+# Of the training commands, by the name of their stage.
+RUN_CONFIGS: dict[str, type[RunConfig]] = {
+    "pretrain": PretrainConfig,
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "dpo": DpoConfig,
+    "distill": DistillConfig,
+}
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """For which devices a run is planned."""
+
+    topology: str = ""
+    """TPU slice, which need not be here, such as v5e:4x4 or v5p:4x4x8; needs libtpu."""
+    devices: int = 0
+    """Virtual devices of a CPU; 0: the devices that are here."""
+    price: float = 0.0
+    """Dollars per device and hour; 0: the list price, where one is known."""
+
+    def __post_init__(self) -> None:
+        _require(
+            not (self.topology and self.devices), "devices", self.devices,
+            "excludes topology; drop one",
+        )  # fmt: skip
+        _require(self.devices >= 0, "devices", self.devices, "must be 0 or more")
+        _require(self.price >= 0, "price", self.price, "must be 0 or more")
+
+
+def planned(kind: type[RunConfig]) -> type[Any]:
+    """The config of a stage together with PlanSettings; settings are searched for by default."""
+    search = ("fit", Literal["off", "auto"], field(default="auto"))
+    return dataclasses.make_dataclass(
+        f"Plan{kind.__name__}", [search], bases=(kind, PlanSettings), frozen=True
+    )
 
 
 def parse(kind: type[C], description: str | None, args: Sequence[str] | None = None) -> C:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+
 class Chip(NamedTuple):
     """One jax.Device by its data sheet, in bytes and seconds."""
 
@@ -22,8 +23,8 @@ class Chip(NamedTuple):
 
 
 # First match in device_kind wins. In jax a TPU v2 or v3 device is half a chip. Read in 2026:
-# TPUs: cloud.google.com/tpu/docs/v5e and its like; a link is one axis of the torus, both ways: the
-#   sheet's bidirectional bandwidth of a chip over its number of ports (4, or 6 in three dimensions).
+# TPUs: cloud.google.com/tpu/docs/v5e and its like; a link is one axis of the torus, both
+#   ways: the sheet's bidirectional bandwidth of a chip over its ports (4, or 6 of a 3D torus).
 # GPUs: NVIDIA data sheets (half of the "with sparsity" FLOP/s; GeForce: Ada and Blackwell white
 #   papers, float32 accumulation); a link is NVLink one way, or PCI Express.
 # Prices are list prices of 2025 in the United States, cloud.google.com/tpu/pricing and

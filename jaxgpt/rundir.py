@@ -4,6 +4,7 @@ config.yaml      the resolved settings, which run again
 tokenizer.json   in Hugging Face's format
 checkpoints/     see checkpoint.py; of a run with --peft.kind only what it adds to its base
 base.json        path and hash of that base
+fit.json         what fit=auto chose, and for which devices
 metrics.jsonl, samples.md, report.html, plots/, environment.json
 """
 
@@ -21,7 +22,9 @@ from jaxgpt.config import ModelConfig, PeftConfig, RopeScaling, RunConfig, to_ya
 from jaxgpt.types import Params
 
 # Settings that change what is watched, kept or where it is computed, but no number of the run.
-FREE = ("run", "log", "sample", "mesh", "checkpoint")
+FREE = ("run", "log", "sample", "mesh", "checkpoint", "fit")
+# What fit=auto decides: the same numbers but for rounding.
+FITTED = ("train/micro_batches", "model/remat")
 # What a run that starts from other weights decides itself; the rest of its model is theirs.
 OWN = ("model/dtype", "model/remat", "model/dropout")
 
@@ -57,6 +60,19 @@ def write_config(cfg: RunConfig) -> None:
     partial = Path(cfg.run) / "config.yaml.tmp"
     partial.write_text(to_yaml(cfg))
     partial.replace(partial.with_suffix(""))
+
+
+def read_fit(path: str | Path, devices: dict[str, Any]) -> dict[str, Any] | None:
+    """What fit=auto chose for these devices when the run began; None if that is to be done."""
+    file = Path(path) / "fit.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return found["chosen"] if found.get("devices") == devices else None
+
+
+def write_fit(path: str | Path, devices: dict[str, Any], chosen: dict[str, Any]) -> None:
+    """Remembers a choice, so that the same run on the same devices makes it again."""
+    content = json.dumps({"devices": devices, "chosen": chosen}, indent=1)
+    (Path(path) / "fit.json").write_text(content)
 
 
 def is_run(path: str | Path) -> bool:
@@ -156,6 +172,7 @@ def _require_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         if before.get(name) != after.get(name)
         and name.split("/")[0] not in FREE
         and not given(name)
+        and not (new["fit"] == "auto" and name in FITTED)
     ]
     if differing:
         raise ValueError(

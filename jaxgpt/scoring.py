@@ -55,11 +55,11 @@ def next_token_loss(
         options: z_loss, label_smoothing and chunk of `kernels.cross_entropy`.
     """
     output = run(cfg, params, batch, rng_B, carry)
-    mask_N = batch["mask"].reshape(-1).astype(jnp.float32)
-    hidden_ND = output.hidden_BTD.reshape(-1, cfg.model_dim)
-    targets_N = batch["targets"].reshape(-1)
-    result = cross_entropy.cross_entropy(hidden_ND, gpt.head(params), targets_N, mask_N, **options)
-    weight = mask_N.sum()
+    mask_BT = batch["mask"].astype(jnp.float32)
+    result = cross_entropy.cross_entropy(
+        output.hidden_BTD, gpt.head(params), batch["targets"], mask_BT, **options
+    )
+    weight = mask_BT.sum()
     metrics = {"nll": (result.nll, weight), "accuracy": (result.correct, weight)}
     loss = result.loss
     if output.router is not None:
@@ -73,11 +73,11 @@ def answer_logprobs(
     cfg: ModelConfig, params: Params, batch: Batch, chunk: int = 1024
 ) -> tuple[Array, Array]:
     """log p of the targets of every row where `mask` is set, and how many those are."""
-    hidden_ND = run(cfg, params, batch).hidden_BTD.reshape(-1, cfg.model_dim)
-    targets_N = batch["targets"].reshape(-1)
-    logprobs_N = cross_entropy.token_logprobs(hidden_ND, gpt.head(params), targets_N, chunk=chunk)
-    mask_BT = batch["mask"]
-    return losses.sequence_logprobs(logprobs_N.reshape(mask_BT.shape), mask_BT)
+    hidden_BTD = run(cfg, params, batch).hidden_BTD
+    logprobs_BT = cross_entropy.token_logprobs(
+        hidden_BTD, gpt.head(params), batch["targets"], chunk=chunk
+    )
+    return losses.sequence_logprobs(logprobs_BT, batch["mask"])
 
 
 def token_scores(

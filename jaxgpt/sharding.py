@@ -153,17 +153,13 @@ def place_rows(
 
     def place(array: np.ndarray) -> jax.Array:
         shape = (num_rows, *array.shape[1:])
-        spec = P(ROWS, *[None] * (array.ndim - 2), "context") if array.ndim > 1 else P(ROWS)
-        if array.ndim > 1 and array.shape[-1] % mesh.shape["context"]:
-            raise ValueError(
-                f"mesh.context={mesh.shape['context']}: does not divide {array.shape[-1]} positions"
-            )
+        placed = row_sharding(mesh, shape)
 
         def piece(index: Any) -> np.ndarray:
             rows = np.searchsorted(mine, np.arange(num_rows)[index[0]])
             return array[rows][:, *index[1:]]
 
-        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), piece)
+        return jax.make_array_from_callback(shape, placed, piece)
 
     return {name: place(array) for name, array in local.items()}
 
@@ -191,3 +187,18 @@ def whole(array: jax.Array) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def row_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Where an array of a batch lies: the first axis is the row, the last of several the position.
+
+    Raises:
+        ValueError: the devices do not divide the positions.
+    """
+    if len(shape) == 1:
+        return NamedSharding(mesh, P(ROWS))
+    if shape[-1] % mesh.shape["context"]:
+        raise ValueError(
+            f"mesh.context={mesh.shape['context']}: does not divide {shape[-1]} positions"
+        )
+    return NamedSharding(mesh, P(ROWS, *[None] * (len(shape) - 2), "context"))

@@ -123,6 +123,22 @@ def make_step(stage: Stage, cfg: RunConfig, optimizer: optax.GradientTransformat
     return step
 
 
+def jit_step(
+    stage: Stage,
+    cfg: RunConfig,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+) -> Any:
+    """`make_step` under jit; the new state takes the old one's place. `state` may be shapes."""
+    return jax.jit(
+        make_step(stage, cfg, optimizer),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)),
+        compiler_options=compiler_options(),
+    )
+
+
 def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None) -> None:
     """Restores, then steps, logs, evaluates, samples and saves up to `train.steps`.
 
@@ -138,15 +154,11 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
     checkpoints = Checkpoints(Path(cfg.run) / "checkpoints", cfg.checkpoint.keep)
     optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps)
     state, frozen = _place(stage, cfg, mesh, optimizer)
+    stage = stage._replace(params={})  # of which the state is a copy
     meta = {"environment": hardware.environment(), "frozen": fingerprint(frozen)}
     state = _resume(checkpoints, state, meta)
     start = int(state.step)
-    step_fn = jax.jit(
-        make_step(stage, cfg, optimizer),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)),
-        compiler_options=compiler_options(),
-    )
+    step_fn = jit_step(stage, cfg, mesh, optimizer, state)
 
     def between_steps(done: int, state: TrainState, stopping: bool = False) -> None:
         last = done == cfg.train.steps

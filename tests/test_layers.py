@@ -18,7 +18,7 @@ LAYERS = (
     {"model", "peft", "rundir", "runlog", "report", "tasks"},
     {"sampling", "convert", "train", "scoring"},
     {"episodes"},
-    {"language_model", "rollouts"},
+    {"language_model", "rollouts", "plan"},
     {"stages", "evals", "serve", "jaxgpt"},  # jaxgpt is the front door, jaxgpt/__init__.py
     {"scripts"},
 )

@@ -89,6 +89,16 @@ def _reader(path: Path) -> Callable[..., tuple[ModelConfig, Params, dict[str, by
     return gguf.load if begin == b"GGUF" or path.suffix == ".gguf" else llama2c.load
 
 
+def model_config(path: str | Path) -> ModelConfig:
+    """The shape of a model on disk; the weights are read only where nothing else tells it."""
+    path = Path(path)
+    if rundir.is_run(path):
+        return rundir.model_config(path)
+    if (path / "config.json").is_file():
+        return hf.config_from_hf(tensors.read_json(path / "config.json"))
+    return load(path, merged=True).config
+
+
 def _read_run(path: Path, merged: bool) -> Params:
     """A run's weights, together with those that it builds on."""
     trained, base = rundir.read_params(path), rundir.read_base(path)

@@ -5,18 +5,26 @@ for one chunk only. The gradient of cross-entropy is linear in the incoming cota
 taken in the forward pass while the chunk's logits are there; log-probabilities, whose cotangent
 differs by token, are computed again in the backward pass.
 
+On a mesh every device goes through its own tokens: the head is gathered once, and its gradient is
+added up once, not with every chunk.
+
 Axes besides those of STYLE.md: N tokens, C tokens of one chunk, M chunks.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from jaxgpt.kernels.placement import add_up, head_spec, per_token, scatter
 from jaxgpt.kernels.platform import transposed
 from jaxgpt.types import Array
+
+Axes = tuple[str, ...]  # of the mesh, over which the tokens are cut
 
 
 class CrossEntropy(NamedTuple):
@@ -29,10 +37,10 @@ class CrossEntropy(NamedTuple):
 
 
 def cross_entropy(
-    hidden_ND: Array,
+    hidden: Array,
     head_VD: Array,
-    targets_N: Array,
-    weights_N: Array,
+    targets: Array,
+    weights: Array,
     *,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
@@ -41,42 +49,39 @@ def cross_entropy(
     """Weighted sum over tokens of the cross-entropy of softmax(hidden @ head^T) and targets.
 
     Args:
-        targets_N: in [0, V); a token that has none takes any target and weight 0.
+        hidden: [N, D] or [B, T, D], and all else without D.
+        targets: in [0, V); a token that has none takes any target and weight 0.
         z_loss: weight of (log normaliser)^2, which keeps the logits from drifting.
         label_smoothing: share of the target probability spread evenly over the vocabulary.
-        chunk: tokens whose logits exist at one time; 0: all.
+        chunk: tokens of a device whose logits exist at one time; 0: all.
     """
-    inputs = (hidden_ND, targets_N, weights_N.astype(jnp.float32))
-    hidden_MCD, targets_MC, weights_MC = _split(inputs, chunk)
-    return _cross_entropy(hidden_MCD, head_VD, targets_MC, weights_MC, z_loss, label_smoothing)
+    weights = weights.astype(jnp.float32)
+    return _cross_entropy(hidden, head_VD, targets, weights, z_loss, label_smoothing, chunk)
 
 
 def token_logprobs(
-    hidden_ND: Array, head_VD: Array, targets_N: Array, *, chunk: int = 1024,
+    hidden: Array, head_VD: Array, targets: Array, *, chunk: int = 1024,
     temperature: float = 1.0,
 ) -> Array:  # fmt: skip
     """log p(target) of every token under softmax(hidden @ head^T / temperature), float32."""
-    return logprobs_and_entropy(
-        hidden_ND, head_VD, targets_N, chunk=chunk, temperature=temperature
-    )[0]
+    return logprobs_and_entropy(hidden, head_VD, targets, chunk=chunk, temperature=temperature)[0]
 
 
 def logprobs_and_entropy(
-    hidden_ND: Array, head_VD: Array, targets_N: Array, *, chunk: int = 1024,
+    hidden: Array, head_VD: Array, targets: Array, *, chunk: int = 1024,
     temperature: float = 1.0,
 ) -> tuple[Array, Array]:  # fmt: skip
     """log p(target) and the entropy of the whole distribution, at every token, float32."""
-    hidden_MCD, targets_MC = _split((hidden_ND, targets_N), chunk)
-    both = _logprobs_and_entropy(hidden_MCD, head_VD, targets_MC, temperature)
-    return jax.tree.map(lambda x_MC: _join(x_MC, len(targets_N)), both)
+    return _logprobs_and_entropy(hidden, head_VD, targets, temperature, chunk)
 
 
-def _split(arrays_N: tuple[Array, ...], chunk: int) -> list[Array]:
-    """[N, ...] -> [M, C, ...], filled up with zeros.
+def _split(chunk: int, hidden: Array, *tokens: Array) -> list[Array]:
+    """[..., D] and [...] -> [M, C, D] and [M, C], filled up with zeros.
 
-    A chunk takes every M-th token: under a batch that is sharded over devices each chunk then
-    lies on all of them, so that the scan over chunks moves nothing.
+    A chunk takes every M-th token: where the batch is sharded over devices without `per_token`
+    each chunk then lies on all of them, so that the scan over chunks moves nothing.
     """
+    arrays_N = [hidden.reshape(-1, hidden.shape[-1]), *(x.reshape(-1) for x in tokens)]
     num_tokens = len(arrays_N[0])
     M = -(-num_tokens // chunk) if 0 < chunk < num_tokens else 1
     C = -(-num_tokens // M)
@@ -84,8 +89,11 @@ def _split(arrays_N: tuple[Array, ...], chunk: int) -> list[Array]:
     return [jnp.swapaxes(fill(x).reshape(C, M, *x.shape[1:]), 0, 1) for x in arrays_N]
 
 
-def _join(x_MC: Array, num_tokens: int) -> Array:
-    return jnp.swapaxes(x_MC, 0, 1).reshape(-1)[:num_tokens]
+def _join(x_MC: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of `_split`."""
+    x_N = jnp.swapaxes(x_MC, 0, 1).reshape(-1, *x_MC.shape[2:])
+    count = math.prod(shape) // math.prod(x_N.shape[1:])
+    return x_N[:count].reshape(shape)
 
 
 class _Softmax(NamedTuple):
@@ -140,22 +148,25 @@ def _over_chunks(one: Callable[..., tuple[Any, Any]], *chunks: Array) -> tuple[A
 # ---- cross-entropy: the gradient in the forward pass
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _cross_entropy(
-    hidden_MCD: Array,
+    hidden: Array,
     head_VD: Array,
-    targets_MC: Array,
-    weights_MC: Array,
+    targets: Array,
+    weights: Array,
     z_loss: float,
     label_smoothing: float,
+    chunk: int,
 ) -> CrossEntropy:
-    cast_VD = head_VD.astype(hidden_MCD.dtype)
+    def local(axes: Axes, hidden: Array, head_VD: Array, *tokens: Array) -> CrossEntropy:
+        def one(hidden_CD: Array, targets_C: Array, weights_C: Array) -> tuple[CrossEntropy, None]:
+            softmax = _softmax(hidden_CD, head_VD, targets_C)
+            return _sums(softmax, weights_C, z_loss, label_smoothing), None
 
-    def one(hidden_CD: Array, targets_C: Array, weights_C: Array) -> tuple[CrossEntropy, None]:
-        softmax = _softmax(hidden_CD, cast_VD, targets_C)
-        return _sums(softmax, weights_C, z_loss, label_smoothing), None
+        return add_up(_over_chunks(one, *_split(chunk, hidden, *tokens))[0], axes)
 
-    return _over_chunks(one, hidden_MCD, targets_MC, weights_MC)[0]
+    cast_VD = head_VD.astype(hidden.dtype)
+    return per_token(local, lambda _: P(), hidden, cast_VD, targets, weights)
 
 
 def _sums(
@@ -172,34 +183,45 @@ def _sums(
 
 
 def _cross_entropy_forward(
-    hidden_MCD: Array,
+    hidden: Array,
     head_VD: Array,
-    targets_MC: Array,
-    weights_MC: Array,
+    targets: Array,
+    weights: Array,
     z_loss: float,
     label_smoothing: float,
+    chunk: int,
 ) -> tuple[CrossEntropy, tuple[Array, Array]]:
-    cast_VD = head_VD.astype(hidden_MCD.dtype)
     V = len(head_VD)
 
-    def one(hidden_CD: Array, targets_C: Array, weights_C: Array) -> tuple[Any, Array]:
-        softmax = _softmax(hidden_CD, cast_VD, targets_C)
-        sums = _sums(softmax, weights_C, z_loss, label_smoothing)
-        scale_C = weights_C * (1 + 2 * z_loss * softmax.norm_C) / softmax.total_C
-        goal_CV = (1 - label_smoothing) * _one_hot(targets_C, V) + label_smoothing / V
-        dlogits_CV = softmax.exp_CV * scale_C[:, None] - goal_CV * weights_C[:, None]
-        dhead_VD, dhidden_CD = _pull(dlogits_CV, hidden_CD, cast_VD)
-        return (sums, dhead_VD), dhidden_CD
+    def local(axes: Axes, hidden: Array, head_VD: Array, *tokens: Array) -> tuple[Any, ...]:
+        def one(hidden_CD: Array, targets_C: Array, weights_C: Array) -> tuple[Any, Array]:
+            softmax = _softmax(hidden_CD, head_VD, targets_C)
+            sums = _sums(softmax, weights_C, z_loss, label_smoothing)
+            scale_C = weights_C * (1 + 2 * z_loss * softmax.norm_C) / softmax.total_C
+            goal_CV = (1 - label_smoothing) * _one_hot(targets_C, V) + label_smoothing / V
+            dlogits_CV = softmax.exp_CV * scale_C[:, None] - goal_CV * weights_C[:, None]
+            dhead_VD, dhidden_CD = _pull(dlogits_CV, hidden_CD, head_VD)
+            return (sums, dhead_VD), dhidden_CD
 
-    (sums, dhead_VD), dhidden_MCD = _over_chunks(one, hidden_MCD, targets_MC, weights_MC)
-    return sums, (dhidden_MCD, dhead_VD.astype(head_VD.dtype))
+        summed, dhidden_MCD = _over_chunks(one, *_split(chunk, hidden, *tokens))
+        sums, dhead_VD = summed
+        return add_up(sums, axes), scatter(dhead_VD, axes), _join(dhidden_MCD, hidden.shape)
+
+    outward = lambda tokens: (P(), head_spec(), P(*tokens, None))
+    cast_VD = head_VD.astype(hidden.dtype)
+    sums, dhead_VD, dhidden = per_token(local, outward, hidden, cast_VD, targets, weights)
+    return sums, (dhidden, dhead_VD.astype(head_VD.dtype))
 
 
 def _cross_entropy_backward(
-    z_loss: float, label_smoothing: float, gradients: tuple[Array, Array], g: CrossEntropy
+    z_loss: float,
+    label_smoothing: float,
+    chunk: int,
+    gradients: tuple[Array, Array],
+    g: CrossEntropy,
 ) -> tuple[Array, Array, None, None]:
-    dhidden_MCD, dhead_VD = gradients
-    return (g.loss * dhidden_MCD).astype(dhidden_MCD.dtype), g.loss * dhead_VD, None, None
+    dhidden, dhead_VD = gradients
+    return (g.loss * dhidden).astype(dhidden.dtype), g.loss * dhead_VD, None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
@@ -207,17 +229,20 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 # ---- log-probabilities: the logits once more in the backward pass
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _logprobs_and_entropy(
-    hidden_MCD: Array, head_VD: Array, targets_MC: Array, temperature: float
+    hidden: Array, head_VD: Array, targets: Array, temperature: float, chunk: int
 ) -> tuple[Array, Array]:
-    cast_VD = head_VD.astype(hidden_MCD.dtype)
+    def local(_: Axes, hidden: Array, head_VD: Array, targets: Array) -> tuple[Array, Array]:
+        def one(hidden_CD: Array, targets_C: Array) -> tuple[None, tuple[Array, Array]]:
+            softmax = _softmax(hidden_CD, head_VD, targets_C, temperature)
+            return None, (softmax.gold_C - softmax.norm_C, _entropy(softmax))
 
-    def one(hidden_CD: Array, targets_C: Array) -> tuple[None, tuple[Array, Array]]:
-        softmax = _softmax(hidden_CD, cast_VD, targets_C, temperature)
-        return None, (softmax.gold_C - softmax.norm_C, _entropy(softmax))
+        both_MC = _over_chunks(one, *_split(chunk, hidden, targets))[1]
+        return _join(both_MC[0], targets.shape), _join(both_MC[1], targets.shape)
 
-    return _over_chunks(one, hidden_MCD, targets_MC)[1]
+    cast_VD = head_VD.astype(hidden.dtype)
+    return per_token(local, lambda tokens: (tokens, tokens), hidden, cast_VD, targets)
 
 
 def _entropy(softmax: _Softmax) -> Array:
@@ -226,29 +251,36 @@ def _entropy(softmax: _Softmax) -> Array:
 
 
 def _logprobs_backward(
-    temperature: float, saved: tuple[Array, Array, Array], g: tuple[Array, Array]
+    temperature: float, chunk: int, saved: tuple[Array, Array, Array], g: tuple[Array, Array]
 ) -> tuple[Array, Array, None]:
-    hidden_MCD, head_VD, targets_MC = saved
-    cast_VD = head_VD.astype(hidden_MCD.dtype)
+    hidden, head_VD, targets = saved
+    V = len(head_VD)
 
-    def one(
-        hidden_CD: Array, targets_C: Array, g_logprob_C: Array, g_entropy_C: Array
-    ) -> tuple[Array, Array]:
-        softmax = _softmax(hidden_CD, cast_VD, targets_C, temperature)
-        probs_CV = softmax.exp_CV / softmax.total_C[:, None]
-        mean_logit_C = softmax.norm_C - _entropy(softmax)
-        dlogits_CV = g_logprob_C[:, None] * (_one_hot(targets_C, len(head_VD)) - probs_CV)
-        dlogits_CV -= g_entropy_C[:, None] * probs_CV * (softmax.logits_CV - mean_logit_C[:, None])
-        return _pull(dlogits_CV / temperature, hidden_CD, cast_VD)
+    def local(axes: Axes, hidden: Array, head_VD: Array, *tokens: Array) -> tuple[Array, Array]:
+        def one(
+            hidden_CD: Array, targets_C: Array, g_logprob_C: Array, g_entropy_C: Array
+        ) -> tuple[Array, Array]:
+            softmax = _softmax(hidden_CD, head_VD, targets_C, temperature)
+            probs_CV = softmax.exp_CV / softmax.total_C[:, None]
+            mean_logit_C = softmax.norm_C - _entropy(softmax)
+            toward_CV = _one_hot(targets_C, V) - probs_CV
+            spread_CV = probs_CV * (softmax.logits_CV - mean_logit_C[:, None])
+            dlogits_CV = g_logprob_C[:, None] * toward_CV - g_entropy_C[:, None] * spread_CV
+            return _pull(dlogits_CV / temperature, hidden_CD, head_VD)
 
-    dhead_VD, dhidden_MCD = _over_chunks(one, hidden_MCD, targets_MC, *g)
-    return dhidden_MCD, dhead_VD.astype(head_VD.dtype), None
+        dhead_VD, dhidden_MCD = _over_chunks(one, *_split(chunk, hidden, *tokens))
+        return scatter(dhead_VD, axes), _join(dhidden_MCD, hidden.shape)
+
+    outward = lambda tokens: (head_spec(), P(*tokens, None))
+    cast_VD = head_VD.astype(hidden.dtype)
+    dhead_VD, dhidden = per_token(local, outward, hidden, cast_VD, targets, *g)
+    return dhidden, dhead_VD.astype(head_VD.dtype), None
 
 
 _logprobs_and_entropy.defvjp(
-    lambda hidden_MCD, head_VD, targets_MC, temperature: (
-        _logprobs_and_entropy(hidden_MCD, head_VD, targets_MC, temperature),
-        (hidden_MCD, head_VD, targets_MC),
+    lambda hidden, head_VD, targets, temperature, chunk: (
+        _logprobs_and_entropy(hidden, head_VD, targets, temperature, chunk),
+        (hidden, head_VD, targets),
     ),
     _logprobs_backward,
 )

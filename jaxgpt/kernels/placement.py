@@ -6,6 +6,10 @@ With their rows held in place it can only do what data parallelism and FSDP mean
 weight before it is used, and reduce-scatter its gradient.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -18,9 +22,7 @@ def by_rows(x_BTD: Array) -> Array:
     """Rows over `data` and `fsdp`, positions over `context`, the width whole; without a mesh, x."""
     if not _placeable():
         return x_BTD
-    B, T, *_ = x_BTD.shape
-    rows, positions = shards.cut(B, *shards.ROWS), shards.cut(T, "context")
-    spec = P(rows, positions, *[None] * (x_BTD.ndim - 2))
+    spec = P(*token_spec(x_BTD.shape[:2]), *[None] * (x_BTD.ndim - 2))
     return jax.lax.with_sharding_constraint(x_BTD, spec)
 
 
@@ -29,6 +31,58 @@ def whole(kernel_DF: Array) -> Array:
     if not _placeable() or shards.size("tensor") > 1:
         return kernel_DF
     return jax.lax.with_sharding_constraint(kernel_DF, P(*[None] * kernel_DF.ndim))
+
+
+def token_spec(shape: tuple[int, ...]) -> P:
+    """What cuts tokens [B, T], or [N] with all positions of a row in one piece."""
+    return P(shards.cut(shape[0], *shards.ROWS), *(shards.cut(T, "context") for T in shape[1:]))
+
+
+def per_token(
+    kernel: Callable[..., Any],
+    outward: Callable[[P], Any],
+    hidden: Array,
+    head_VD: Array,
+    *tokens: Array,
+) -> Any:
+    """kernel(axes, hidden [..., D], head_VD, *tokens [...]), every device on its own tokens.
+
+    Args:
+        kernel: sums what it adds up over tokens over the mesh's `axes`, too.
+        outward: the placement of its results, by that of the tokens.
+    """
+    shape = tokens[0].shape
+    spec = token_spec(shape) if _placeable() else P()
+    axes = tuple(axis for cut in spec for axis in cut or () if shards.size(axis) > 1)
+    # A context axis cuts inside a row, which tokens without rows cannot show.
+    if not axes or (len(shape) == 1 and shards.size("context") > 1):
+        return kernel((), hidden, head_VD, *tokens)
+    mapped = jax.shard_map(
+        partial(kernel, axes),
+        in_specs=(P(*spec, None), P(), *[spec] * len(tokens)),
+        out_specs=outward(spec),
+        axis_names=set(axes),
+        check_vma=False,
+    )
+    return mapped(hidden, head_VD, *tokens)
+
+
+def add_up(x: Any, axes: tuple[str, ...]) -> Any:
+    """The sum of what devices along the axes have."""
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def scatter(head_VD: Array, axes: tuple[str, ...]) -> Array:
+    """`add_up`, of which each device of `fsdp` gets its own columns."""
+    if "fsdp" not in axes:
+        return add_up(head_VD, axes)
+    own_VD = jax.lax.psum_scatter(head_VD, "fsdp", scatter_dimension=1, tiled=True)
+    return add_up(own_VD, tuple(axis for axis in axes if axis != "fsdp"))
+
+
+def head_spec() -> P:
+    """Where `scatter` leaves a gradient of the head."""
+    return P(None, "fsdp") if shards.size("fsdp") > 1 else P()
 
 
 def _placeable() -> bool:

@@ -2,19 +2,32 @@
 
 import dataclasses
 import re
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxgpt import hardware, metrics, peft, processes, report, rundir, sharding, train, tree
-from jaxgpt.config import PeftConfig, PretrainConfig, RewardConfig, RunConfig
+from jaxgpt.config import (
+    DistillConfig,
+    ModelConfig,
+    PeftConfig,
+    PretrainConfig,
+    RewardConfig,
+    RunConfig,
+)  # fmt: skip
 from jaxgpt.convert import chatting
-from jaxgpt.convert.load import Loaded, load
+from jaxgpt.convert.load import Loaded, load, model_config
 from jaxgpt.convert.table import Place
 from jaxgpt.data import chat, show
+from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.model import gpt
+from jaxgpt.plan import search
+from jaxgpt.plan.step import Step
 from jaxgpt.sampling.sample import Sampling, check_prompts, for_decoding, generate
 from jaxgpt.stages import distill, dpo, grpo, ppo, pretrain, reward, sft
 from jaxgpt.train import SampleFn, Stage
@@ -28,6 +41,12 @@ BUILD: dict[str, Callable[[Any, Loaded], Stage]] = {
     "distill": distill.build,
     "grpo": grpo.build,
     "ppo": ppo.build,
+}
+OUTLINE: dict[str, Callable[[Any, Params], Stage]] = {
+    "pretrain": pretrain.outline,
+    "sft": sft.outline,
+    "reward": reward.outline,
+    "dpo": dpo.outline,
 }
 # What to start from where `init` is empty; the other stages need trained weights.
 BEGIN: dict[str, Callable[[Any], Loaded]] = {
@@ -57,22 +76,64 @@ def launch(name: str, cfg: RunConfig) -> None:
         for file in start.files.keys() - {"tokenizer.json"}:
             (run / file).write_bytes(start.files[file])
         cfg = dataclasses.replace(cfg, model=start.config)
+        if cfg.fit == "auto":
+            cfg = _fitted(name, cfg, mesh)
+            start = start._replace(config=cfg.model)
         rundir.write_config(cfg)
         if cfg.peft.kind != "none":
             rundir.write_base(cfg)
         if cfg.init and isinstance(cfg, PretrainConfig):
             pretrain.begin(cfg)  # tokenises the text as init would
     with jax.set_mesh(mesh):
-        start = start._replace(params=_on_mesh(cfg, start.params, mesh))
-        stage = _efficient(cfg.peft, BUILD[name](cfg, start))
         if shows:
+            stage = _build(name, cfg, start, mesh)
             batch = stage.next_batch({**stage.params, "carry": stage.carry}, stage.carry, 0)
             batch.pop("report", None)
             print(show.describe(batch, start.tokenizer))
             return
-        train.fit(stage, cfg, mesh, sampler(cfg, start))
+        # Nothing here holds on to the stage: its parameters would stay beside the trained ones.
+        train.fit(_build(name, cfg, start, mesh), cfg, mesh, sampler(cfg, start))
     if jax.process_index() == 0:
         print(summary(run, report.write_report(run)))
+
+
+def plan(name: str, cfg: RunConfig, mesh: Mesh) -> tuple[RunConfig, Step]:
+    """The config with all that is chosen for it, and what a step then needs; nothing is read.
+
+    Raises:
+        ValueError: it does not fit, or a setting that does not fit the others.
+    """
+    cfg = dataclasses.replace(cfg, model=_planned_model(name, cfg))
+    build = partial(outline, name)
+    if cfg.fit == "auto":
+        step = search.search(build, cfg, mesh)
+        return search.with_setting(cfg, step.micro_batches, step.remat), step
+    return cfg, search.as_given(build, cfg, mesh)
+
+
+def outline(name: str, cfg: RunConfig) -> Stage:
+    """The stage of shapes, whose network is the one of `cfg.model`.
+
+    Raises:
+        ValueError: the stage has no outline.
+    """
+
+    def network(model: ModelConfig) -> Params:
+        def draw() -> Params:
+            rng, place = jax.random.key(0), peft.place(cfg.peft)
+            params = gpt.init(model, rng)
+            return peft.add(cfg.peft, tree.map_named(place, params) if place else params, rng)
+
+        return jax.eval_shape(draw)
+
+    params = network(cfg.model)
+    if isinstance(cfg, DistillConfig):
+        model = distill.teacher_config(cfg)
+        teacher = jax.eval_shape(lambda: gpt.init(model, jax.random.key(0)))
+        return _efficient(cfg.peft, distill.outline(cfg, params, model, teacher))
+    if name not in OUTLINE:
+        raise ValueError(f"stage={name}: cannot be planned; these can: {', '.join(OUTLINE)}")
+    return _efficient(cfg.peft, OUTLINE[name](cfg, params))
 
 
 def sampler(cfg: RunConfig, start: Loaded) -> SampleFn | None:
@@ -111,6 +172,35 @@ def summary(run: Path, page: Path) -> str:
     return "\n\n".join(parts)
 
 
+def _planned_model(name: str, cfg: RunConfig) -> ModelConfig:
+    """The network that the run would have, as far as files tell it without being tokenised."""
+    if cfg.init:
+        own = {field: getattr(cfg.model, field) for field in ("dtype", "remat", "dropout")}
+        found = dataclasses.replace(model_config(cfg.init), **own)
+        return peft.model_config(cfg.peft, found)
+    if isinstance(cfg, DistillConfig):
+        return dataclasses.replace(cfg.model, vocab_size=distill.teacher_config(cfg).vocab_size)
+    vocab_size = cfg.model.vocab_size
+    if not vocab_size and isinstance(cfg, PretrainConfig):
+        vocab_size = pretrain.vocab_size(cfg)
+    elif not vocab_size:
+        vocab_size = tokenizers.load(cfg.data.tokenizer).vocab_size  # type: ignore[attr-defined]
+    return peft.model_config(cfg.peft, dataclasses.replace(cfg.model, vocab_size=vocab_size))
+
+
+def _fitted(name: str, cfg: RunConfig, mesh: Mesh) -> RunConfig:
+    """The config with the setting that fits these devices best, chosen once for a run."""
+    first = mesh.devices.flat[0]
+    devices = {"kind": first.device_kind, **mesh.shape}
+    chosen = rundir.read_fit(cfg.run, devices)
+    if chosen is None:
+        step = search.search(partial(outline, name), cfg, mesh)
+        chosen = {"micro_batches": step.micro_batches, "remat": step.remat}
+        rundir.write_fit(cfg.run, devices, chosen)
+        print(f"fit: {chosen}, {step.memory.total / 1e9:.2f} GB a device", file=sys.stderr)
+    return search.with_setting(cfg, chosen["micro_batches"], chosen["remat"])
+
+
 def _begin(name: str, cfg: RunConfig) -> Loaded:
     """The weights of `init`, computing and regularised as `cfg` says, or what BEGIN gives."""
     if cfg.init:
@@ -135,6 +225,12 @@ def _place(cfg: RunConfig, mesh: Any) -> Place:
     no host, needs room for the whole model."""
     quantized = peft.place(cfg.peft) or (lambda name, kernel: kernel)
     return lambda name, kernel: sharding.place(mesh, name, quantized(name, kernel))
+
+
+def _build(name: str, cfg: RunConfig, start: Loaded, mesh: Mesh) -> Stage:
+    """The stage with its parameters on the mesh."""
+    start = start._replace(params=_on_mesh(cfg, start.params, mesh))
+    return _efficient(cfg.peft, BUILD[name](cfg, start))
 
 
 def _reader(cfg: RunConfig, start: Loaded) -> Callable[[str], list[int]]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxgpt import losses, scoring, sharding, train, tree
 from jaxgpt.config import DistillConfig, ModelConfig
 from jaxgpt.convert import chatting
-from jaxgpt.convert.load import Loaded, load
+from jaxgpt.convert.load import Loaded, load, model_config
 from jaxgpt.convert.table import Place
 from jaxgpt.data import chat, conversations, examples, instructions
 from jaxgpt.data.conversations import Dialogue
@@ -191,11 +191,24 @@ def _own_answers(
     return Rollouts(cfg, cfg.rollout, writer, prompts, score, nothing_more, ())
 
 
+def teacher_config(cfg: DistillConfig) -> ModelConfig:
+    """The teacher's network, without its weights."""
+    return _teaching(cfg, model_config(_teacher_path(cfg)))
+
+
 def _load_teacher(cfg: DistillConfig, place: Place | None = None) -> Loaded:
+    loaded = load(_teacher_path(cfg), place=place, merged=True)
+    return loaded._replace(config=_teaching(cfg, loaded.config))
+
+
+def _teaching(cfg: DistillConfig, teacher: ModelConfig) -> ModelConfig:
+    return replace(teacher, dtype=cfg.model.dtype, dropout=0.0)
+
+
+def _teacher_path(cfg: DistillConfig) -> str:
     if not cfg.teacher:
         raise ValueError("teacher is empty: give the model to imitate, --teacher PATH")
-    loaded = load(cfg.teacher, place=place, merged=True)
-    return loaded._replace(config=replace(loaded.config, dtype=cfg.model.dtype, dropout=0.0))
+    return cfg.teacher
 
 
 def _require_same_vocabulary(student: Loaded, teacher: Loaded) -> None:

@@ -54,6 +54,16 @@ def _tokenise(path: str, directory: str | Path, tokenizer: str, data: DataConfig
         raise
 
 
+def vocab_size(cfg: PretrainConfig) -> int:
+    """The size of the vocabulary that `begin` will come to, before any text is read."""
+    if cfg.data.tokenizer:
+        return tokenizers.load(cfg.data.tokenizer).vocab_size
+    for path in cfg.data.mixture or [cfg.data.path]:
+        if corpus.is_tokens(path):
+            return datasets.open_tokens(path).vocab_size or cfg.data.vocab_size
+    return cfg.data.vocab_size
+
+
 def build(cfg: PretrainConfig, start: Loaded) -> Stage:
     """Trains the network on the token files."""
     weights = list(cfg.data.mixture.values()) or [1.0]

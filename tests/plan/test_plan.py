@@ -1,0 +1,281 @@
+"""The plan of a step: what it says holds of the step that runs, and fit=auto follows it."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import hardware, rundir, sharding, stages, train
+from jaxgpt.config import (
+    DpoConfig,
+    MeshConfig,
+    ModelConfig,
+    PeftConfig,
+    PretrainConfig,
+    RewardConfig,
+    SftConfig,
+    TrainConfig,
+)  # fmt: skip
+from jaxgpt.model import gpt
+from jaxgpt.plan import report, search
+from jaxgpt.plan.step import Memory, Step, TooLarge, compile_step
+
+WIDE = ModelConfig(
+    vocab_size=512, context_length=64, num_layers=3, model_dim=64, num_heads=4, mlp="gated",
+    activation="silu", norm="rmsnorm", position="rope", tie_embeddings=False,
+)  # fmt: skip
+CFG = PretrainConfig(model=WIDE, train=TrainConfig(steps=100, batch_size=16, loss_chunk=64))
+MESHES = {
+    "one": {}, "data": {"data": 8}, "fsdp": {"data": 1, "fsdp": 8},
+    "all three": {"data": 2, "fsdp": 2, "tensor": 2},
+}  # fmt: skip
+
+
+def mesh_of(**sizes: int) -> jax.sharding.Mesh:
+    return sharding.make_mesh(MeshConfig(**sizes), jax.devices() if sizes else jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rolled():
+    """As on accelerators; and a third of the program to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt, "layer_unroll", lambda *_, **__: 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def steps(rolled) -> dict[str, Step]:
+    build = partial(stages.outline, "pretrain")
+    return {name: compile_step(build, CFG, mesh_of(**sizes)) for name, sizes in MESHES.items()}
+
+
+def test_the_state_is_divided_as_the_mesh_says(steps):
+    one = steps["one"].memory
+    assert one.parameters == 4 * steps["one"].parameters and one.moments == 2 * one.parameters + 8
+    norms = 4 * (2 * 3 + 1) * 64  # whole everywhere
+    shared = lambda ways, extra: (one.parameters - extra) / ways + extra
+    assert steps["data"].memory.parameters == one.parameters
+    assert steps["fsdp"].memory.parameters == shared(8, norms)
+    assert steps["all three"].memory.parameters == shared(4, norms)
+    for name, ways in (("data", 8), ("fsdp", 8), ("all three", 4)):
+        memory = steps[name].memory
+        assert memory.moments == 2 * memory.parameters + 8, "the moments lie as their parameters"
+        assert memory.batch == one.batch / ways
+        # Nothing that the compiler adds to them is as large as what a replica would be.
+        assert memory.gradients == memory.parameters
+
+
+def test_temporaries_shrink_with_the_rows(steps):
+    """An activation that every device held whole would show."""
+    one = steps["one"].memory.activations
+    layer = 4 * (4 * 64 * 64 + 3 * 64 * 256)
+    head = 4 * 512 * 64
+    assert steps["data"].memory.activations < one / 8 * 1.5 + head + layer
+    assert steps["fsdp"].memory.activations < one / 8 * 1.5 + 3 * head + 2 * layer
+    assert steps["all three"].memory.activations < one / 4 * 1.5 + 2 * head + 2 * layer
+
+
+def test_rows_stay_where_they_are(steps):
+    """Nothing of an activation's size is exchanged without a tensor axis: only parameters are."""
+    step = steps["fsdp"]
+    per_step = 2 * 4 * step.parameters + 2 * 4 * step.parameters  # gathered twice, added up
+    assert 0 < step.exchanged < 1.2 * per_step
+    assert steps["data"].exchanged < 1.1 * 2 * 4 * step.parameters, "gradients alone"
+    assert not steps["one"].collectives
+
+
+def test_flops_and_tokens_do_not_depend_on_the_mesh(steps):
+    assert len({(step.tokens, step.flops_per_token) for step in steps.values()}) == 1
+    for step in steps.values():
+        # Attention counts its visible half, and is small here.
+        assert 0.8 < step.flops / (step.flops_per_token * step.tokens) < 1.05
+
+
+def test_the_report_has_it_all_and_is_json(steps):
+    chip = hardware.Chip(1e12, 16e9, 1e11, 1e10, 2.0)
+    mesh = mesh_of(**MESHES["fsdp"])
+    found = json.loads(json.dumps(report.as_json(CFG, mesh, steps["fsdp"], chip)))
+    fast, slow = found["seconds_per_step"]
+    assert 0 < fast < slow
+    assert found["dollars"][0] == pytest.approx(fast * 100 / 3600 * 8 * 2.0)
+    assert found["tokens_per_second"][0] == pytest.approx(16 * 64 / fast)
+    assert found["memory_total"] == pytest.approx(sum(found["memory"].values()))
+    text = report.describe(CFG, mesh, steps["fsdp"], chip)
+    assert "fsdp 8" in text and "all-gather" in text and "$" in text
+    assert "no estimate" in report.describe(CFG, mesh, steps["fsdp"], None)
+
+
+OTHERS = {
+    "sft": SftConfig(),
+    "dpo": DpoConfig(),
+    "dpo from disk": DpoConfig(reference="precomputed"),
+    "kto": DpoConfig(loss="kto"),
+    "reward": RewardConfig(margin=True),
+    "lora": SftConfig(peft=PeftConfig(kind="lora", rank=4)),
+    "qlora": DpoConfig(peft=PeftConfig(kind="qlora", rank=4)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_stage_has_an_outline_that_can_be_traced(name):
+    kind = {"kto": "dpo", "lora": "sft", "qlora": "dpo", "dpo from disk": "dpo"}.get(name, name)
+    tiny = dataclasses.replace(CFG.train, batch_size=2)
+    cfg = dataclasses.replace(OTHERS[name], model=WIDE, train=tiny)
+    with jax.set_mesh(mesh_of()):
+        stage = stages.outline(kind, cfg)
+        blank = stage.next_batch({}, {}, 0)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), blank)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+        params = stage.params | {"carry": stage.carry}
+        loss, weight, _ = jax.eval_shape(stage.loss, params, shapes, keys)
+    assert loss.shape == weight.shape == ()
+    assert ("reference" in stage.params) == (name in ("dpo", "kto", "qlora"))
+
+
+# ---- the search, on a machine of which we know what it needs
+
+
+def step_of(micro_batches: int, remat: str, total: float) -> Step:
+    memory = Memory(0, 0, 0, 0, 0, 0, total, 0, 0)
+    extra = {"none": 1.0, "dots": 1.1, "full": 1.33}[remat]
+    return Step(micro_batches, remat, 1, 0, 0, 1, 1.0, 1e12 * extra, memory, 1e9 * micro_batches,
+                [], 1)  # fmt: skip
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """needs(m, remat) = 10 + size / m bytes; returns what was compiled."""
+    compiled = []
+
+    def install(capacity: float) -> list:
+        def compile_one(_, cfg, __):
+            size = {"none": 64, "dots": 32, "full": 8}[cfg.model.remat]
+            parts = cfg.train.micro_batches
+            compiled.append((parts, cfg.model.remat))
+            return step_of(parts, cfg.model.remat, 10 + size / parts)
+
+        chip = hardware.Chip(1e12, capacity / search.USABLE, 1e9, 1e9)
+        monkeypatch.setattr(search, "compile_step", compile_one)
+        monkeypatch.setattr(search.hardware, "chip", lambda _: chip)
+        return compiled
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("capacity", "chosen"),
+    [
+        (100, (1, "none")),
+        (74, (1, "none")),
+        (45, (2, "none")),  # full would take one, and a third more products
+        (20, (1, "full")),  # none takes eight
+        (11, (8, "full")),
+        (10.5, (16, "full")),
+    ],
+)
+def test_the_search_takes_the_fastest_that_fits(machine, capacity, chosen):
+    compiled = machine(capacity)
+    step = search.search(None, CFG, mesh_of())
+    assert (step.micro_batches, step.remat) == chosen
+    assert len(compiled) == len(set(compiled)) <= 8, "few settings are compiled, each once"
+
+
+def test_what_fits_nowhere_says_by_how_much(machine):
+    machine(10.25)
+    with pytest.raises(ValueError, match=r"does not fit 1 x cpu .* lacks .* GB .* mesh\.fsdp"):
+        search.search(None, CFG, mesh_of())
+
+
+def test_the_given_setting_is_refused_if_it_does_not_fit(machine):
+    machine(20)
+    with pytest.raises(ValueError, match=r"train\.micro_batches=1, model\.remat=none: lacks"):
+        search.as_given(None, CFG, mesh_of())
+
+
+def test_a_compiler_that_knows_better_is_believed():
+    error = TooLarge(72e9, 16e9)
+    tried = lambda parts, remat: error if parts < 8 else step_of(parts, remat, 1)
+    assert search.largest_micro_batch(tried, "none", [1, 2, 4, 8, 16]).micro_batches == 8
+
+
+def test_a_batch_that_no_device_divides_is_refused():
+    with pytest.raises(ValueError, match=r"train\.batch_size=12"):
+        search.divisions(12, mesh_of(data=8))
+    cfg = search.with_setting(CFG, 4, "none")
+    with pytest.raises(ValueError, match=r"train\.micro_batches=4: leaves 4 rows"):
+        compile_step(partial(stages.outline, "pretrain"), cfg, mesh_of(data=8))
+
+
+# ---- runs that follow it
+
+
+def run_config(path, **changes) -> PretrainConfig:
+    data = path / "text.txt"
+    data.write_text("to be or not to be, that is the question\n" * 40)
+    return dataclasses.replace(
+        PretrainConfig(run=str(path / "run"), fit="auto"),
+        model=dataclasses.replace(WIDE, num_layers=1, model_dim=16, context_length=16),
+        train=TrainConfig(steps=2, batch_size=8),
+        data=dataclasses.replace(CFG.data, path=str(data), tokenizer="byte"),
+        sample=dataclasses.replace(CFG.sample, prompts=[]),
+        **changes,
+    )
+
+
+def test_a_run_keeps_what_was_chosen_and_never_compiles_twice(tmp_path, monkeypatch):
+    choices = iter([(2, "full"), (4, "dots")])
+    monkeypatch.setattr(search, "search", lambda *_: step_of(*next(choices), 1.0))
+    compiled = []
+    jit_step = train.jit_step
+    monkeypatch.setattr(train, "jit_step", lambda *a: compiled.append(jit_step(*a)) or compiled[-1])
+    cfg = run_config(tmp_path)
+    stages.launch("pretrain", cfg)
+    assert compiled[-1]._cache_size() == 1, "the second step was compiled again"
+    settings = (tmp_path / "run" / "config.yaml").read_text()
+    assert "micro_batches: 2" in settings and "remat: full" in settings
+
+    longer = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, every=0))
+    stages.launch("pretrain", cfg)  # resumes: the search is not asked again
+    assert "micro_batches: 2" in (tmp_path / "run" / "config.yaml").read_text()
+    assert next(choices) == (4, "dots")
+    assert longer.run == cfg.run
+
+
+def test_a_choice_is_for_the_devices_it_was_made_for(tmp_path):
+    rundir.write_fit(tmp_path, {"data": 8}, {"micro_batches": 4})
+    assert rundir.read_fit(tmp_path, {"data": 8}) == {"micro_batches": 4}
+    assert rundir.read_fit(tmp_path, {"data": 4}) is None
+    assert rundir.read_fit(tmp_path / "elsewhere", {"data": 8}) is None
+
+
+# ---- the TPU's own compiler, where it is installed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_tpu_gathers_each_kernel_once_and_scatters_its_gradient(remat):
+    pytest.importorskip("libtpu")
+    from jaxgpt.plan import devices
+
+    model = dataclasses.replace(
+        WIDE, model_dim=256, mlp_dim=768, context_length=128, dtype="bfloat16", remat=remat
+    )
+    cfg = dataclasses.replace(CFG, model=model, train=dataclasses.replace(CFG.train, batch_size=64))
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8), devices.topology("v5e:2x4"))
+    step = compile_step(partial(stages.outline, "pretrain"), cfg, mesh)
+    assert report.per_layer(step)["all-gather"] == {"forward": 7, "backward": 7}
+    assert report.per_layer(step)["reduce-scatter"] == {"forward": 0, "backward": 7}
+    added = [c for c in step.collectives if c.kind == "all-reduce" and c.loops[-1:] == (3,)]
+    assert sum(c.bytes for c in added) < 2 * 2 * 4 * 256 * 2, "only norms are added up everywhere"
+    assert np.isfinite(step.memory.total)
+
+
+def test_an_unknown_slice_is_refused():
+    pytest.importorskip("libtpu")
+    from jaxgpt.plan import devices
+
+    with pytest.raises(ValueError, match="topology=v5e:7"):
+        devices.topology("v5e:7")
