@@ -46,6 +46,4 @@ def _inside(params: dict[str, Any]) -> Iterator[Any]:
 
 def _devices(params: dict[str, Any]) -> int:
     """How many devices run the body of a `shard_map`, each on its own piece."""
-    mesh = params["mesh"]
-    manual = params.get("manual_axes", mesh.axis_names)
-    return math.prod(mesh.shape[axis] for axis in manual)
+    return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])

@@ -80,6 +80,7 @@ def search(outline: Outline, cfg: RunConfig, mesh: Mesh) -> Step:
     if not fitting:
         raise ValueError(_does_not_fit(cfg, mesh, tried.smallest(), counts[-1]))
     chip = tried.chip
+    # Halfway between all work overlapping and none.
     return min(fitting, key=lambda step: sum(step.seconds(chip)) if chip else step.micro_batches)
 
 
@@ -109,28 +110,36 @@ def divisions(batch_size: int, mesh: Mesh) -> list[int]:
 def largest_micro_batch(tried: Tried, remat: str, counts: Sequence[int]) -> Step | None:
     """The step with the fewest micro-batches that fits; None if none does.
 
-    What does not fit tells how far away it is: activations shrink with the micro-batch, the rest
-    stays. So few of the settings are compiled.
+    What does not fit tells how far away it is, since activations shrink with the micro-batch and
+    the rest stays. So few of the settings are compiled.
     """
-    best, low, high = None, 0, len(counts)  # those below low do not fit, that at high does
-    guess = 0
+    best, low, high, guess = None, 0, len(counts), 0  # below low none fits, from high on all do
+    refused: list[tuple[int, TooLarge]] = []
     while low < high:
         found = tried(counts[guess], remat)
         if isinstance(found, Step):
             best, high = found, guess
             guess = (low + high) // 2
         else:
+            refused.append((counts[guess], found))
             low = guess + 1
-            guess = max(low, min(_enough(found, counts, guess), high - 1))
+            wanted = _enough(refused)
+            first = next((n for n, count in enumerate(counts) if count >= wanted), len(counts))
+            guess = max(low, min(first, high - 1))
     return best
 
 
-def _enough(refused: TooLarge, counts: Sequence[int], index: int) -> int:
-    """The first division by which a too large step should fit, if all of it were activations."""
-    if math.isnan(refused.needed):
-        return index + 1
-    wanted = counts[index] * refused.needed / refused.available
-    return next((n for n, count in enumerate(counts) if count >= wanted), len(counts) - 1)
+def _enough(refused: list[tuple[int, TooLarge]]) -> float:
+    """How many micro-batches should fit, going by the last two that did not.
+
+    One alone could be activations as a whole.
+    """
+    (parts, error), earlier = refused[-1], refused[-2:-1]
+    activations = error.needed * parts
+    for more, larger in earlier:
+        activations = (larger.needed - error.needed) / (1 / more - 1 / parts)
+    room = error.available - (error.needed - activations / parts)
+    return activations / room if room > 0 else math.inf
 
 
 def _does_not_fit(cfg: RunConfig, mesh: Mesh, nearest: TooLarge, parts: int) -> str:
