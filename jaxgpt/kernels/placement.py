@@ -53,7 +53,8 @@ def per_token(
     """
     shape = tokens[0].shape
     spec = token_spec(shape) if _placeable() else P()
-    axes = tuple(axis for cut in spec for axis in cut or () if shards.size(axis) > 1)
+    cuts = [(cut,) if isinstance(cut, str) else cut or () for cut in spec]
+    axes = tuple(axis for cut in cuts for axis in cut)
     # A context axis cuts inside a row, which tokens without rows cannot show.
     if not axes or (len(shape) == 1 and shards.size("context") > 1):
         return kernel((), hidden, head_VD, *tokens)

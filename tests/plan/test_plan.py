@@ -80,18 +80,23 @@ def test_temporaries_shrink_with_the_rows(steps):
 
 def test_rows_stay_where_they_are(steps):
     """Nothing of an activation's size is exchanged without a tensor axis: only parameters are."""
-    step = steps["fsdp"]
-    per_step = 2 * 4 * step.parameters + 2 * 4 * step.parameters  # gathered twice, added up
-    assert 0 < step.exchanged < 1.2 * per_step
-    assert steps["data"].exchanged < 1.1 * 2 * 4 * step.parameters, "gradients alone"
+    parameters = 4 * steps["one"].parameters
+    embedded = 4 * 16 * 64 * 64  # what is looked up in a table that is cut along its width
+    # Gathered twice and added up everywhere; a CPU's compiler has no reduce-scatter of its own.
+    assert 0 < steps["fsdp"].exchanged < 1.1 * (2 + 2) * parameters + embedded
+    assert 0 < steps["data"].exchanged < 1.1 * 2 * parameters, "gradients alone"
     assert not steps["one"].collectives
+
+
+def test_the_head_is_added_up_once_whatever_the_chunk(steps):
+    head = [c for c in steps["fsdp"].collectives if "VC,CD->VD" in c.name]
+    assert len(head) <= 1 and not any(c.loops for c in head)
 
 
 def test_flops_and_tokens_do_not_depend_on_the_mesh(steps):
     assert len({(step.tokens, step.flops_per_token) for step in steps.values()}) == 1
     for step in steps.values():
-        # Attention counts its visible half, and is small here.
-        assert 0.8 < step.flops / (step.flops_per_token * step.tokens) < 1.05
+        assert 0.95 < step.flops / (step.flops_per_token * step.tokens) < 1.05
 
 
 def test_the_report_has_it_all_and_is_json(steps):

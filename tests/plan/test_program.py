@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.plan import flops, program
@@ -99,7 +100,7 @@ def test_traffic_reads_the_slices_of_a_stack_not_the_stack():
 
 
 def test_exchanges_of_a_real_program_on_virtual_devices():
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     add = lambda x, _: (jax.lax.psum(jnp.sin(x), "data"), None)
     sum_up = jax.shard_map(
         lambda x: jax.lax.scan(add, x, None, 3)[0],
