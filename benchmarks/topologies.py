@@ -8,7 +8,6 @@ Needs libtpu. All times are estimates from data sheets; nothing runs.
 
 import argparse
 import os
-from functools import partial
 from typing import Any
 
 TOPOLOGIES = ("v5e:2x4", "v6e:4x4", "v5p:4x4x8", "v5e:16x16")
@@ -73,12 +72,10 @@ def train(name: str, topology: str, override: list[str]) -> str:
 
 def sample(name: str, topology: str, _: list[str]) -> str:
     """Prefill and decode for eight rows of each group of devices that has a copy of the weights."""
-    import jax
-
     from jaxgpt import config, hardware, sharding
-    from jaxgpt.model import gpt
     from jaxgpt.plan import devices, program
-    from jaxgpt.sampling import sample as sampling
+    from jaxgpt.plan.sampler import compile_sampler
+    from jaxgpt.sampling.sample import SCAN_STEPS, Sampling
 
     chips = devices.topology(topology)
     context, _, tensor = MODELS[name]
@@ -86,32 +83,14 @@ def sample(name: str, topology: str, _: list[str]) -> str:
         "--model", f"configs/model/{name}.yaml", "--model.context_length", str(context)
     ]).model  # fmt: skip
     mesh = sharding.make_mesh(config.MeshConfig(data=-1, tensor=tensor), chips)
-    rows = 8 * len(chips) // tensor
-    prompt, how = context // 2, sampling.Sampling(64)
-    with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda: {"policy": gpt.init(model, jax.random.key(0))})
-        params = _placed(shapes, sharding.shardings(mesh, shapes))["policy"]
-        own = lambda shape, dtype="int32": jax.ShapeDtypeStruct(
-            shape, dtype, sharding=sharding.row_sharding(mesh, shape)
-        )
-        apart = sampling.for_decoding.lower(model, params, rows).compile()
-        weights = _as_compiled(apart, partial(sampling.for_decoding, model, num_rows=rows), params)
-        read = (own((rows, prompt)), own((rows,)))
-        fill = lambda *arrays: sampling.prefill(model, *arrays, context, how)
-        prefill = jax.jit(fill).lower(weights, *read).compile()
-        state = _as_compiled(prefill, fill, weights, *read)
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-        stops = jax.ShapeDtypeStruct((1,), "int32", sharding=sharding.replicated(mesh))
-        write = lambda weights, state, rng_B, stops: sampling.decode(
-            model, weights, state, rng_B, stops, how
-        )
-        decode = jax.jit(write, donate_argnums=1).lower(weights, state, keys, stops).compile()
+    rows, prompt = 8 * len(chips) // tensor, context // 2
+    prefill, decode = compile_sampler(model, mesh, rows, prompt, Sampling())
     chip = hardware.chip(chips[0])
     assert chip is not None
     moved = program.read(decode.as_text())
     exchanged = sum(c.bytes * c.times for c in moved.collectives)
     parts = (moved.memory_bytes / chip.bandwidth, exchanged / chip.link)
-    seconds = [each / sampling.SCAN_STEPS for each in (max(parts), sum(parts))]
+    seconds = [each / SCAN_STEPS for each in (max(parts), sum(parts))]
     memory = [_total(each.memory_analysis()) / 1e9 for each in (prefill, decode)]
     return (
         f"| {name} | {topology} | sample {rows} x ({prompt} + {context - prompt}) | "
@@ -119,23 +98,6 @@ def sample(name: str, topology: str, _: list[str]) -> str:
         f"{chip.memory / 1e9:.1f} | | {1e3 * seconds[0]:.2f} to {1e3 * seconds[1]:.2f} ms a token "
         "| |"
     )
-
-
-def _placed(shapes: Any, placed: Any) -> Any:
-    import jax
-
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        placed,
-    )
-
-
-def _as_compiled(compiled: Any, function: Any, *arrays: Any) -> Any:
-    """The shapes of a program's results, where it leaves them."""
-    import jax
-
-    return _placed(jax.eval_shape(function, *arrays), compiled.output_shardings)
 
 
 def _total(sizes: Any) -> float:

@@ -104,12 +104,12 @@ def compile_step(outline: Outline, cfg: RunConfig, mesh: Mesh) -> Step:
         trainable, frozen = tree.partition(stage.params, stage.trainable)
         make = partial(train.make_state, optimizer=optimizer, ema=cfg.optim.ema > 0)
         state, frozen = (
-            _placed(shapes, sharding.shardings(mesh, shapes))
+            placed(shapes, sharding.shardings(mesh, shapes))
             for shapes in (jax.eval_shape(make, trainable, stage.carry), frozen)
         )
         blank = stage.next_batch({}, {}, 0)
         rows = {name: sharding.row_sharding(mesh, array.shape) for name, array in blank.items()}
-        batch = _placed(blank, rows)
+        batch = placed(blank, rows)
         traced = train.jit_step(stage, cfg, mesh, optimizer, state).trace(state, frozen, batch)
         held = _held(state, frozen, batch)
         try:
@@ -145,11 +145,12 @@ def check_rows(cfg: RunConfig, mesh: Mesh) -> None:
         )
 
 
-def _placed(arrays: Any, placed: Any) -> Any:
+def placed(arrays: Any, places: Any) -> Any:
+    """The shapes of arrays, each at its place."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         arrays,
-        placed,
+        places,
     )
 
 

@@ -279,6 +279,21 @@ def test_a_tpu_gathers_each_kernel_once_and_scatters_its_gradient(remat):
     assert np.isfinite(step.memory.total)
 
 
+@pytest.mark.slow
+def test_the_sampler_compiles_for_a_tpu():
+    pytest.importorskip("libtpu")
+    from jaxgpt.plan import devices
+    from jaxgpt.plan.sampler import compile_sampler
+    from jaxgpt.sampling.sample import Sampling
+
+    model = dataclasses.replace(WIDE, context_length=256, dtype="bfloat16")
+    mesh = sharding.make_mesh(MeshConfig(data=4, tensor=2), devices.topology("v5e:2x4"))
+    reads, writes = compile_sampler(model, mesh, 8, 128, Sampling())
+    assert "splash" in reads.as_text()
+    cache = 2 * 2 * 3 * 8 * 256 * 64 // 4  # keys and values of each group of devices' rows
+    assert writes.memory_analysis().alias_size_in_bytes >= cache // 2, "the cache is copied"
+
+
 def test_an_unknown_slice_is_refused():
     pytest.importorskip("libtpu")
     from jaxgpt.plan import devices
