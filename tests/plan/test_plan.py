@@ -1,14 +1,17 @@
 """The plan of a step: what it says holds of the step that runs, and fit=auto follows it."""
 
 import dataclasses
+import importlib.util
 import json
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxgpt import hardware, rundir, sharding, stages, train
+from jaxgpt import config, hardware, rundir, sharding, stages, train
 from jaxgpt.config import (
     DpoConfig,
     MeshConfig,
@@ -23,6 +26,7 @@ from jaxgpt.model import gpt
 from jaxgpt.plan import report, search
 from jaxgpt.plan.step import Memory, Step, TooLarge, compile_step
 
+ROOT = Path(__file__).parents[2]
 WIDE = ModelConfig(
     vocab_size=512, context_length=64, num_layers=3, model_dim=64, num_heads=4, mlp="gated",
     activation="silu", norm="rmsnorm", position="rope", tie_embeddings=False,
@@ -301,3 +305,51 @@ def test_an_unknown_slice_is_refused():
 
     with pytest.raises(ValueError, match="topology=v5e:7"):
         devices.topology("v5e:7")
+
+
+# ---- the command
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the script's main in this process: (exit status, standard output, standard error)."""
+    file = importlib.util.spec_from_file_location("plan_script", ROOT / "scripts" / "plan.py")
+    script = importlib.util.module_from_spec(file)
+    file.loader.exec_module(script)
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *args])
+        code = 0
+        try:
+            config.exit_cleanly(script.main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("--stage", "nothing"), "stage=nothing"),
+        (("--devices", "8", "--topology", "v5e:2x4"), "devices=8"),
+        (("--price", "-1"), "price=-1"),
+        (("--train.batch_size", "12", "--data.tokenizer", "byte"), "train.batch_size=12"),
+        (("--mesh.fsdp", "3"), "mesh=fsdp 3"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(command, monkeypatch, args, named):
+    monkeypatch.setattr(hardware, "use_compilation_cache", lambda: None)
+    code, out, err = command(*args)
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert named in err
+
+
+def test_the_command_ends_with_one_json_object(command, monkeypatch):
+    monkeypatch.setattr(hardware, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(search, "compile_step", lambda *_: step_of(1, "none", 1e9))
+    file = str(ROOT / "configs" / "sft" / "arithmetic.yaml")
+    code, out, _ = command("--config", file, "--price", "3")
+    found = json.loads(out.splitlines()[-1])
+    assert code == 0 and found["dollars_per_device_hour"] == 3 and found["steps"] == 2000
