@@ -141,7 +141,7 @@ def check_rows(cfg: RunConfig, mesh: Mesh) -> None:
     if rows % ways:
         raise ValueError(
             f"train.micro_batches={cfg.train.micro_batches}: leaves {rows} rows, which mesh "
-            f"data*fsdp={ways} does not divide; use fewer, or a larger train.batch_size"
+            f"{'*'.join(sharding.ROWS)}={ways} does not divide; use fewer, or a larger batch"
         )
 
 
