@@ -802,6 +802,8 @@ RUN_CONFIGS: dict[str, type[RunConfig]] = {
     "reward": RewardConfig,
     "dpo": DpoConfig,
     "distill": DistillConfig,
+    "grpo": GrpoConfig,
+    "ppo": PpoConfig,
 }
 
 
