@@ -804,6 +804,8 @@ RUN_CONFIGS: dict[str, type[RunConfig]] = {
     "reward": RewardConfig,
     "dpo": DpoConfig,
     "distill": DistillConfig,
+    "grpo": GrpoConfig,
+    "ppo": PpoConfig,
 }
 
 

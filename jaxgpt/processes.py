@@ -63,17 +63,18 @@ show(rest)
 def join() -> None:
     """Joins the other processes, if the environment names more than one.
 
-    Slurm and TPU pods are recognised by JAX itself; anything else sets JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    Slurm and GKE's TPU slices are recognised; with JAX_NUM_PROCESSES=auto JAX looks for more, such
+    as a TPU pod; anything else sets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Raises:
         ValueError: a variable is missing or no number, or the others do not come.
     """
     env = os.environ
-    counted = _number("JAX_NUM_PROCESSES") or _number("SLURM_NTASKS") or 1
-    if counted < 2 and "," not in env.get("TPU_WORKER_HOSTNAMES", ""):
+    asked = env.get("JAX_NUM_PROCESSES", "")
+    by_hand = asked not in ("", "auto")
+    counted = _number("JAX_NUM_PROCESSES" if by_hand else "SLURM_NTASKS") or 1
+    if counted < 2 and asked != "auto" and "," not in env.get("TPU_WORKER_HOSTNAMES", ""):
         return
-    by_hand = "JAX_NUM_PROCESSES" in env
     own = _number("JAX_PROCESS_ID") if by_hand else None
     if by_hand and (own is None or own >= counted or not env.get("JAX_COORDINATOR_ADDRESS")):
         raise ValueError(

@@ -43,6 +43,7 @@ def config_of(kind: str, folder: Path) -> RunConfig:
     shape = replace(MODEL, context_length=64)
     cfg: Any = {
         "pretrain": PretrainConfig(model=shape),
+        "one layer": PretrainConfig(model=replace(shape, num_layers=1, context_length=32)),
         "mixture": PretrainConfig(model=replace(EXPERTS, context_length=64)),
         "slots": PretrainConfig(model=replace(EXPERTS, context_length=64, expert_capacity=1.0)),
         "window": PretrainConfig(model=replace(shape, sliding_window=10)),
@@ -88,7 +89,7 @@ def curve(kind: str, cfg: RunConfig, mesh: jax.sharding.Mesh) -> tuple[list[floa
     return losses, program.memory_analysis().argument_size_in_bytes
 
 
-QUICK = [("pretrain", "fsdp 2, tensor 2, context 2")]
+QUICK = [("one layer", "fsdp 2, tensor 2, context 2")]
 WHOLE = [
     *((kind, mesh) for kind in ("pretrain", "sft", "dpo") for mesh in list(MESHES)[:4]),
     ("mixture", "expert 4 x 2"),

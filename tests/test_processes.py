@@ -22,7 +22,7 @@ PRETRAIN = [
     "scripts/pretrain.py", "--data.tokenizer=byte", "--model.num_layers=1", "--model.model_dim=16",
     "--model.num_heads=2", "--model.context_length=16", "--train.batch_size=8", "--eval.every=0",
     "--eval.batches=1", "--sample.prompts=[]", "--log.every=1", "--optim.warmup_steps=2",
-    "--mesh.fsdp=2", "--train.steps=400", "--checkpoint.every=40", "--checkpoint.keep=100",
+    "--mesh.fsdp=2", "--train.steps=120", "--checkpoint.every=10", "--checkpoint.keep=100",
 ]  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_in_other_processes_as_if_it_had_not_been(tmp_path,
     wait_for(lambda: len(steps(tmp_path / "cut")) > 1, started)
     started[-1].kill()
     codes(started)
-    assert steps(tmp_path / "cut")[-1] < 400
+    assert steps(tmp_path / "cut")[-1] < 120
     again = start(command("cut"), tmp_path, *then)
     assert codes(again, 600) == [0] * then[0], (tmp_path / "0.txt").read_text()
 
@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on_in_other_processes_as_if_it_had_not_been(tmp_path,
     losses = [
         {line["step"]: line["train/loss"] for line in log if "train/loss" in line} for log in logs
     ]
-    assert losses[0].keys() == losses[1].keys() == set(range(1, 401))
+    assert losses[0].keys() == losses[1].keys() == set(range(1, 121))
     for step, loss in losses[0].items():
         np.testing.assert_allclose(losses[1][step], loss, atol=1e-4, err_msg=f"step {step}")
 

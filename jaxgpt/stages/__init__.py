@@ -47,6 +47,7 @@ OUTLINE: dict[str, Callable[[Any, Params], Stage]] = {
     "sft": sft.outline,
     "reward": reward.outline,
     "dpo": dpo.outline,
+    "grpo": grpo.outline,
 }
 # What to start from where `init` is empty; the other stages need trained weights.
 BEGIN: dict[str, Callable[[Any], Loaded]] = {
@@ -184,7 +185,8 @@ def _planned_model(name: str, cfg: RunConfig) -> ModelConfig:
     if not vocab_size and isinstance(cfg, PretrainConfig):
         vocab_size = pretrain.vocab_size(cfg)
     elif not vocab_size:
-        vocab_size = tokenizers.load(cfg.data.tokenizer).vocab_size  # type: ignore[attr-defined]
+        name = getattr(getattr(cfg, "data", None), "tokenizer", "byte")
+        vocab_size = tokenizers.load(name).vocab_size
     return peft.model_config(cfg.peft, dataclasses.replace(cfg.model, vocab_size=vocab_size))
 
 

@@ -14,6 +14,7 @@ from jaxgpt import policy_losses, scoring, tasks
 from jaxgpt.config import GrpoConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
+from jaxgpt.data import examples
 from jaxgpt.episodes import Writer
 from jaxgpt.rollouts import Rollouts, Rows, from_task
 from jaxgpt.train import Stage
@@ -26,25 +27,36 @@ def build(cfg: GrpoConfig, start: Loaded) -> Stage:
     if cfg.data.format_weight:
         task = tasks.with_format(task, cfg.data.format_weight)
     writer = Writer(cfg.model, chatting.chat_format(start), start.stop_ids)
-    params = {"policy": start.params}
-    if cfg.kl:
-        params["reference"] = start.params
-    kept = ["logprobs", "advantages", *(["reference"] if cfg.kl else [])]
     rollouts = Rollouts(
         cfg, cfg.rollout, writer, from_task(task, False), jax.jit(partial(score, cfg)),
-        partial(advantages, cfg), kept, cfg.resample,
+        partial(advantages, cfg), _kept(cfg), cfg.resample,
     )  # fmt: skip
-    return Stage(
-        params=params,
-        trainable="^policy/",
-        loss=partial(loss, cfg),
+    return outline(cfg, start.params)._replace(
         next_batch=rollouts,
         evaluate=partial(
             rollouts.evaluate, from_task(task, True), cfg.eval.batches * cfg.train.batch_size
         ),
+    )
+
+
+def outline(cfg: GrpoConfig, params: Params) -> Stage:
+    """The stage without its rollouts: batches are blank, and `params` may be shapes."""
+    networks = {"policy": params} | ({"reference": params} if cfg.kl else {})
+    shape = (cfg.train.batch_size, cfg.model.context_length)  # no rollout is longer
+    known = dict.fromkeys(_kept(cfg), np.broadcast_to(np.float32(0), shape))
+    return Stage(
+        params=networks,
+        trainable="^policy/",
+        loss=partial(loss, cfg),
+        next_batch=lambda *_: examples.blank(*shape) | known,
         updates_per_rollout=cfg.rollout.updates,
         skips=True,
     )
+
+
+def _kept(cfg: GrpoConfig) -> list[str]:
+    """What a rollout knows of every token beside the token."""
+    return ["logprobs", "advantages", *(["reference"] if cfg.kl else [])]
 
 
 def score(cfg: GrpoConfig, params: Params, batch: Batch) -> dict[str, Array]:

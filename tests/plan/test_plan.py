@@ -14,6 +14,7 @@ import pytest
 from jaxgpt import config, hardware, rundir, sharding, stages, train
 from jaxgpt.config import (
     DpoConfig,
+    GrpoConfig,
     MeshConfig,
     ModelConfig,
     PeftConfig,
@@ -124,6 +125,8 @@ OTHERS = {
     "dpo from disk": DpoConfig(reference="precomputed"),
     "kto": DpoConfig(loss="kto"),
     "reward": RewardConfig(margin=True),
+    "grpo": GrpoConfig(),
+    "grpo near a reference": GrpoConfig(kl=0.1),
     "lora": SftConfig(peft=PeftConfig(kind="lora", rank=4)),
     "qlora": DpoConfig(peft=PeftConfig(kind="qlora", rank=4)),
 }
@@ -131,18 +134,21 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_stage_has_an_outline_that_can_be_traced(name):
-    kind = {"kto": "dpo", "lora": "sft", "qlora": "dpo", "dpo from disk": "dpo"}.get(name, name)
-    tiny = dataclasses.replace(CFG.train, batch_size=2)
-    cfg = dataclasses.replace(OTHERS[name], model=WIDE, train=tiny)
+    kind = {"kto": "dpo", "lora": "sft", "qlora": "dpo", "dpo from disk": "dpo"}.get(
+        name, name.split()[0]
+    )
+    cfg = dataclasses.replace(OTHERS[name], model=WIDE, train=CFG.train)
     with jax.set_mesh(mesh_of()):
         stage = stages.outline(kind, cfg)
         blank = stage.next_batch({}, {}, 0)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), blank)
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 16))
         params = stage.params | {"carry": stage.carry}
         loss, weight, _ = jax.eval_shape(stage.loss, params, shapes, keys)
     assert loss.shape == weight.shape == ()
-    assert ("reference" in stage.params) == (name in ("dpo", "kto", "qlora"))
+    assert ("reference" in stage.params) == (
+        name in ("dpo", "kto", "qlora", "grpo near a reference")
+    )
 
 
 # ---- the search, on a machine of which we know what it needs

@@ -94,7 +94,7 @@ def arrays_of(run: Path, step: int) -> dict[str, np.ndarray]:
     return checkpoint.read_arrays(run / "checkpoints" / str(step))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["grpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_a_run_killed_within_a_rollout_ends_as_if_it_had_not_been(kind: str, tmp_path: Path):
     class Killed(BaseException):
         pass
@@ -165,7 +165,8 @@ def first_update(recorded: Recorded, mesh_cfg: MeshConfig, parts: int) -> tuple[
         return jax.device_get(measures), moved, jax.device_get(state.carry)
 
 
-@pytest.mark.parametrize("kind", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_meshes_and_micro_batches_learn_the_same_from_a_recorded_rollout(kind, tmp_path):
     recorded = record(kind, tmp_path)
     expected = first_update(recorded, MeshConfig(data=8), 1)
@@ -174,6 +175,7 @@ def test_meshes_and_micro_batches_learn_the_same_from_a_recorded_rollout(kind, t
     chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_devices_draw_what_one_draws(tmp_path):
     cfg, start = make("grpo", tmp_path)
     found = []
@@ -187,7 +189,7 @@ def test_eight_devices_draw_what_one_draws(tmp_path):
     np.testing.assert_allclose(found[0]["logprobs"], found[1]["logprobs"], atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_sampler_and_trainer_are_one_policy(dtype, tmp_path):
     rollout = replace(ROLLOUT, temperature=0.7)
     cfg, start = make("grpo", tmp_path, rollout=rollout, model=replace(MODEL, dtype=dtype))
@@ -269,6 +271,7 @@ def test_the_carry_stops_a_rollout_and_moves_the_weight_of_kl():
     assert float(carry["update"]) == float(carry["kl"]) == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_rollout_changes_nothing(tmp_path):
     recorded = record("ppo", tmp_path, kl_stop=1e-9)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
