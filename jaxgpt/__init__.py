@@ -14,19 +14,24 @@ __all__ = ["LanguageModel", "load"]
 
 
 def load(
-    path: str | Path, *, dtype: Literal["float32", "bfloat16"] | None = None
+    path: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    quantize: Literal["int8"] | None = None,
 ) -> "LanguageModel":
     """Opens a run directory, a Hugging Face directory, a GGUF file or a llama2.c file.
 
     Args:
         dtype: compute type; default: the one that the model was trained with here, or float32.
+        quantize: int8 halves or quarters the bytes that a decoded token reads (CPUs round
+            activations too); such a model writes and scores, but is not saved.
 
     Raises:
         ValueError: nothing we know, damaged files, or settings that our model does not have.
     """
     from jaxgpt import language_model  # here, so that `import jaxgpt` needs no JAX
 
-    return language_model.load(path, dtype=dtype)
+    return language_model.load(path, dtype=dtype, quantize=quantize)
 
 
 def __getattr__(name: str) -> Any:

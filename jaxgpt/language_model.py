@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxgpt import rundir, tree
+from jaxgpt import peft, rundir, tree
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import ModelConfig, RunConfig
 from jaxgpt.convert import hf, table, tokenizer_files
@@ -27,12 +27,20 @@ from jaxgpt.types import Array, Params
 
 
 def load(
-    path: str | Path, dtype: Literal["float32", "bfloat16"] | None = None, merged: bool = False
+    path: str | Path,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    merged: bool = False,
+    quantize: Literal["int8"] | None = None,
 ) -> "LanguageModel":
     """See `jaxgpt.load`; `merged` folds adapters into the weights they adapt."""
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize={quantize}: must be int8 or None")
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype={dtype}: must be float32 or bfloat16")
-    parts = load_parts(path, merged=merged)
+    parts = load_parts(path, merged=merged or quantize is not None)
+    if quantize:
+        whole = jax.tree.map(jnp.asarray, parts.params)
+        parts = parts._replace(params=jax.jit(peft.quantize_int8)(whole))
     cfg = replace(parts.config, dtype=dtype or parts.config.dtype)
     return LanguageModel(parts._replace(config=cfg), str(path))
 

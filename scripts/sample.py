@@ -18,7 +18,7 @@ def main() -> None:
     )
 
     hardware.use_compilation_cache()
-    lm = language_model.load(cfg.checkpoint, cfg.dtype)
+    lm = language_model.load(cfg.checkpoint, cfg.dtype, quantize=cfg.quantize)
     prompts = cfg.prompt or [sys.stdin.read().rstrip("\n")]
     if cfg.chat:
         ids = [lm.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
