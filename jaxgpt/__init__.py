@@ -20,6 +20,7 @@ def load(
     *,
     dtype: Literal["float32", "bfloat16"] | None = None,
     adapters: Mapping[str, str | Path] = MappingProxyType({}),
+    quantize: Literal["int8"] | None = None,
 ) -> "LanguageModel":
     """Opens a run directory, a Hugging Face directory, a GGUF file or a llama2.c file.
 
@@ -27,13 +28,15 @@ def load(
         dtype: compute type; default: the one that the model was trained with here, or float32.
         adapters: name -> run with --peft.kind lora or qlora on `path`, or a PEFT directory; every
             request chooses one by name: lm.generate(prompts, adapter=["formal", None, "short"]).
+        quantize: int8 halves or quarters the bytes that a decoded token reads (CPUs round
+            activations too); such a model writes and scores, but is not saved.
 
     Raises:
         ValueError: nothing we know, damaged files, or settings that our model does not have.
     """
     from jaxgpt import language_model  # here, so that `import jaxgpt` needs no JAX
 
-    return language_model.load(path, dtype=dtype, adapters=adapters)
+    return language_model.load(path, dtype=dtype, adapters=adapters, quantize=quantize)
 
 
 def __getattr__(name: str) -> Any:

@@ -927,6 +927,8 @@ class WriteConfig:
     """Tools that the assistant may call, with --chat: calculator."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; null: the one that the model was trained with."""
+    quantize: Literal["int8"] | None = None
+    """int8 reads a quarter of float32's bytes per token; null: the weights as they are."""
 
 
 @dataclass(frozen=True)

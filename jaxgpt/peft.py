@@ -17,8 +17,9 @@ import numpy as np
 
 from jaxgpt import tree, weights
 from jaxgpt.config import ModelConfig, PeftConfig
+from jaxgpt.kernels.platform import platform
 from jaxgpt.types import Array, Batch, LossFn, Metrics, Params
-from jaxgpt.weights import Int8, Kernel, Lora, Nf4
+from jaxgpt.weights import Int8, Int8Rows, Kernel, Lora, Nf4
 
 PRESETS = {
     "attention": r"^blocks/attention/(query|key|value|output)/kernel$",
@@ -134,7 +135,7 @@ def has_changes(params: Params) -> bool:
 
 def merge(params: Params) -> Params:
     """Plain float32 kernels that compute the same: changes added, codes decoded."""
-    plain = lambda _, k: weights.dense(k) if isinstance(k, Lora | Int8 | Nf4) else k
+    plain = lambda _, k: weights.dense(k) if isinstance(k, Lora | Int8 | Int8Rows | Nf4) else k
     return weights.map_kernels(plain, params)
 
 
@@ -179,7 +180,7 @@ def for_rows(networks: Sequence[Params], choice: Sequence[int]) -> Params:
     return jax.tree.map_with_path(
         lambda path, *kernels: stacked(tree.name_of(path), *kernels),
         *networks,
-        is_leaf=lambda leaf: isinstance(leaf, Int8 | Nf4 | Lora),
+        is_leaf=lambda leaf: isinstance(leaf, Int8 | Int8Rows | Nf4 | Lora),
     )
 
 
@@ -187,13 +188,15 @@ def quantize_int8(params: Params) -> Params:
     """int8 kernels for decoding: all of the blocks' but the router's, and the head's.
 
     A tied head becomes a kernel of its own, since the embedding is still looked up in float32.
+    CPUs round activations to int8 as well, and read their kernels from the other side.
     """
     if "head" not in params:
         params = {**params, "head": {"kernel": weights.transpose(params["embed"]["embedding"])}}
     chosen = re.compile(rf"{PRESETS['all-linear']}|^head/kernel$").search
-    return weights.map_kernels(
+    quantized = weights.map_kernels(
         lambda name, k: weights.quantize(weights.dense(k), "int8") if chosen(name) else k, params
     )
+    return weights.store_int8_rows(quantized) if platform() == "cpu" else quantized
 
 
 def leaves(params: Params) -> dict[str, Kernel]:

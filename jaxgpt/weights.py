@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxgpt import tree
 from jaxgpt.kernels import grouped, nf4
-from jaxgpt.kernels.linear import linear
+from jaxgpt.kernels.linear import int8_linear, linear
 from jaxgpt.kernels.nf4 import Nf4
 from jaxgpt.kernels.platform import dot
 from jaxgpt.types import Array, Params
@@ -59,11 +59,25 @@ class Transposed:
     rows: Array  # [F, D]
 
 
-Kernel = Array | Int8 | Nf4 | Lora
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8Rows:
+    """`Int8` with its output channels first, which rounds what it multiplies to int8 as well.
+
+    For decoding on a CPU.
+    """
+
+    codes: Array  # [F, D] int8
+    scale: Array  # [F]
+
+
+Kernel = Array | Int8 | Int8Rows | Nf4 | Lora
 
 
 def matmul(x: Array, kernel: Kernel | Transposed) -> Array:
     """x [..., D] times a kernel [D, F]."""
+    if isinstance(kernel, Int8Rows):
+        return int8_linear(x, kernel.codes, kernel.scale)
     if isinstance(kernel, Transposed):
         return dot("BTD,FD->BTF", x, kernel.rows)
     return _apply(linear, lambda y_F, y: y_F.reshape((1,) * (y.ndim - 1) + y_F.shape), x, kernel)
@@ -85,6 +99,8 @@ def dense(kernel: Kernel) -> Array:
     """The kernel as one plain array; adapters are merged in float32."""
     if isinstance(kernel, Int8):
         return kernel.codes * kernel.scale[..., None, :]
+    if isinstance(kernel, Int8Rows):
+        return (kernel.codes * kernel.scale[..., None]).mT
     if isinstance(kernel, Nf4):
         return nf4.dequantize(kernel)
     if isinstance(kernel, Lora):
@@ -116,7 +132,7 @@ def quantize(kernel: Array, kind: str) -> Int8 | Nf4:
 
 def is_quantized(params: Params) -> bool:
     """Whether any kernel is stored in fewer bits."""
-    found = lambda leaf: isinstance(leaf, (Int8, Nf4))
+    found = lambda leaf: isinstance(leaf, (Int8, Int8Rows, Nf4))
     return any(map(found, jax.tree.leaves(params, is_leaf=found)))
 
 
@@ -125,7 +141,7 @@ def map_kernels(fn: Callable[[str, Kernel], Any], params: Params) -> Params:
     return jax.tree.map_with_path(
         lambda path, leaf: fn(tree.name_of(path), leaf),
         params,
-        is_leaf=lambda leaf: isinstance(leaf, (Int8, Nf4, Lora)),
+        is_leaf=lambda leaf: isinstance(leaf, (Int8, Int8Rows, Nf4, Lora)),
     )
 
 
@@ -135,6 +151,16 @@ def store_transposed(params: Params) -> Params:
     def turn(name: str, kernel: Kernel) -> Any:
         chosen = name.endswith("kernel") and "moe/" not in name
         return Transposed(kernel.mT) if chosen and isinstance(kernel, jax.Array) else kernel
+
+    return map_kernels(turn, params)
+
+
+def store_int8_rows(params: Params) -> Params:
+    """int8 kernels, of experts apart, with their output channels first."""
+
+    def turn(name: str, kernel: Kernel) -> Kernel:
+        chosen = isinstance(kernel, Int8) and "moe/" not in name
+        return Int8Rows(kernel.codes.mT, kernel.scale) if chosen else kernel
 
     return map_kernels(turn, params)
 
@@ -151,7 +177,7 @@ def cast_kernels(params: Params, dtype: str) -> Params:
         if isinstance(kernel, Lora):
             a, b = kernel.a.astype(dtype), kernel.b.astype(dtype)
             return replace(kernel, w=cast(kernel.w), a=a, b=b)
-        return kernel if isinstance(kernel, (Int8, Nf4)) else kernel.astype(dtype)
+        return kernel if isinstance(kernel, (Int8, Int8Rows, Nf4)) else kernel.astype(dtype)
 
     chosen = lambda name: name.endswith("kernel") and "router/" not in name
     return map_kernels(lambda name, k: cast(k) if chosen(name) else k, params)

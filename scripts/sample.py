@@ -26,7 +26,10 @@ def main() -> None:
     hardware.use_compilation_cache()
     chosen = [None if path == "none" else path for path in cfg.adapter]
     lm = language_model.load(
-        cfg.checkpoint, cfg.dtype, adapters={path: path for path in chosen if path}
+        cfg.checkpoint,
+        cfg.dtype,
+        adapters={path: path for path in chosen if path},
+        quantize=cfg.quantize,
     )
     adapter = chosen[0] if len(chosen) == 1 else chosen or None
     prompts = cfg.prompt or [sys.stdin.read().rstrip("\n")]

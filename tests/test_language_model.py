@@ -277,3 +277,18 @@ def test_an_adapter_is_exported_as_one(with_adapters, tmp_path):
     )
     with pytest.raises(ValueError, match="holds something already"):
         lm.save(tmp_path / "exported")
+
+
+def test_int8_writes_and_scores_but_is_not_saved(lm, tmp_path):
+    lm.save(tmp_path / "plain", format="jaxgpt")
+    plain = jaxgpt.load(tmp_path / "plain")
+    int8 = jaxgpt.load(tmp_path / "plain", quantize="int8")
+    tokens = [plain.encode(TEXT)[:40]]
+    apart = np.abs(int8.logits(tokens) - plain.logits(tokens)).max()
+    # Weights four times as large as usual, and 24 terms to a sum: little averages out.
+    assert 0 < apart < 0.1 * np.abs(plain.logits(tokens)).max()
+    assert len(int8.generate("def ", max_new_tokens=5)) == 1
+    with pytest.raises(ValueError, match="quantised"):
+        int8.save(tmp_path / "int8")
+    with pytest.raises(ValueError, match="quantize=int4"):
+        jaxgpt.load(tmp_path / "plain", quantize="int4")

@@ -211,10 +211,10 @@ def test_int8_for_decoding_covers_the_head(tie):
     cfg = dataclasses.replace(CFG, tie_embeddings=tie)
     params = init(cfg)
     int8 = peft.quantize_int8(params)
-    assert isinstance(int8["head"]["kernel"], weights.Int8)
+    assert isinstance(int8["head"]["kernel"], weights.Int8Rows)  # a CPU's form
     assert int8["embed"]["embedding"] is params["embed"]["embedding"]
     got, expected = logits(cfg, int8, tokens()), logits(cfg, params, tokens())
-    assert 0 < np.abs(got - expected).max() < 0.02 * np.abs(expected).max()
+    assert 0 < np.abs(got - expected).max() < 0.05 * np.abs(expected).max()  # x is rounded too
     if tie:
         return
     prompts, settings = [[1, 2, 3], [4, 5]], Sampling(4, temperature=0.0)

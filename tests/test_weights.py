@@ -1,6 +1,7 @@
 """Every kind of kernel through the one door."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -143,3 +144,23 @@ def test_casting_leaves_codes_and_norms_alone(rng):
     assert cast["x"]["kernel"].w.offset.dtype == jnp.float32
     assert cast["norm"]["scale"].dtype == jnp.float32
     assert weights.is_quantized(params) and not weights.is_quantized(params["norm"])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_int8_times_int8_is_exact_on_whole_numbers(rows):
+    """Rows and columns whose largest magnitude is 127 lose nothing to rounding."""
+    random = np.random.default_rng(0)
+    x_BTD = random.integers(-127, 128, (1, rows, 10)).astype(np.float32)
+    kernel_DF = random.integers(-127, 128, (10, 6)).astype(np.float32)
+    x_BTD[:, :, 0], kernel_DF[0] = 127, 127
+    int8 = weights.store_int8_rows({"kernel": weights.quantize(jnp.asarray(kernel_DF), "int8")})
+    product = jax.jit(weights.matmul)
+    np.testing.assert_array_equal(product(jnp.asarray(x_BTD), int8["kernel"]), x_BTD @ kernel_DF)
+    np.testing.assert_array_equal(weights.dense(int8["kernel"]), kernel_DF)
+    program = product.lower(jnp.asarray(x_BTD), int8["kernel"]).compile().as_text()
+    assert re.search(r"s32\[.*\] (dot|fusion|custom-call)", program) and "s8[6,10]" in program
+
+
+def test_a_row_of_zeros_times_int8_is_zero():
+    int8 = weights.store_int8_rows({"kernel": weights.quantize(jnp.ones((4, 3)), "int8")})
+    np.testing.assert_array_equal(weights.matmul(jnp.zeros((1, 2, 4)), int8["kernel"]), 0)

@@ -26,6 +26,23 @@ def linear(x_BTD: Array, kernel_DF: Array) -> Array:
     return _linear(x_ND, kernel_DF).reshape(out_shape)
 
 
+def int8_linear(x_BTD: Array, codes_FD: Array, scale_F: Array) -> Array:
+    """x @ (codes * scale)^T with every row of x rounded to int8 too, in float32.
+
+    For CPUs with int8 dot products (avx512_vnni): codes are read as they are, output channels
+    first, where any other product would widen them.
+    """
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(jnp.float32)
+    largest_N1 = jnp.abs(x_ND).max(-1, keepdims=True)
+    step_N1 = jnp.where(largest_N1 > 0, largest_N1, 1) / 127
+    rounded_ND = jnp.round(x_ND / step_N1).astype(jnp.int8)
+    if len(x_ND) == 1:  # see `linear`
+        rounded_ND = jnp.concatenate([rounded_ND, jnp.zeros_like(rounded_ND)])
+    sums_NF = jnp.einsum("ND,FD->NF", rounded_ND, codes_FD, preferred_element_type=jnp.int32)
+    out_NF = sums_NF[: len(x_ND)].astype(jnp.float32) * step_N1 * scale_F[None]
+    return out_NF.reshape(*x_BTD.shape[:-1], -1)
+
+
 @jax.custom_vjp
 def _linear(x_ND: Array, kernel_DF: Array) -> Array:
     return _forward(x_ND, kernel_DF)[0]
