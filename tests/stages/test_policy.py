@@ -130,6 +130,23 @@ def test_a_run_killed_within_a_rollout_ends_as_if_it_had_not_been(kind: str, tmp
     assert [step for step, _ in samples] == [4, 8] and "[reward" in samples[0][1][0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_practice_earns_more_reward(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A fifth of what a random network writes is ASCII letters; all of it could be."""
+    share = lambda problem, text: sum(c.isascii() and c.isalpha() for c in text) / max(len(text), 1)
+    monkeypatch.setitem(tasks.TASKS, "letters", tasks.TASKS["letters"]._replace(reward=share))
+    cfg, start = make(
+        kind, tmp_path, train=TrainConfig(steps=80, batch_size=16, loss_chunk=0),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=1, schedule="constant"),
+        checkpoint=CheckpointConfig(every=80), eval=EvalConfig(every=0, batches=1),
+    )  # fmt: skip
+    fit(replace(cfg, kl=0.0, **({"kl_target": 0.0} if kind == "ppo" else {})), start)
+    lines = metrics.read_jsonl(tmp_path / "metrics.jsonl")
+    rewards = [line["rollout/reward"] for line in lines if "rollout/reward" in line]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3, rewards
+
+
 # ---- what one step computes
 
 
