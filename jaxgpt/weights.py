@@ -71,7 +71,7 @@ class Int8Rows:
     scale: Array  # [F]
 
 
-Kernel = Array | Int8 | Int8Rows | Nf4 | Lora
+Kernel = Array | Int8 | Nf4 | Lora
 
 
 def matmul(x: Array, kernel: Kernel | Transposed) -> Array:
@@ -95,7 +95,7 @@ def batched_matmul(slots_BECD: Array, kernel: Kernel) -> Array:
     return _apply(product, lambda y_EF, _: y_EF[None, :, None], slots_BECD, kernel)
 
 
-def dense(kernel: Kernel) -> Array:
+def dense(kernel: Kernel | Int8Rows) -> Array:
     """The kernel as one plain array; adapters are merged in float32."""
     if isinstance(kernel, Int8):
         return kernel.codes * kernel.scale[..., None, :]
@@ -158,9 +158,10 @@ def store_transposed(params: Params) -> Params:
 def store_int8_rows(params: Params) -> Params:
     """int8 kernels, of experts apart, with their output channels first."""
 
-    def turn(name: str, kernel: Kernel) -> Kernel:
-        chosen = isinstance(kernel, Int8) and "moe/" not in name
-        return Int8Rows(kernel.codes.mT, kernel.scale) if chosen else kernel
+    def turn(name: str, kernel: Kernel) -> Any:
+        if isinstance(kernel, Int8) and "moe/" not in name:
+            return Int8Rows(kernel.codes.mT, kernel.scale)
+        return kernel
 
     return map_kernels(turn, params)
 
