@@ -41,7 +41,7 @@ def init(cfg):
 
     def draw(name, leaf):
         noise = rng.standard_normal(leaf.shape, np.float32)
-        return jnp.asarray(1 + 0.1 * noise if name.endswith("scale") else noise / 8)
+        return jnp.asarray(1 + 0.1 * noise if name.endswith("scale") else noise / 50)
 
     return tree.map_named(draw, shapes)
 

@@ -60,7 +60,13 @@ def layer_unroll(num_layers: int, remat: bool, quantized: bool) -> int:
 
 
 def compiler_options() -> dict[str, str]:
-    """Options for `jax.jit(compiler_options=...)`: 512-bit vectors double erf and tanh on CPU."""
+    """Options for `jax.jit(compiler_options=...)`: 512-bit vectors double erf and tanh on CPU.
+
+    A TPU's compiler would turn the large products of FSDP into loops of permutes (seen with GPT-2
+    124M); without that, each gradient of a kernel is one reduce-scatter.
+    """
+    if platform() == "tpu":
+        return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
     return _known_options() if platform() == "cpu" else {}
 
 

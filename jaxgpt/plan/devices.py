@@ -16,6 +16,7 @@ def topology(name: str) -> list[Any]:
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_MIN_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it only compiles
     }.items():
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
