@@ -124,7 +124,8 @@ def generate(
             completions = [
                 _completion(*row, set(stop_ids)) for row in zip(*written, room_B, strict=True)
             ]
-        if last or (on_tokens is not None and on_tokens(completions)):
+        enough = on_tokens is not None and on_tokens(completions)  # sees the last ones, too
+        if last or enough:
             break
         if compact and (kept_R := _still_going(done_R)) is not None:
             state, rng_B = _take(state, rng_B, kept_R)

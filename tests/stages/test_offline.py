@@ -129,7 +129,7 @@ def first_update(run: Run, kind: str, mesh: Mesh | None = None, parts: int = 1) 
         step = jax.jit(train.make_step(stage, cfg, optax.sgd(1.0)))
         state, measures = step(state, frozen, stage.next_batch({}, {}, 0))
         moved = jax.tree.map(np.subtract, jax.device_get(state.params), before)
-        return jax.device_get(measures), moved
+        return jax.device_get(measures), tree.flatten(moved)  # by name: frozen networks are absent
 
 
 def placed(start: Loaded, mesh: Mesh) -> Loaded:
