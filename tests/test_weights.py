@@ -158,7 +158,9 @@ def test_int8_times_int8_is_exact_on_whole_numbers(rows):
     np.testing.assert_array_equal(product(jnp.asarray(x_BTD), int8["kernel"]), x_BTD @ kernel_DF)
     np.testing.assert_array_equal(weights.dense(int8["kernel"]), kernel_DF)
     program = product.lower(jnp.asarray(x_BTD), int8["kernel"]).compile().as_text()
-    assert re.search(r"s32\[[^\]]*\]\S* (dot|fusion|custom-call)", program) and "s8[6,10]" in program
+    assert (
+        re.search(r"s32\[[^\]]*\]\S* (dot|fusion|custom-call)", program) and "s8[6,10]" in program
+    )
 
 
 def test_a_row_of_zeros_times_int8_is_zero():

@@ -160,7 +160,7 @@ def test_the_repetition_penalty_sees_the_prompt_and_what_was_written():
             sequence.append(token)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["dense", pytest.param("mixture", marks=pytest.mark.slow)])
 def test_kernels_cast_for_decoding_write_the_same(name):
     cfg, params = dataclasses.replace(MODELS[name], dtype="bfloat16"), PARAMS[name]
     plain = generate(cfg, params, PROMPTS, GREEDY)
