@@ -181,7 +181,7 @@ def beside_full(folder: Path, seed: int, kind: str, less: float) -> Result:
 
 def practised(folder: Path, seed: int, stage: str, target: float) -> Result:
     """Exact match of a policy that was tuned only partly, before and after it practised."""
-    start = train(folder, seed, "sft", "arithmetic-partly")
+    start = train(folder, seed, "sft", "arithmetic-partly", init=base(folder, seed))
     run = train(folder, seed, stage, "arithmetic", init=start)
     return judge(share(start, "is_correct"), share(run, "is_correct"), target)
 
