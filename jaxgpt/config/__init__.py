@@ -1,0 +1,88 @@
+"""Every setting of a run: frozen dataclasses, read from YAML and the command line.
+
+A default lives here and nowhere else; the text under a field is what `--help` prints.
+"""
+
+from jaxgpt.config.command_line import exit_cleanly, join_lists, parse, to_yaml
+from jaxgpt.config.commands import (
+    ConvertConfig,
+    EvaluateConfig,
+    PlanSettings,
+    PrepareConfig,
+    TokenizerConfig,
+    WriteConfig,
+    planned,
+)
+from jaxgpt.config.model import ModelConfig, RopeScaling
+from jaxgpt.config.policy import GrpoConfig, PolicyConfig, PpoConfig, RolloutConfig, TaskConfig
+from jaxgpt.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    OptimConfig,
+    PeftConfig,
+    PretrainConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from jaxgpt.config.tuning import (
+    ChatDataConfig,
+    ConversationConfig,
+    DistillConfig,
+    DpoConfig,
+    RewardConfig,
+    SftConfig,
+)
+
+__all__ = [
+    "RUN_CONFIGS",
+    "ChatDataConfig",
+    "CheckpointConfig",
+    "ConversationConfig",
+    "ConvertConfig",
+    "DataConfig",
+    "DistillConfig",
+    "DpoConfig",
+    "EvalConfig",
+    "EvaluateConfig",
+    "GrpoConfig",
+    "LogConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PeftConfig",
+    "PlanSettings",
+    "PolicyConfig",
+    "PpoConfig",
+    "PrepareConfig",
+    "PretrainConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RopeScaling",
+    "RunConfig",
+    "SampleConfig",
+    "SftConfig",
+    "TaskConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "WriteConfig",
+    "exit_cleanly",
+    "join_lists",
+    "parse",
+    "planned",
+    "to_yaml",
+]
+
+# Of the training commands, by the name of their stage.
+RUN_CONFIGS: dict[str, type[RunConfig]] = {
+    "pretrain": PretrainConfig,
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "dpo": DpoConfig,
+    "distill": DistillConfig,
+    "grpo": GrpoConfig,
+    "ppo": PpoConfig,
+}

@@ -1,0 +1,131 @@
+"""The shape of a network."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxgpt.config.checks import at_least, require
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of RoPE to contexts longer than the trained one."""
+
+    factor: float = 8.0
+    """How many times longer the context becomes."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above original_context / this are stretched whole."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below original_context / this stay."""
+    original_context: int = 8192
+    """Context length of the original training."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the network. GPT-2, Llama, Qwen and Mixtral are settings of this one class."""
+
+    vocab_size: int = 0
+    """Rows of the embedding table; 0 takes the tokenizer's size."""
+    context_length: int = 256
+    """Longest sequence in tokens."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    model_dim: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Query heads; 1 is single-head attention."""
+    num_kv_heads: int | None = None
+    """Key/value heads, fewer than num_heads for grouped-query attention; null: as many."""
+    head_dim: int | None = None
+    """Width of one head; null: model_dim / num_heads."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP (of each expert); null: 4 * model_dim."""
+    mlp: Literal["plain", "gated"] = "plain"
+    """plain: down(act(up(x))); gated: down(act(gate(x)) * up(x))."""
+    activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
+    """gelu is the exact erf form, gelu_tanh GPT-2's approximation; silu with gated is SwiGLU."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before attention, MLP and head."""
+    norm_eps: float = 1e-5
+    """Added to the variance."""
+    qk_norm: bool = False
+    """RMS-normalise every query and key head (Qwen3)."""
+    position: Literal["learned", "rope"] = "learned"
+    """Learned absolute positions, or rotary ones."""
+    sliding_window: int | None = None
+    """Tokens that attention sees, the present one included (Mistral); null: all before it."""
+    rope_base: float = 10000.0
+    """RoPE's theta."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3's context extension; null: none."""
+    bias: Literal["none", "qkv", "all"] = "none"
+    """Biases nowhere, on query/key/value (Qwen2), or on every linear layer and norm (GPT-2)."""
+    tie_embeddings: bool = True
+    """The output head is the embedding table."""
+    dropout: float = 0.0
+    """Probability of dropping an entry of the embedding, of attention's and the MLP's output."""
+    num_experts: int = 0
+    """Experts of the mixture that replaces the MLP; 0: a dense MLP."""
+    experts_per_token: int = 2
+    """Experts that each token visits."""
+    normalize_expert_weights: bool = True
+    """Chosen experts' gate weights sum to one (Mixtral); off: the plain softmax."""
+    shared_mlp_dim: int = 0
+    """Hidden width of a further expert that every token visits, behind a gate of its own
+    (Qwen2-MoE); 0: none."""
+    expert_capacity: float = 0.0
+    """Slots per expert as a multiple of an even share; 0: dropless."""
+    balance: Literal["loss", "bias", "none"] = "loss"
+    """Keep experts busy by a per-sequence loss, by a selection bias (aux-loss-free), or not."""
+    balance_weight: float = 0.01
+    """Weight of the balance loss, or step size of the selection bias."""
+    adapter_dim: int = 0
+    """Width of a bottleneck adapter in every block; 0: none."""
+    adapter_parallel: bool = False
+    """The adapter runs beside the MLP instead of after attention and MLP (Houlsby)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of matrix products; parameters, norms, softmax and losses stay float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, every block."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            "model", self, context_length=1, num_layers=1, model_dim=1, num_heads=1,
+            num_kv_heads=1, head_dim=1, mlp_dim=1, vocab_size=0, num_experts=0, expert_capacity=0,
+            shared_mlp_dim=0, adapter_dim=0, norm_eps=0, sliding_window=1,
+        )  # fmt: skip
+        if self.head_dim is None:
+            require(
+                self.model_dim % self.num_heads == 0, "model.num_heads", self.num_heads,
+                f"must divide model.model_dim={self.model_dim} (or set model.head_dim)",
+            )  # fmt: skip
+        require(
+            self.num_heads % self.kv_heads == 0, "model.num_kv_heads", self.kv_heads,
+            f"must divide model.num_heads={self.num_heads}",
+        )  # fmt: skip
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+        require(
+            self.position != "rope" or self.head_width % 2 == 0, "model.head_dim", self.head_width,
+            "must be even for model.position=rope",
+        )  # fmt: skip
+        require(
+            self.num_experts > 0 or self.shared_mlp_dim == 0, "model.shared_mlp_dim",
+            self.shared_mlp_dim, "stands beside a mixture; set model.num_experts",
+        )  # fmt: skip
+        require(
+            self.num_experts == 0 or 1 <= self.experts_per_token <= self.num_experts,
+            "model.experts_per_token", self.experts_per_token,
+            f"must be between 1 and model.num_experts={self.num_experts}",
+        )  # fmt: skip
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.model_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return 4 * self.model_dim if self.mlp_dim is None else self.mlp_dim
