@@ -162,6 +162,21 @@ def test_a_bad_file_is_one_line_that_names_the_key(tmp_path, content, named):
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("--optim.learning_rate=fast", "optim.learning_rate=fast: must be float"),
+        ("--model.num_kv_heads=two", "model.num_kv_heads=two: must be int or null"),
+        ("--optim.name=adam", "optim.name=adam: must be 'adamw', 'muon'"),
+        ("--model.rope_scaling=x", "model.rope_scaling=x: must be a mapping or null"),
+    ],
+)
+def test_a_wrong_type_is_told_by_what_it_must_be(wrong, said):
+    with pytest.raises(ValueError) as caught:
+        config.parse(PretrainConfig, None, [wrong])
+    assert str(caught.value) == said
+
+
 def test_a_missing_config_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="absent"):
         parse("--config", str(tmp_path / "absent.yaml"))

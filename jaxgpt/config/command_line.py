@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,8 +32,23 @@ def parse(kind: type[C], description: str | None, args: Sequence[str] | None = N
         given = _bare_flags(sys.argv[1:] if args is None else args)
         fields = parser.instantiate(parser.parse_args(given))
     except jsonargparse.ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(_reworded(str(error))) from error
     return kind(**{f.name: fields[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+def _reworded(message: str) -> str:
+    """The parser's `Expected a …` for every member of a union as `key=value: must be … or …`."""
+    message = " ".join(message.split())
+    key = re.search(r'Parser key "([^"]+)"', message)
+    value = re.search(r"(?:Got|Given) value: (.*)$", message)
+    kinds = re.findall(
+        r"Expected an? (?:typing\.Literal\[(.*?)\]|<class '(\w+)'>|(dot import path))", message
+    )
+    if not (key and value and kinds):
+        return message
+    called = {"NoneType": "null", "dot import path": "a mapping"}
+    names = [called.get(name, name) for name in map("".join, kinds)]
+    return f"{key[1]}={value[1]}: must be {' or '.join(names)}"
 
 
 def _bare_flags(args: Sequence[str]) -> list[str]:
