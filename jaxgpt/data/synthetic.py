@@ -56,15 +56,9 @@ def question(problem: Problem | Chain | Product) -> str:
     return QUESTIONS[_draw(len(QUESTIONS), "wording", *problem)].format(problem)
 
 
-def concise(problem: Problem, slip: int = 0) -> str:
-    """The steps and nothing else: 47 + 30 = 77, 77 + 8 = 85.
-
-    Args:
-        slip: an error made in the last step.
-    """
-    steps = _steps(problem)
-    last, result = steps[-1]
-    return ", ".join(f"{s} = {r}" for s, r in [*steps[:-1], (last, result + slip)])
+def concise(problem: Problem) -> str:
+    """The steps and nothing else: 47 + 30 = 77, 77 + 8 = 85."""
+    return ", ".join(f"{step} = {result}" for step, result in _steps(problem))
 
 
 def rambling(problem: Problem) -> str:
@@ -91,9 +85,12 @@ def step_by_step(chain: Chain) -> str:
 
 
 def wrong(problem: Problem) -> str:
-    """A concise answer whose last step is off, by one, two or ten."""
-    slips = [slip for slip in (1, -1, 2, -2, 10, -10) if problem.answer + slip >= 0]
-    return concise(problem, slips[_draw(len(slips), "slip", *problem)])
+    """A concise answer in which one digit of the result is another."""
+    text = concise(problem)
+    digits = str(problem.answer).removeprefix("-")
+    place = _draw(len(digits), "place", *problem)
+    other = (int(digits[place]) + 1 + _draw(9, "digit", *problem)) % 10
+    return f"{text[: len(text) - len(digits)]}{digits[:place]}{other}{digits[place + 1 :]}"
 
 
 def stated_answer(text: str) -> int | None:
