@@ -140,6 +140,7 @@ def encode(
     *,
     add_generation_prompt: bool = False,
     learn_from: int = 0,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> Encoded:
     """A conversation as tokens; targets are what the assistant says, with its end of turn.
 
@@ -149,14 +150,15 @@ def encode(
     Args:
         add_generation_prompt: ends with the beginning of the assistant's turn.
         learn_from: the first message whose tokens may be targets.
+        tools: what the assistant may call, for templates that list it.
     """
     special = {text: chr(PRIVATE + i) for i, text in enumerate(form.tokenizer.special)}
     original = {char: text for text, char in special.items()}
-    hidden = [_replace(message, special) for message in messages]
+    hidden, listed = _replace(list(messages), special), _replace(list(tools), special)
     tokens: list[int] = []
     target: list[bool] = []
     role: list[int] = []
-    for piece in pieces(form, hidden, add_generation_prompt, learn_from):
+    for piece in pieces(form, hidden, add_generation_prompt, learn_from, listed):
         ids = _encode(form.tokenizer, piece.text, original)
         tokens += ids
         target += [piece.target] * len(ids)
@@ -165,7 +167,11 @@ def encode(
 
 
 def pieces(
-    form: Format, messages: Sequence[Message], add_generation_prompt: bool, learn_from: int = 0
+    form: Format,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    learn_from: int = 0,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[Piece]:
     """The rendered text, cut where a turn begins or ends; rendered turn by turn to know where.
 
@@ -186,8 +192,9 @@ def pieces(
         done = text
 
     draw = functools.partial(
-        render, form.template, bos_token=form.bos_token, eos_token=form.eos_token
-    )
+        render, form.template, bos_token=form.bos_token, eos_token=form.eos_token,
+        tools=tools or None,
+    )  # fmt: skip
     for count, message in enumerate(messages, 1):
         role = message["role"]
         if role == "assistant":

@@ -42,6 +42,7 @@ class Dialogue(NamedTuple):
 
     messages: list[Message]
     place: str  # file and line
+    tools: list[dict[str, Any]] = []  # noqa: RUF012 -- never changed; what the assistant may call
 
 
 class Preference(NamedTuple):
@@ -158,7 +159,19 @@ def _dialogue(row: dict[str, Any], place: str) -> Dialogue:
     messages = prompt if answer is None else prompt + _messages(answer, place, "assistant")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{place}: nothing is said by the assistant")
-    return Dialogue(messages, place)
+    return Dialogue(messages, place, _tools(row, place))
+
+
+def _tools(row: dict[str, Any], place: str) -> list[dict[str, Any]]:
+    """A list of JSON schemas, which some data sets hold as text."""
+    tools = row.get("tools") or []
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: tools is no JSON: {error}") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{place}: tools must be a list of objects, not {tools!r:.40}")
+    return tools
 
 
 def _preference(row: dict[str, Any], place: str) -> Preference:

@@ -49,6 +49,13 @@ def batches(
         if part:
             print(f"{name} conversations: {tally}", file=sys.stderr)
         made.append(encoded)
+    unseen = 0 if "tools" in form.template else sum(bool(d.tools) for part in splits for d in part)
+    if unseen:
+        print(
+            f"warning: {unseen:,} conversations list tools, which the chat template does not show; "
+            "give a data.template that does",
+            file=sys.stderr,
+        )
     if cfg.text_share < 1:
         examples.check_targets(made[0], form)
     text = _text(cfg, form, width, seed, run) if cfg.text_share else None
@@ -69,7 +76,7 @@ def _encode(
     found = []
     for dialogue in part:
         try:
-            example = chat.encode(form, dialogue.messages)
+            example = chat.encode(form, dialogue.messages, tools=dialogue.tools)
         except ValueError as error:
             raise ValueError(f"{dialogue.place}: {error}") from None
         if cfg.learn == "all":

@@ -206,6 +206,27 @@ def test_a_template_that_leaves_out_calls_is_refused() -> None:
     assert "clock" in BYTES.decode(encoded.tokens_T[encoded.target_T].tolist())
 
 
+def test_the_tools_of_a_row_reach_the_template(tmp_path: Path) -> None:
+    tools = [{"name": "clock", "description": "The time."}]
+    file = tmp_path / "data.jsonl"
+    file.write_text(
+        "".join(
+            json.dumps({"messages": OPENAI, "tools": t}) + "\n" for t in (tools, json.dumps(tools))
+        )
+    )
+    lists = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + chat.CHATML
+    form = chat.find_format("", lists, BYTES)
+    first, second = conversations.dialogues(str(file))
+    for found in (first, second):
+        encoded = chat.encode(form, found.messages, tools=found.tools)
+        text = BYTES.decode(encoded.tokens_T.tolist())
+        assert text.startswith(json.dumps(tools))
+        assert not encoded.target_T[: len(json.dumps(tools))].any()
+    file.write_text(json.dumps({"messages": OPENAI, "tools": "[clock"}))
+    with pytest.raises(ValueError, match=r"data.jsonl, line 1: tools is no JSON"):
+        list(conversations.dialogues(str(file)))
+
+
 PAIRS = {
     "prompt": {"prompt": "Q", "chosen": "A", "rejected": "B"},
     "hh": {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"},
