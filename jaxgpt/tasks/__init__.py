@@ -51,7 +51,7 @@ def find(
     if name in TASKS:
         return TASKS[name]._replace(tools=at_hand or TASKS[name].tools)
     if not Path(name).exists() and "/" not in name:
-        raise ValueError(f"task={name}: no such file, and not one of {', '.join(TASKS)}")
+        raise ValueError(f"data.path={name}: no such file, and not one of {', '.join(TASKS)}")
     rows = read_rows(name, split)
     if held_out_path:
         splits = {False: rows, True: read_rows(held_out_path, split)}
