@@ -73,8 +73,8 @@ def score_rows(
 
     Rows come in batches of like length, not in their own order.
     """
-    lengths = [(len(row) - 1, 0) for row in rows]
-    for width, _, numbers in _batches(lengths, batch_tokens):
+    lengths = [len(row) - 1 for row in rows]
+    for width, numbers in _batches(lengths, batch_tokens):
         size = _batch_size(len(numbers), width, batch_tokens)
         tokens_BT = _align_left([rows[n][:-1] for n in numbers], size, width)
         targets_BT = _align_left([rows[n][1:] for n in numbers], size, width)
@@ -94,29 +94,27 @@ def score_continuations(
     Groups come in batches of like length, not in their own order. The last token of a context
     predicts the first of a continuation, so it is read together with the continuation.
     """
-    lengths = [
-        (len(group.context) - 1, max(map(len, group.continuations), default=0)) for group in groups
-    ]
-    for width, tail, numbers in _batches(lengths, batch_tokens):
+    lengths = [len(group.context) - 1 for group in groups]
+    for width, numbers in _batches(lengths, batch_tokens):
         size = _batch_size(len(numbers), width, batch_tokens)
         tokens_BT = _align_right([groups[n].context[:-1] for n in numbers], size, width)
         start_B = np.full(size, width, np.int32)
         start_B[: len(numbers)] = [width - len(groups[n].context) + 1 for n in numbers]
         cache = _read(cfg, params, tokens_BT, start_B)
 
-        pairs = [(row, c) for row, n in enumerate(numbers) for c in groups[n].continuations]
-        count = -(-len(pairs) // size) * size  # few shapes: so many continuations a context
-        parent_R = np.zeros(count, np.int32)
-        parent_R[: len(pairs)] = [row for row, _ in pairs]
-        inputs = [[groups[numbers[row]].context[-1], *c[:-1]] for row, c in pairs]
-        tokens_RC = _align_left(inputs, count, tail)
-        targets_RC = _align_left([c for _, c in pairs], count, tail)
-        scores = jax.device_get(_score(cfg, params, cache, parent_R, tokens_RC, targets_RC))
-        found = iter(
-            Scored(*(x_RC[i, : len(c)] for x_RC in scores)) for i, (_, c) in enumerate(pairs)
-        )
-        for n in numbers:
-            yield n, [next(found) for _ in groups[n].continuations]
+        texts = [groups[n].continuations for n in numbers]
+        found: dict[tuple[int, int], Scored] = {}
+        for tail, count, part in _parts(texts, batch_tokens // 4):
+            parent_R = np.zeros(count, np.int32)
+            parent_R[: len(part)] = [row for row, _ in part]
+            inputs = [[groups[numbers[row]].context[-1], *texts[row][i][:-1]] for row, i in part]
+            tokens_RC = _align_left(inputs, count, tail)
+            targets_RC = _align_left([texts[row][i] for row, i in part], count, tail)
+            scores = jax.device_get(_score(cfg, params, cache, parent_R, tokens_RC, targets_RC))
+            for place, (row, i) in enumerate(part):
+                found[row, i] = Scored(*(x_RC[place, : len(texts[row][i])] for x_RC in scores))
+        for row, n in enumerate(numbers):
+            yield n, [found[row, i] for i in range(len(texts[row]))]
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -177,18 +175,29 @@ def rolled(cfg: ModelConfig) -> ModelConfig:
     return replace(cfg, remat="full")
 
 
-def _batches(
-    lengths: Sequence[tuple[int, int]], batch_tokens: int
-) -> Iterator[tuple[int, int, list[int]]]:
-    """(width of the first, width of the second, numbers), longest first: it shows what fits."""
-    shapes = [(_bucket(first), second) for first, second in lengths]
-    order = sorted(range(len(shapes)), key=shapes.__getitem__, reverse=True)
-    for width, same in itertools.groupby(order, key=lambda n: shapes[n][0]):
+def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, list[int]]]:
+    """(width, numbers of those that fit into it), longest first: it shows what fits."""
+    widths = [_bucket(length) for length in lengths]
+    order = sorted(range(len(widths)), key=widths.__getitem__, reverse=True)
+    for width, same in itertools.groupby(order, key=widths.__getitem__):
         numbers = list(same)
         size = max(1, batch_tokens // width)
         for start in range(0, len(numbers), size):
-            batch = numbers[start : start + size]
-            yield width, _bucket(max(shapes[n][1] for n in batch), smallest=4), batch
+            yield width, numbers[start : start + size]
+
+
+def _parts(
+    texts: Sequence[Sequence[Sequence[int]]], part_tokens: int
+) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """(width, rows, which ones) of parts of like length: most texts are far from the longest."""
+    left = [(row, i) for row, those in enumerate(texts) for i in range(len(those))]
+    left.sort(key=lambda pair: -len(texts[pair[0]][pair[1]]))
+    while left:
+        row, i = left[0]
+        width = _bucket(len(texts[row][i]), smallest=4)
+        count = _batch_size(len(left), width, part_tokens)
+        yield width, count, left[:count]
+        left = left[count:]
 
 
 def _bucket(length: int, smallest: int = 16) -> int:

@@ -100,13 +100,23 @@ def test_windows_score_every_token_but_the_first_once():
 
 
 def test_no_batch_is_larger_than_asked():
-    lengths = [(n % 90 + 1, n % 7 + 1) for n in range(200)]
+    lengths = [n % 90 + 1 for n in range(200)]
     seen = []
-    for width, tail, numbers in likelihood._batches(lengths, 128):
-        assert max(lengths[n][0] for n in numbers) <= width
-        assert max(lengths[n][1] for n in numbers) <= tail
+    for width, numbers in likelihood._batches(lengths, 128):
+        assert max(lengths[n] for n in numbers) <= width
         assert (
             len(numbers) <= likelihood._batch_size(len(numbers), width, 128) <= max(1, 128 // width)
         )
         seen += numbers
     assert sorted(seen) == list(range(200))
+
+
+def test_parts_hold_every_continuation_once_and_little_else():
+    texts = [[[0] * (row * i % 30 + 1) for i in range(4)] for row in range(25)]
+    seen, slots = [], 0
+    for width, count, part in likelihood._parts(texts, 128):
+        assert len(part) <= count and count * width <= 128
+        assert max(len(texts[row][i]) for row, i in part) <= width
+        seen, slots = seen + part, slots + count * width
+    assert sorted(seen) == [(row, i) for row in range(25) for i in range(4)]
+    assert slots < 2 * sum(len(text) for those in texts for text in those)

@@ -109,7 +109,9 @@ def test_a_task_may_be_given_other_tools() -> None:
 
 
 def test_an_unknown_task_is_refused() -> None:
-    with pytest.raises(ValueError, match="data.path=chess: no such file, and not one of arithmetic"):
+    with pytest.raises(
+        ValueError, match=r"data\.path=chess: no such file, and not one of arithmetic"
+    ):
         tasks.find("chess")
 
 
