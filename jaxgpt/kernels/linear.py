@@ -4,6 +4,8 @@ On a CPU it keeps XLA's fast products. On accelerators it keeps only the kernel 
 cut over devices: autodiff would keep the copy that was cast and gathered, for every layer.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -59,11 +61,20 @@ def _backward(saved: tuple[Array, Array, Array], g_NF: Array) -> tuple[Array, Ar
     x_ND, cast_DF, like_kernel = saved
     g_NF = g_NF.astype(x_ND.dtype)
     dx_ND = jnp.einsum("NF,DF->ND", g_NF, cast_DF, preferred_element_type=jnp.float32)
-    dkernel_DF = jnp.einsum("DN,NF->DF", transposed(x_ND), g_NF, preferred_element_type=jnp.float32)
+    dkernel_DF = _pull(x_ND, g_NF)
     return dx_ND.astype(x_ND.dtype), dkernel_DF.astype(like_kernel.dtype)
 
 
 _linear.defvjp(_forward, _backward)
+
+
+def _pull(x_ND: Array, g_NF: Array) -> Array:
+    """x^T g; whichever of the two is cheaper to turn is turned: an adapter's side is narrow."""
+    (N, D), F = x_ND.shape, g_NF.shape[1]
+    dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if F * (N + D) < D * N:
+        return dot("FN,ND->FD", transposed(g_NF), x_ND).T
+    return dot("DN,NF->DF", transposed(x_ND), g_NF)
 
 
 @jax.custom_vjp
