@@ -192,14 +192,16 @@ def train(
     """The run of a command, which goes on where it was and costs nothing once it is done."""
     run = folder / (name or f"{stage}-{config}")
     flags = [part for field, value in settings.items() for part in (f"--{field}", str(value))]
-    subprocess.run(
+    done = subprocess.run(
         [
             sys.executable, str(ROOT / "scripts" / f"{stage}.py"),
             "--config", str(ROOT / "configs" / stage / f"{config}.yaml"),
             "--run", str(run), "--seed", str(seed), *flags,
         ],
-        check=True, stdout=sys.stderr,
+        stdout=sys.stderr,
     )  # fmt: skip
+    if done.returncode:  # the command has said why
+        raise SystemExit(done.returncode)
     return run
 
 
