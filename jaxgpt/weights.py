@@ -16,7 +16,8 @@ from jaxgpt import tree
 from jaxgpt.kernels import grouped, nf4
 from jaxgpt.kernels.linear import int8_linear, linear
 from jaxgpt.kernels.nf4 import Nf4
-from jaxgpt.kernels.platform import dot
+from jaxgpt.kernels.placement import whole
+from jaxgpt.kernels.platform import dot, platform
 from jaxgpt.types import Array, Params
 
 
@@ -81,6 +82,13 @@ def matmul(x: Array, kernel: Kernel | Transposed) -> Array:
     if isinstance(kernel, Transposed):
         return dot("BTD,FD->BTF", x, kernel.rows)
     return _apply(linear, lambda y_F, y: y_F.reshape((1,) * (y.ndim - 1) + y_F.shape), x, kernel)
+
+
+def scores(x: Array, kernel: Kernel | Transposed) -> Array:
+    """`matmul` in float32: a bfloat16 product of accelerators would round scores of 30 to 1/8."""
+    if platform() == "cpu" or not isinstance(kernel, jax.Array):
+        return matmul(x, kernel).astype(jnp.float32)
+    return jnp.matmul(x, whole(kernel.astype(x.dtype)), preferred_element_type=jnp.float32)
 
 
 def grouped_matmul(rows_RD: Array, kernel: Kernel, layout: grouped.Layout) -> Array:

@@ -166,3 +166,14 @@ def test_int8_times_int8_is_exact_on_whole_numbers(rows):
 def test_a_row_of_zeros_times_int8_is_zero():
     int8 = weights.store_int8_rows({"kernel": weights.quantize(jnp.ones((4, 3)), "int8")})
     np.testing.assert_array_equal(weights.matmul(jnp.zeros((1, 2, 4)), int8["kernel"]), 0)
+
+
+def test_scores_are_not_rounded_to_bfloat16_on_accelerators(monkeypatch, rng):
+    monkeypatch.setattr(weights, "platform", lambda: "gpu")
+    x_BTD = (10 * jax.random.normal(rng, (2, 5, D))).astype(jnp.bfloat16)
+    kernel = jax.random.normal(rng, (D, F)).astype(jnp.bfloat16)
+    exact = np.einsum("btd,df->btf", *(np.asarray(a, np.float64) for a in (x_BTD, kernel)))
+    found = weights.scores(x_BTD, kernel)
+    assert found.dtype == jnp.float32
+    assert np.abs(exact).max() > 64  # where bfloat16 has steps of a half
+    np.testing.assert_allclose(found, exact, atol=1e-3)

@@ -186,7 +186,7 @@ def logits(params: Params, hidden_BTD: Array) -> Array:
     kernel = params["head"]["kernel"] if "head" in params else None
     if kernel is None:
         kernel = weights.transpose(params["embed"]["embedding"])
-    return weights.matmul(hidden_BTD, kernel).astype(jnp.float32)
+    return weights.scores(hidden_BTD, kernel)
 
 
 def _stack(cfg: ModelConfig, quantized: bool) -> Any:
