@@ -48,6 +48,7 @@ OUTLINE: dict[str, Callable[[Any, Params], Stage]] = {
     "reward": reward.outline,
     "dpo": dpo.outline,
     "grpo": grpo.outline,
+    "ppo": ppo.outline,
 }
 # What to start from where `init` is empty; the other stages need trained weights.
 BEGIN: dict[str, Callable[[Any], Loaded]] = {
@@ -113,11 +114,7 @@ def plan(name: str, cfg: RunConfig, mesh: Mesh) -> tuple[RunConfig, Step]:
 
 
 def outline(name: str, cfg: RunConfig) -> Stage:
-    """The stage of shapes, whose network is the one of `cfg.model`.
-
-    Raises:
-        ValueError: the stage has no outline.
-    """
+    """The stage of shapes, whose network is the one of `cfg.model`."""
 
     def network(model: ModelConfig) -> Params:
         def draw() -> Params:
@@ -132,8 +129,6 @@ def outline(name: str, cfg: RunConfig) -> Stage:
         model = distill.teacher_config(cfg)
         teacher = jax.eval_shape(lambda: gpt.init(model, jax.random.key(0)))
         return _efficient(cfg.peft, distill.outline(cfg, params, model, teacher))
-    if name not in OUTLINE:
-        raise ValueError(f"stage={name}: cannot be planned; these can: {', '.join(OUTLINE)}")
     return _efficient(cfg.peft, OUTLINE[name](cfg, params))
 
 

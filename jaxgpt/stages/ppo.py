@@ -18,11 +18,13 @@ from jaxgpt import policy_losses, rundir, scoring, sharding, tasks
 from jaxgpt.config import ModelConfig, PpoConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load
+from jaxgpt.data import examples
 from jaxgpt.episodes import Writer
 from jaxgpt.rollouts import Rollouts, Rows, from_task
 from jaxgpt.train import Stage
 from jaxgpt.types import Array, Batch, Carry, Metrics, Params
 
+KEPT = ("logprobs", "reference", "values", "advantages", "returns")  # of every token of a rollout
 KL_GAIN = 0.5  # of the adaptive weight: by at most a tenth, since the error is clipped to a fifth
 
 
@@ -32,31 +34,47 @@ def build(cfg: PpoConfig, start: Loaded) -> Stage:
     if cfg.data.format_weight:
         task = tasks.with_format(task, cfg.data.format_weight)
     writer = Writer(cfg.model, chatting.chat_format(start), start.stop_ids)
-    params = {"policy": start.params, "reference": start.params, "value": _value(cfg, start)}
-    judge = None
+    stage = outline(cfg, start.params)
+    params, judge = stage.params | {"value": _value(cfg, start.params)}, None
     if cfg.reward_model:
         judge, params["reward"] = _load_judge(cfg, start)
     reward = jax.jit(partial(learnt_reward, judge)) if judge else None
     rollouts = Rollouts(
         cfg, cfg.rollout, writer, from_task(task, False), jax.jit(partial(score, cfg, judge)),
-        partial(advantages, cfg),
-        ("logprobs", "reference", "values", "advantages", "returns"),
+        partial(advantages, cfg), KEPT,
     )  # fmt: skip
-    counters = dict.fromkeys(("update", "stopped", "kl", "answers"), 0.0) | {"kl_weight": cfg.kl}
-    return Stage(
+    return stage._replace(
         params=params,
-        trainable="^(policy|value)/",
-        loss=partial(loss, cfg),
         next_batch=rollouts,
         evaluate=partial(
-            rollouts.evaluate, from_task(task, True), cfg.eval.batches * cfg.train.batch_size,
+            rollouts.evaluate,
+            from_task(task, True),
+            cfg.eval.batches * cfg.train.batch_size,
             reward=reward,
         ),
+    )
+
+
+def outline(cfg: PpoConfig, params: Params) -> Stage:
+    """The stage without its rollouts: batches are blank, and `params` may be shapes.
+
+    A reward model, which is not read, counts as one of the policy's shape.
+    """
+    value = jax.eval_shape(partial(_value, cfg), params)
+    judge = {"reward": jax.eval_shape(partial(_with_head, cfg), params)} if cfg.reward_model else {}
+    shape = (cfg.train.batch_size, cfg.model.context_length)  # no rollout is longer
+    known = dict.fromkeys(KEPT, np.broadcast_to(np.float32(0), shape))
+    counters = dict.fromkeys(("update", "stopped", "kl", "answers"), 0.0) | {"kl_weight": cfg.kl}
+    return Stage(
+        params={"policy": params, "reference": params, "value": value} | judge,
+        trainable="^(policy|value)/",
+        loss=partial(loss, cfg),
+        next_batch=lambda *_: examples.blank(*shape) | known,
         carry={name: jnp.float32(value) for name, value in counters.items()},
         after_step=partial(after_step, cfg),
         updates_per_rollout=cfg.rollout.updates,
         skips=True,
-    )  # fmt: skip
+    )
 
 
 def score(
@@ -169,10 +187,14 @@ def after_step(cfg: PpoConfig, carry: Carry, sums: Mapping[str, Any]) -> Carry:
     }
 
 
-def _value(cfg: PpoConfig, start: Loaded) -> Params:
+def _value(cfg: PpoConfig, params: Params) -> Params:
     """A head that expects nothing yet, on a copy of the policy or on the policy itself."""
-    head = {"score": {"kernel": jnp.zeros((cfg.model.model_dim, 1))}}
-    return {**start.params, **head} if cfg.value == "separate" else head
+    whole = _with_head(cfg, params)
+    return whole if cfg.value == "separate" else {"score": whole["score"]}
+
+
+def _with_head(cfg: PpoConfig, params: Params) -> Params:
+    return {**params, "score": {"kernel": jnp.zeros((cfg.model.model_dim, 1))}}
 
 
 def _load_judge(cfg: PpoConfig, start: Loaded) -> tuple[ModelConfig, Params]:

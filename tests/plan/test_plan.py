@@ -18,6 +18,7 @@ from jaxgpt.config import (
     MeshConfig,
     ModelConfig,
     PeftConfig,
+    PpoConfig,
     PretrainConfig,
     RewardConfig,
     SftConfig,
@@ -127,6 +128,8 @@ OTHERS = {
     "reward": RewardConfig(margin=True),
     "grpo": GrpoConfig(),
     "grpo near a reference": GrpoConfig(kl=0.1),
+    "ppo": PpoConfig(),
+    "ppo by a judge": PpoConfig(reward_model="runs/reward", value="shared"),
     "lora": SftConfig(peft=PeftConfig(kind="lora", rank=4)),
     "qlora": DpoConfig(peft=PeftConfig(kind="qlora", rank=4)),
 }
@@ -147,7 +150,7 @@ def test_every_stage_has_an_outline_that_can_be_traced(name):
         loss, weight, _ = jax.eval_shape(stage.loss, params, shapes, keys)
     assert loss.shape == weight.shape == ()
     assert ("reference" in stage.params) == (
-        name in ("dpo", "kto", "qlora", "grpo near a reference")
+        name in ("dpo", "kto", "qlora", "grpo near a reference", "ppo", "ppo by a judge")
     )
 
 
