@@ -190,6 +190,10 @@ def train(
     folder: Path, seed: int, stage: str, config: str, name: str = "", **settings: Any
 ) -> Path:
     """The run of a command, which goes on where it was and costs nothing once it is done."""
+    import yaml
+
+    from jaxgpt import metrics
+
     run = folder / (name or f"{stage}-{config}")
     flags = [part for field, value in settings.items() for part in (f"--{field}", str(value))]
     done = subprocess.run(
@@ -202,6 +206,9 @@ def train(
     )  # fmt: skip
     if done.returncode:  # the command has said why
         raise SystemExit(done.returncode)
+    wanted = yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"]
+    if max(line["step"] for line in metrics.read_jsonl(run / "metrics.jsonl")) < wanted:
+        raise SystemExit(f"{run}: was stopped before step {wanted}; the same command goes on")
     return run
 
 
