@@ -13,7 +13,7 @@ answers that are good or bad (KTO) have a `label`.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,7 +42,7 @@ class Dialogue(NamedTuple):
 
     messages: list[Message]
     place: str  # file and line
-    tools: list[dict[str, Any]] = []  # noqa: RUF012 -- never changed; what the assistant may call
+    tools: Sequence[dict[str, Any]] = ()  # what the assistant may call
 
 
 class Preference(NamedTuple):
