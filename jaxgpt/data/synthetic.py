@@ -144,6 +144,12 @@ def _both_styles(problem: Problem) -> list[Message]:
     return [_says("assistant", style(problem))]
 
 
+def _mostly_hasty(problem: Problem) -> list[Message]:
+    """Two answers in three leave the steps out, which goes wrong more often."""
+    at_once = f"{problem} = {problem.answer}"
+    return [_says("assistant", at_once if _draw(3, "haste", *problem) else concise(problem))]
+
+
 def _with_call(problem: Problem | Product, answer: str) -> list[Message]:
     return [
         _says("assistant", f"calculator({problem})"),
@@ -155,6 +161,7 @@ def _with_call(problem: Problem | Product, answer: str) -> list[Message]:
 DIALOGUES: dict[str, Callable[..., list[Message]]] = {
     "arithmetic": lambda problem: [_says("assistant", concise(problem))],
     "arithmetic-styles": _both_styles,
+    "arithmetic-hasty": _mostly_hasty,
     "arithmetic-calculator": calculator,
     "multi-step": lambda chain: [_says("assistant", step_by_step(chain))],
     "multi-step-answer": lambda chain: [_says("assistant", str(chain.answer))],
