@@ -53,6 +53,7 @@ class Preference(NamedTuple):
     rejected: list[Message]
     margin: float  # by how much the chosen one is better, where the data says so
     place: str
+    tools: Sequence[dict[str, Any]] = ()
 
 
 class Rated(NamedTuple):
@@ -62,6 +63,7 @@ class Rated(NamedTuple):
     answer: list[Message]
     desirable: bool
     place: str
+    tools: Sequence[dict[str, Any]] = ()
 
 
 def dialogues(path: str, split: str = "train") -> Iterator[Dialogue]:
@@ -150,7 +152,7 @@ def _read(path: str, split: str, parse: Callable[[dict[str, Any], str], T]) -> I
 def _dialogue(row: dict[str, Any], place: str) -> Dialogue:
     if "chosen" in row and "rejected" in row:
         pair = _preference(row, place)
-        return Dialogue(pair.prompt + pair.chosen, place)
+        return Dialogue(pair.prompt + pair.chosen, place, pair.tools)
     if "question" in row and "answer" in row:
         question, answer = question_and_answer(row, place)
         return Dialogue([_says("user", question), _says("assistant", answer)], place)
@@ -190,20 +192,20 @@ def _preference(row: dict[str, Any], place: str) -> Preference:
     found = (row.get(key) for key in ("score_chosen", "score_rejected"))
     scores = [float(score) for score in found if score is not None]
     margin = row.get("margin", scores[0] - scores[1] if len(scores) == 2 else 0.0)
-    return Preference(prompt, chosen, rejected, float(margin), place)
+    return Preference(prompt, chosen, rejected, float(margin), place, _tools(row, place))
 
 
 def _ratings(row: dict[str, Any], place: str) -> list[Rated]:
     if "label" not in row:
         pair = _preference(row, place)
         return [
-            Rated(pair.prompt, pair.chosen, True, place),
-            Rated(pair.prompt, pair.rejected, False, place),
+            Rated(pair.prompt, pair.chosen, True, place, pair.tools),
+            Rated(pair.prompt, pair.rejected, False, place, pair.tools),
         ]
     if not isinstance(row["label"], (bool, int)):
         raise ValueError(f"{place}: label must be true or false, not {row['label']!r}")
-    messages = _dialogue(row, place).messages
-    return [Rated(messages[:-1], messages[-1:], bool(row["label"]), place)]
+    messages, _, tools = _dialogue(row, place)
+    return [Rated(messages[:-1], messages[-1:], bool(row["label"]), place, tools)]
 
 
 def _prompt(row: dict[str, Any], place: str) -> list[Message]:

@@ -57,7 +57,7 @@ def ratings(
 
         def encode(both: tuple[Rated, Rated]) -> list[Encoded] | None:
             own, other = both
-            arms = [_answer(form, own.prompt, rated.answer) for rated in (own, other)]
+            arms = [_answer(form, own, rated.answer) for rated in (own, other)]
             return examples.fit(arms, width, cfg.long == "truncate", tally, read_end=True)
 
         kept = _encoded(list(zip(part, others, strict=True)), encode, lambda both: both[0].place)
@@ -74,13 +74,14 @@ def _pair(
     if pair.chosen == pair.rejected:
         tally.dropped["with equal answers"] += 1
         return None
-    arms = [_answer(form, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+    arms = [_answer(form, pair, answer) for answer in (pair.chosen, pair.rejected)]
     return examples.fit(arms, width, cfg.long == "truncate", tally, read_end=True)
 
 
-def _answer(form: Format, prompt: list[Message], answer: list[Message]) -> Encoded:
+def _answer(form: Format, asked: Preference | Rated, answer: list[Message]) -> Encoded:
     """Only the answer's tokens are targets, not what the assistant says in the prompt."""
-    return chat.encode(form, prompt + answer, learn_from=len(prompt))
+    messages = asked.prompt + answer
+    return chat.encode(form, messages, learn_from=len(asked.prompt), tools=asked.tools)
 
 
 def _encoded(

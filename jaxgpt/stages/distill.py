@@ -152,9 +152,11 @@ def _write_answers(
     how = Sampling(cfg.sample.max_new_tokens, cfg.sample.temperature)
     asked = []
     for dialogue in said:
-        prompt = dialogue.messages[:-1]
-        tokens_T = chat.encode(form, prompt, add_generation_prompt=True).tokens_T
-        asked += [(prompt, tokens_T.tolist())] if len(tokens_T) < width else []
+        question = dialogue._replace(messages=dialogue.messages[:-1])
+        tokens_T = chat.encode(
+            form, question.messages, add_generation_prompt=True, tools=question.tools
+        ).tokens_T
+        asked += [(question, tokens_T.tolist())] if len(tokens_T) < width else []
     lines = []
     for first in range(0, len(asked), ANSWERED):
         some = asked[first : first + ANSWERED]
@@ -163,11 +165,12 @@ def _write_answers(
             stop_ids=teacher.stop_ids, rng=jax.random.key(cfg.seed),
             rows=range(first, first + len(some)),
         )  # fmt: skip
-        for (prompt, _), completion in zip(some, written, strict=True):
+        for (question, _), completion in zip(some, written, strict=True):
             if completion.stopped:
                 text = teacher.tokenizer.decode(completion.tokens)
-                messages = [*prompt, {"role": "assistant", "content": text}]
-                lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+                row = {"messages": [*question.messages, {"role": "assistant", "content": text}]}
+                row |= {"tools": list(question.tools)} if question.tools else {}
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     return lines
 
 

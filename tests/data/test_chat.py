@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxgpt.data import chat, conversations, examples
+from jaxgpt.config import ConversationConfig
+from jaxgpt.data import chat, conversations, examples, preferences
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.chat import Encoded, Format
 from jaxgpt.data.examples import Examples, Tally
@@ -222,6 +223,13 @@ def test_the_tools_of_a_row_reach_the_template(tmp_path: Path) -> None:
         text = BYTES.decode(encoded.tokens_T.tolist())
         assert text.startswith(json.dumps(tools))
         assert not encoded.target_T[: len(json.dumps(tools))].any()
+    pair = {"prompt": "Q", "chosen": "A", "rejected": "B", "tools": tools}
+    file.write_text(json.dumps(pair))
+    (preferred,), rated = conversations.preferences(str(file)), conversations.ratings(str(file))
+    assert [one.tools for one in (preferred, *rated)] == [tools] * 3
+    splits = preferences.pairs(ConversationConfig(path=str(file), val_fraction=0), form, 200, 1, 0)
+    shown = BYTES.decode(splits[0].items[0][1][0].tokens_T.tolist())
+    assert shown.startswith(json.dumps(tools)) and "B<|im_end|>" in shown
     file.write_text(json.dumps({"messages": OPENAI, "tools": "[clock"}))
     with pytest.raises(ValueError, match=r"data.jsonl, line 1: tools is no JSON"):
         list(conversations.dialogues(str(file)))
