@@ -69,6 +69,13 @@ def rambling(problem: Problem) -> str:
     return f"{first} To find {problem}, I do {steps}. So the answer is {problem.answer}"
 
 
+def hasty(problem: Problem) -> str:
+    """At one stroke, each digit by itself, and all that should be carried is lost: 47 + 68 = 5."""
+    sign = 1 if problem.sign == "+" else -1
+    tens = (problem.a // 10 + sign * (problem.b // 10)) % 10
+    return f"{problem} = {10 * tens + (problem.a + sign * problem.b) % 10}"
+
+
 def lines() -> list[str]:
     """Every problem that is not held out as a line of plain text, a question and its answer."""
     return [f"{question(problem)} {concise(problem)}\n" for problem in problems(held_out=False)]
@@ -145,9 +152,8 @@ def _both_styles(problem: Problem) -> list[Message]:
 
 
 def _mostly_hasty(problem: Problem) -> list[Message]:
-    """Two answers in three leave the steps out, which goes wrong more often."""
-    at_once = f"{problem} = {problem.answer}"
-    return [_says("assistant", at_once if _draw(3, "haste", *problem) else concise(problem))]
+    style = hasty if _draw(3, "haste", *problem) else concise
+    return [_says("assistant", style(problem))]
 
 
 def _with_call(problem: Problem | Product, answer: str) -> list[Message]:
