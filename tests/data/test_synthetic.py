@@ -56,16 +56,10 @@ def test_a_task_is_the_same_on_every_machine() -> None:
 def test_haste_loses_what_should_be_carried() -> None:
     problems = [synthetic.Problem(*p) for p in ((47, "+", 68), (65, "-", 47), (21, "+", 34))]
     assert [synthetic.hasty(p) for p in problems] == ["47 + 68 = 5", "65 - 47 = 28", "21 + 34 = 55"]
-    said = synthetic.dialogues("arithmetic-hasty", False)
-    problems = list(synthetic.problems(held_out=False))
-    hasty = [
-        d.messages[1]["content"] == synthetic.hasty(p) for d, p in zip(said, problems, strict=False)
-    ]
-    worked = [
-        d.messages[1]["content"] == synthetic.concise(p)
-        for d, p in zip(said, problems, strict=False)
-    ]
-    assert all(map(any, zip(hasty, worked, strict=False))) and 0.6 < sum(hasty) / len(hasty) < 0.75
+    said = [d.messages[1]["content"] for d in synthetic.dialogues("arithmetic-hasty", False)]
+    pairs = list(zip(said, synthetic.problems(held_out=False), strict=True))
+    assert all(text in (synthetic.hasty(p), synthetic.concise(p)) for text, p in pairs)
+    assert 0.6 < sum(text == synthetic.hasty(p) for text, p in pairs) / len(pairs) < 0.75
 
 
 def test_the_calculator_is_called_before_it_answers() -> None:
