@@ -192,6 +192,43 @@ def test_meshes_and_micro_batches_learn_the_same_from_a_recorded_rollout(kind, t
     chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+def curve(
+    cfg: Any, start: Loaded, mesh: jax.sharding.Mesh, batches: list[Any]
+) -> tuple[list[float], list[Any]]:
+    """The losses of 20 steps on recorded batches, or on new ones, and those batches."""
+    losses, read = [], []
+    with jax.set_mesh(mesh):
+        stage, optimizer = build(cfg, start), optax.adam(3e-3)
+        state, frozen = train._place(stage, cfg, mesh, optimizer)
+        step = jax.jit(train.make_step(stage, cfg, optimizer))
+        for number in range(20):
+            if batches:
+                batch = sharding.place_rows(
+                    mesh, cfg.train.batch_size,
+                    lambda rows, n=number: {name: a[rows] for name, a in batches[n].items()},
+                )  # fmt: skip
+            else:
+                whole = train.everything(state.params, frozen, state.carry)
+                batch = {**stage.next_batch(whole, state.carry, number)}
+                batch.pop("report", None)
+            read.append(jax.device_get(batch))
+            state, measures = step(state, frozen, batch)
+            losses.append(float(measures["loss"]))
+    return losses, read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_of_recorded_rollouts_agree_over_meshes(kind, tmp_path):
+    cfg, start = make(kind, tmp_path)
+    alone = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    expected, batches = curve(cfg, start, alone, [])
+    assert np.ptp(expected) > 1e-2
+    for sizes in ({"data": 8}, {"data": 1, "fsdp": 8}, {"fsdp": 2, "tensor": 2}, {"context": 4}):
+        losses, _ = curve(cfg, start, sharding.make_mesh(MeshConfig(**sizes)), batches)
+        np.testing.assert_allclose(losses, expected, atol=1e-4, err_msg=str(sizes))
+
+
 @pytest.mark.slow
 def test_eight_devices_draw_what_one_draws(tmp_path):
     cfg, start = make("grpo", tmp_path)
