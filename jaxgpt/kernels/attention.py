@@ -82,20 +82,22 @@ def _attention(
     return chunked_attention(*arrays, segments_BT, causal, window)
 
 
-def cached_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> Array:
+def cached_attention(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array) -> Array:
     """Attention of a few queries against a cache, of which each may read the masked slots."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    dtype, (B, T, N, H) = q_BTNH.dtype, q_BTNH.shape
+    if platform() == "cpu":  # it has no batched product of bfloat16 that sums in float32
+        q_BTNH, k_BKSH, v_BKSH = (x.astype(jnp.float32) for x in (q_BTNH, k_BKSH, v_BKSH))
+    K = k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+        "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
     )
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * H**-0.5, -1e30)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS).astype(v_BSKH.dtype)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS).astype(v_BKSH.dtype)
     out_BTKGH = jnp.einsum(
-        "BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH, preferred_element_type=jnp.float32
+        "BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKSH, preferred_element_type=jnp.float32
     )
-    return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+    return out_BTKGH.reshape(B, T, N, H).astype(dtype)
 
 
 def _dot_product_attention(

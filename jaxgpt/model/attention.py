@@ -1,6 +1,7 @@
 """Causal self-attention, and the key/value cache it reads and writes."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from jaxgpt.kernels.attention import attention, cached_attention
 from jaxgpt.model.layers import Linear, RMSNorm, residual_std, rotate
 from jaxgpt.types import Array
 
-Slots = tuple[Array, Array]  # keys and values, each [L, B, S, K, H]
+Slots = tuple[Array, Array]  # keys and values, each [L, B, K, S, H], or of one layer [B, K, S, H]
 
 
 @jax.tree_util.register_dataclass
@@ -20,15 +21,16 @@ Slots = tuple[Array, Array]  # keys and values, each [L, B, S, K, H]
 class KVCache:
     """Keys and values of the tokens seen so far, in slots shared by all rows.
 
-    One array for all layers, or a tuple of one per layer, each with L = 1, where the parameters
-    of the layers stand apart too.
+    One array for all layers, or a tuple of one per layer, without L, where the parameters of the
+    layers stand apart too.
 
     Rows are aligned on the right: row b's first token stands in slot `start_B[b]`, so that every
-    row writes its next token into the same slot, `length`.
+    row writes its next token into the same slot, `length`. The slots of a head lie together, as
+    the products of a decoding step read them.
     """
 
-    keys_LBSKH: Array | tuple[Array, ...]
-    values_LBSKH: Array | tuple[Array, ...]
+    keys_LBKSH: Array | tuple[Array, ...]
+    values_LBKSH: Array | tuple[Array, ...]
     length: Array  # slots written, a scalar
     start_B: Array  # empty slots before the row's first token
     # Nothing written yet: the first tokens then need to look only at each other. Static.
@@ -37,7 +39,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """S, the slots of a row."""
-        return jax.tree.leaves(self.keys_LBSKH)[0].shape[2]
+        return jax.tree.leaves(self.keys_LBKSH)[0].shape[-2]
 
 
 class BlockInputs(NamedTuple):
@@ -62,7 +64,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, inputs: BlockInputs, cache: Slots | None, place: Array | int
+        self, x_BTD: Array, inputs: BlockInputs, cache: Slots | None, place: Array | None
     ) -> tuple[Array, Slots | None]:
         cfg = self.cfg
         q_BTNH = self._heads("query", cfg.num_heads, x_BTD)
@@ -76,8 +78,9 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = (a.astype(cfg.dtype) for a in (q_BTNH, k_BTKH, v_BTKH))
 
         if cache is not None:
-            start = (place, 0, inputs.length, 0, 0)
-            cache = (_write(cache[0], k_BTKH, start), _write(cache[1], v_BTKH, start))
+            assert inputs.length is not None
+            write = partial(_write, place=place, length=inputs.length)
+            cache = (write(cache[0], k_BTKH), write(cache[1], v_BTKH))
         if cache is None or inputs.mask_BTS is None:
             out_BTNH = attention(
                 q_BTNH,
@@ -87,8 +90,7 @@ class Attention(nn.Module):
                 window=cfg.sliding_window or 0,
             )
         else:
-            k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(c, place, 0, False) for c in cache)
-            out_BTNH = cached_attention(q_BTNH, k_BSKH, v_BSKH, inputs.mask_BTS)
+            out_BTNH = cached_attention(q_BTNH, *_read(cache, place), inputs.mask_BTS)
 
         out_BTF = out_BTNH.reshape(*x_BTD.shape[:2], -1)
         output = Linear(
@@ -111,15 +113,23 @@ def init_cache(
 ) -> KVCache:
     """An empty cache of `capacity` slots (default: the context length)."""
     capacity = cfg.context_length if capacity is None else capacity
-    layers = 1 if apart else cfg.num_layers
-    shape = (layers, batch_size, capacity, cfg.kv_heads, cfg.head_width)
-    empty = lambda: jnp.zeros(shape, cfg.dtype)
-    slots = lambda: tuple(empty() for _ in range(cfg.num_layers)) if apart else empty()
+    shape = (batch_size, cfg.kv_heads, capacity, cfg.head_width)
+    empty = lambda *layers: jnp.zeros((*layers, *shape), cfg.dtype)
+    layers = range(cfg.num_layers)
+    slots = lambda: tuple(empty() for _ in layers) if apart else empty(cfg.num_layers)
     start_B = jnp.zeros(batch_size, jnp.int32) if start_B is None else start_B
     return KVCache(slots(), slots(), jnp.int32(0), start_B)
 
 
-def _write(slots_LBSKH: Array, new_BTKH: Array, start: tuple) -> Array:
-    return jax.lax.dynamic_update_slice(
-        slots_LBSKH, new_BTKH[None].astype(slots_LBSKH.dtype), start
-    )
+def _write(slots: Array, new_BTKH: Array, place: Array | None, length: Array) -> Array:
+    new_BKTH = new_BTKH.swapaxes(1, 2).astype(slots.dtype)
+    if place is None:
+        return jax.lax.dynamic_update_slice(slots, new_BKTH, (0, 0, length, 0))
+    return jax.lax.dynamic_update_slice(slots, new_BKTH[None], (place, 0, 0, length, 0))
+
+
+def _read(cache: Slots, place: Array | None) -> Slots:
+    """Keys and values of one layer, each [B, K, S, H]."""
+    if place is None:
+        return cache
+    return jax.tree.map(lambda slots: jax.lax.dynamic_index_in_dim(slots, place, 0, False), cache)

@@ -34,7 +34,7 @@ class Block(nn.Module):
     def __call__(
         self,
         carry: tuple[Array, Slots | None],
-        scanned: tuple[Array, Array | int, Array | None],
+        scanned: tuple[Array, Array | None, Array | None],
         inputs: BlockInputs,
     ) -> tuple[tuple[Array, Slots | None], RouterStats | None]:
         cfg, (x_BTD, cache), (layer, place, bias_E) = self.cfg, carry, scanned
@@ -106,7 +106,7 @@ class GPT(nn.Module):
         rope = rope_tables(cfg, positions_BT) if cfg.position == "rope" else None
         length = None if cache is None else cache.length
         inputs = BlockInputs(rope, segments_BT, rng_B, length, mask_BTS)
-        slots = None if cache is None else (cache.keys_LBSKH, cache.values_LBSKH)
+        slots = None if cache is None else (cache.keys_LBKSH, cache.values_LBKSH)
         if weights.layers_apart(self.variables.get("params", {})):
             blocks: Any = Apart
         else:
@@ -146,7 +146,7 @@ class Apart(nn.Module):
             own = None if slots is None else (slots[0][layer], slots[1][layer])
             bias_E = None if bias_LE is None else bias_LE[layer]
             block = Block(self.cfg, name=str(layer))
-            (x_BTD, own), stat = block((x_BTD, own), (layers_L[layer], 0, bias_E), inputs)
+            (x_BTD, own), stat = block((x_BTD, own), (layers_L[layer], None, bias_E), inputs)
             written.append(own)
             stats.append(stat)
         slots = None if slots is None else tuple(zip(*written, strict=True))

@@ -142,12 +142,12 @@ def _score(
         parent_R: the row of the cache that a row of tokens goes on from.
     """
     if cache is not None and parent_R is not None:
-        assert isinstance(cache.keys_LBSKH, Array) and isinstance(cache.values_LBSKH, Array)
-        room = [(0, 0), (0, 0), (0, tokens_RC.shape[1]), (0, 0), (0, 0)]
-        keys_LRSKH = jnp.pad(cache.keys_LBSKH[:, parent_R], room)
-        values_LRSKH = jnp.pad(cache.values_LBSKH[:, parent_R], room)
+        assert isinstance(cache.keys_LBKSH, Array) and isinstance(cache.values_LBKSH, Array)
+        room = [(0, 0), (0, 0), (0, 0), (0, tokens_RC.shape[1]), (0, 0)]
+        keys_LRKSH = jnp.pad(cache.keys_LBKSH[:, parent_R], room)
+        values_LRKSH = jnp.pad(cache.values_LBKSH[:, parent_R], room)
         start_R = cache.start_B[parent_R]
-        cache = KVCache(keys_LRSKH, values_LRSKH, cache.length, start_R, fresh=False)
+        cache = KVCache(keys_LRKSH, values_LRKSH, cache.length, start_R, fresh=False)
     hidden_RCD = gpt.apply(rolled(cfg), params, tokens_RC, cache=cache).hidden_BTD
     count = targets_RC.size
     chunks = -(-count // HEAD_TOKENS)

@@ -102,12 +102,10 @@ def generate(
 
     width = _bucket(max(len(prompt) for prompt in prompts))
     num_scans = -(-settings.max_new_tokens // SCAN_STEPS)
-    tokens_BT, start_B = _align_right(prompts, width)
+    state = _begin(cfg, params, prompts, width, num_scans * SCAN_STEPS, settings, mesh)
     if mesh is not None:
-        placed = sharding.over_rows(mesh, B)
-        tokens_BT, start_B, rng_B = (jax.device_put(x, placed) for x in (tokens_BT, start_B, rng_B))
-        compact = compact and placed.num_devices == 1
-    state = prefill(cfg, params, tokens_BT, start_B, width + num_scans * SCAN_STEPS, settings)
+        rng_B = jax.device_put(rng_B, sharding.over_rows(mesh, B))
+        compact = compact and rng_B.sharding.num_devices == 1
     tokens_BN = np.zeros((B, num_scans * SCAN_STEPS), np.int32)
     logprobs_BN = np.zeros(tokens_BN.shape, np.float32)
     prompt_R = np.arange(B)  # which prompt each row of the state continues
@@ -128,9 +126,28 @@ def generate(
         if last or enough:
             break
         if compact and (kept_R := _still_going(done_R)) is not None:
-            state, rng_B = _take(state, rng_B, kept_R)
+            state, rng_B = _take(state, kept_R), rng_B[kept_R]
             prompt_R = prompt_R[kept_R]
     return completions
+
+
+def _begin(
+    cfg: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    width: int,
+    room: int,
+    settings: Sampling,
+    mesh: Mesh | None,
+) -> DecodeState:
+    """The prompts as they stand in the cache; on one device, copies in a row are read once."""
+    placed = None if mesh is None else sharding.over_rows(mesh, len(prompts))
+    copies = _copies(prompts) if placed is None or placed.num_devices == 1 else 1
+    tokens_BT, start_B = _align_right(prompts[::copies], width)
+    if placed is not None:
+        tokens_BT, start_B = (jax.device_put(x, placed) for x in (tokens_BT, start_B))
+    state = prefill(cfg, params, tokens_BT, start_B, width + room, settings)
+    return state if copies == 1 else _take(state, np.arange(len(prompts)) // copies)
 
 
 def for_decoding(cfg: ModelConfig, params: Params, num_rows: int | None = None) -> Params:
@@ -256,6 +273,14 @@ def _bucket(length: int) -> int:
     return next((size for size in (16, 32, 64, 128) if length <= size), -(-length // 256) * 256)
 
 
+def _copies(prompts: Sequence[Sequence[int]]) -> int:
+    """How often every prompt stands there, one copy beside the other, as in groups of samples."""
+    whole = [tuple(prompt) for prompt in prompts]
+    count = next((i for i, prompt in enumerate(whole) if prompt != whole[0]), len(whole))
+    first_of = [whole[i - i % count] for i in range(len(whole))]
+    return count if len(whole) % count == 0 and whole == first_of else 1
+
+
 def _align_right(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
     tokens_BT = np.zeros((len(prompts), width), np.int32)
     start_B = np.array([width - len(prompt) for prompt in prompts], np.int32)
@@ -287,13 +312,13 @@ def _still_going(done_R: np.ndarray) -> np.ndarray | None:
 
 
 @jax.jit
-def _take(state: DecodeState, rng_B: Array, rows_R: Array) -> tuple[DecodeState, Array]:
-    """The state and keys of some of its rows."""
+def _take(state: DecodeState, rows_R: Array) -> DecodeState:
+    """The state of some of its rows."""
     cache = state.cache
-    of_rows = lambda slots: jax.tree.map(lambda x_LBSKH: x_LBSKH[:, rows_R], slots)
+    of_rows = lambda slots: jax.tree.map(lambda x: jnp.take(x, rows_R, axis=-4), slots)
     cache = KVCache(
-        of_rows(cache.keys_LBSKH), of_rows(cache.values_LBSKH), cache.length,
+        of_rows(cache.keys_LBKSH), of_rows(cache.values_LBKSH), cache.length,
         cache.start_B[rows_R], cache.fresh,
     )  # fmt: skip
     rest = jax.tree.map(lambda x_B: x_B[rows_R], state._replace(cache=None))  # type: ignore[arg-type]
-    return rest._replace(cache=cache), rng_B[rows_R]
+    return rest._replace(cache=cache)

@@ -143,7 +143,7 @@ def test_cached_attention_matches_plain(rng, dtype, tolerance, T):
     q = jax.random.normal(rng, (2, T, 6, 16)).astype(dtype)
     lengths_BT = jnp.array([[7], [20]]) - T + 1 + jnp.arange(T)[None]
     mask_BTS = jnp.arange(20)[None, None] < lengths_BT[:, :, None]
-    got = cached_attention(q, k, v, mask_BTS)
+    got = cached_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask_BTS)
     want = plain_attention(q, k, v, mask_BTS)
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=tolerance)
 

@@ -197,6 +197,31 @@ def test_greedy_text_equals_transformers_generate(family, tmp_path):
             assert first - second < 1e-4
 
 
+def test_copies_of_a_prompt_are_read_once(tiny, rng, monkeypatch):
+    params = gpt.init(tiny, rng)
+    prompts = [prompt for prompt in ([1, 2, 3], [4], [5, 6]) for _ in range(4)]
+    settings = Sampling(max_new_tokens=20, temperature=1.0, repetition_penalty=1.2)
+    read, prefill = [], sample.prefill
+
+    def noted(cfg, params, tokens_BT, *rest):
+        read.append(len(tokens_BT))
+        return prefill(cfg, params, tokens_BT, *rest)
+
+    monkeypatch.setattr(sample, "prefill", noted)
+    found = generate(tiny, params, prompts, settings, rng=jax.random.key(5))
+    monkeypatch.setattr(sample, "_copies", lambda prompts: 1)
+    expected = generate(tiny, params, prompts, settings, rng=jax.random.key(5))
+    assert read == [3, 12]
+    assert [c.tokens for c in found] == [c.tokens for c in expected]
+    assert len({tuple(c.tokens) for c in found}) == 12
+
+
+def test_only_whole_groups_are_copies():
+    assert sample._copies([[1], [1], [2], [2]]) == 2
+    assert sample._copies([[1], [1], [2]]) == sample._copies([[1], [2], [2], [2]]) == 1
+    assert sample._copies([[1], [1], [1], [2]]) == sample._copies([[1], [1], [2], [1]]) == 1
+
+
 def test_rows_that_leave_the_batch_change_nothing(tiny, rng, monkeypatch):
     params = for_decoding(tiny, gpt.init(tiny, rng))
     prompts = [[n % 50 + 1, 2, 3][: n % 3 + 1] for n in range(32)]
@@ -206,9 +231,9 @@ def test_rows_that_leave_the_batch_change_nothing(tiny, rng, monkeypatch):
     expected = generate(tiny, params, prompts, settings, **options)
     kept, take = [], sample._take
 
-    def noted(state, rng_B, rows_R):
+    def noted(state, rows_R):
         kept.append(len(rows_R))
-        return take(state, rng_B, rows_R)
+        return take(state, rows_R)
 
     monkeypatch.setattr(sample, "_take", noted)
     found = generate(tiny, params, prompts, settings, compact=True, **options)
