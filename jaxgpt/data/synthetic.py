@@ -92,12 +92,16 @@ def step_by_step(chain: Chain) -> str:
 
 
 def wrong(problem: Problem) -> str:
-    """A concise answer in which one digit of the result is another."""
+    """A concise answer in which every digit of the result is another."""
     text = concise(problem)
-    digits = str(problem.answer).removeprefix("-")
-    place = _draw(len(digits), "place", *problem)
-    other = (int(digits[place]) + 1 + _draw(9, "digit", *problem)) % 10
-    return f"{text[: len(text) - len(digits)]}{digits[:place]}{other}{digits[place + 1 :]}"
+    digits = str(problem.answer)
+    changed = ""
+    for place, digit in enumerate(digits):
+        others = [d for d in "0123456789" if d != digit]
+        if place == 0 and len(digits) > 1:
+            others.remove("0")  # which no right answer begins with
+        changed += others[_draw(len(others), "digit", place, *problem)]
+    return text[: len(text) - len(digits)] + changed
 
 
 def stated_answer(text: str) -> int | None:

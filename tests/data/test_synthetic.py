@@ -39,6 +39,10 @@ def test_the_rules_tell_the_answers_of_a_pair_apart() -> None:
     for problem in list(synthetic.problems(held_out=True))[:200]:
         right, wrong = synthetic.PREFERENCES["arithmetic-correct"](problem)
         assert synthetic.is_correct(problem, right) and not synthetic.is_correct(problem, wrong)
+        assert len(right) == len(wrong)
+        result, changed = (text.rsplit(" ", 1)[1] for text in (right, wrong))
+        assert all(a != b for a, b in zip(result, changed, strict=True))
+        assert changed == str(int(changed))
         short, long = synthetic.PREFERENCES["arithmetic-concise"](problem)
         assert synthetic.is_concise(problem, short) and not synthetic.is_concise(problem, long)
         assert synthetic.is_correct(problem, long)
