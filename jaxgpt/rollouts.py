@@ -23,8 +23,10 @@ from jaxgpt.types import Batch, Carry, Params, Report
 
 WIDTH = 16  # rows are as wide as their longest, rounded up to this: few shapes are compiled
 SHOWN = 4  # episodes in the log
-# |Δ log p| between sampler and trainer from which on they are not the same function.
+# |Δ log p| between sampler and trainer from which on they are not the same function. One token in a
+# thousand may lie beyond: where a network can hardly decide, rounding alone moves it further.
 AGREEMENT = {"float32": 1e-4, "bfloat16": 5e-2}
+JUDGED = 0.999
 
 Rows = dict[str, np.ndarray]  # name -> array whose first axis is the answer
 Score = Callable[[Params, Batch], dict[str, Any]]  # compiled; `logprobs` must be among them
@@ -217,6 +219,7 @@ class Rollouts:
             "rollout/length": mean(sum(e.mask) for e in episodes),
             "rollout/truncated": mean(not e.stopped for e in episodes),
             "rollout/difference_max": float(apart.max()),
+            "rollout/difference_p999": float(np.quantile(apart, JUDGED)),
             "rollout/difference_mean": float(apart.mean()),
         }
         if self.problems.judged:
@@ -241,11 +244,12 @@ class Rollouts:
         )
 
     def _require_agreement(self, measures: dict[str, float]) -> None:
-        found, dtype = measures["rollout/difference_max"], self.writer.model.dtype
+        found, dtype = measures["rollout/difference_p999"], self.writer.model.dtype
         if not found <= AGREEMENT[dtype]:
             raise FloatingPointError(
-                f"the sampler's and the trainer's log-probabilities differ by {found:.3g}, more "
-                f"than {AGREEMENT[dtype]:g} for model.dtype={dtype}: they are not of one policy"
+                f"the sampler's and the trainer's log-probabilities differ by {found:.3g} at one "
+                f"token in a thousand, more than {AGREEMENT[dtype]:g} for model.dtype={dtype}: "
+                "they are not of one policy"
             )
 
 
