@@ -26,7 +26,7 @@ SHOWN = 4  # episodes in the log
 # |Δ log p| between sampler and trainer from which on they are not the same function. One token in a
 # thousand may lie beyond: where a network can hardly decide, rounding alone moves it further.
 AGREEMENT = {"float32": 1e-4, "bfloat16": 5e-2}
-JUDGED = 0.999
+QUANTILE = 0.999
 
 Rows = dict[str, np.ndarray]  # name -> array whose first axis is the answer
 Score = Callable[[Params, Batch], dict[str, Any]]  # compiled; `logprobs` must be among them
@@ -219,7 +219,7 @@ class Rollouts:
             "rollout/length": mean(sum(e.mask) for e in episodes),
             "rollout/truncated": mean(not e.stopped for e in episodes),
             "rollout/difference_max": float(apart.max()),
-            "rollout/difference_p999": float(np.quantile(apart, JUDGED)),
+            "rollout/difference_p999": float(np.quantile(apart, QUANTILE)),
             "rollout/difference_mean": float(apart.mean()),
         }
         if self.problems.judged:

@@ -262,6 +262,16 @@ def test_sampler_and_trainer_are_one_policy(dtype, tmp_path):
             stage.next_batch.roll(params, {}, 0)  # type: ignore[attr-defined]
 
 
+def test_one_token_in_a_thousand_may_differ_more(tmp_path):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
+        require = build(*make("grpo", tmp_path)).next_batch._require_agreement  # type: ignore[attr-defined]
+    measures = {"rollout/difference_max": 1e-2, "rollout/difference_p999": 9e-5}
+    require(measures)
+    for high in (2e-4, float("nan")):
+        with pytest.raises(FloatingPointError, match="at one token in a thousand"):
+            require(measures | {"rollout/difference_p999": high})
+
+
 def test_a_first_rollout_without_a_stop_token_is_refused(tmp_path):
     cfg, start = make("grpo", tmp_path)
     with pytest.raises(ValueError, match=r"rollout\.max_new_tokens=16: none of 16 answers"):
