@@ -37,7 +37,7 @@ def reward_arithmetic(folder: Path, seed: int) -> Result:
 
 def dpo_arithmetic(folder: Path, seed: int) -> Result:
     """Share of sampled answers to held-out problems that are right and concise."""
-    start = train(folder, seed, "sft", "arithmetic-styles", init=base(folder, seed))
+    start = wordy(folder, seed)
     run = train(folder, seed, "dpo", "arithmetic", init=start)
     before, after = (share(model, "is_concise", temperature=1.0) for model in (start, run))
     return judge(before, after, before + 0.2)
@@ -72,7 +72,7 @@ def ppo_arithmetic(folder: Path, seed: int) -> Result:
 
 def ppo_reward_model(folder: Path, seed: int) -> Result:
     """PPO by a learnt taste for concise answers: held-out reward, KL, and the rule's opinion."""
-    start = train(folder, seed, "sft", "arithmetic-styles-partly")
+    start = wordy(folder, seed)
     taste = train(folder, seed, "reward", "arithmetic-concise", init=start)
     run = train(folder, seed, "ppo", "reward-model", init=start, reward_model=taste)
     before, after = (share(model, "is_concise", temperature=1.0) for model in (start, run))
@@ -171,6 +171,11 @@ def base(folder: Path, seed: int) -> Path:
 def tuned(folder: Path, seed: int) -> Path:
     """The base after fine-tuning on the arithmetic assistant's conversations."""
     return train(folder, seed, "sft", "arithmetic-tuned", init=base(folder, seed))
+
+
+def wordy(folder: Path, seed: int) -> Path:
+    """The base after fine-tuning on answers of which every second one rambles."""
+    return train(folder, seed, "sft", "arithmetic-styles", init=base(folder, seed))
 
 
 def beside_full(folder: Path, seed: int, kind: str, less: float) -> Result:
