@@ -14,12 +14,13 @@ import paired
 
 PROMPT, NEW, VOCAB = 32, 128, 50257
 DTYPES = ["float32", "bfloat16"]
+OURS = [*DTYPES, "int8"]  # int8: weights, head included, and what they multiply
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="of jaxgpt")
+    parser.add_argument("--dtype", nargs="+", choices=OURS, default=OURS, help="of jaxgpt")
     parser.add_argument("--peer", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--rollout", action="store_true", help="ours as in reinforcement learning")
     parser.add_argument("--pairs", type=int, default=5)
@@ -48,15 +49,18 @@ def jaxgpt_side(dtype: str, batch: int, rollout: bool = False) -> None:
     import jax
     import numpy as np
 
-    from jaxgpt import config
+    from jaxgpt import config, peft
     from jaxgpt.model import gpt
     from jaxgpt.sampling import sample
 
     cfg = config.ModelConfig(
         vocab_size=VOCAB, context_length=1024, num_layers=12, model_dim=768, num_heads=12,
-        bias="all", activation="gelu_tanh", dtype=dtype,
+        bias="all", activation="gelu_tanh", dtype="float32" if dtype == "int8" else dtype,
     )  # fmt: skip
-    params = sample.for_decoding(cfg, gpt.init(cfg, jax.random.key(0)), batch)
+    params = gpt.init(cfg, jax.random.key(0))
+    if dtype == "int8":
+        params = jax.jit(peft.quantize_int8)(params)
+    params = sample.for_decoding(cfg, params, batch)
     prompts = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT)).tolist()
     how = sample.Sampling(max_new_tokens=NEW, temperature=1.0 if rollout else 0.0, top_p=1.0)
 

@@ -20,8 +20,8 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "optimization-barrier", "domain", "iota",
-    "all-gather-done", "all-reduce-done", "collective-permute-done", "copy-done", "async-done",
-    "async-update", "async-start",
+    "all-gather-done", "all-reduce-done", "collective-permute-done", "copy-done", "slice-done",
+    "async-done", "async-update", "async-start",
 }  # fmt: skip
 SLICES = {"dynamic-slice", "slice", "gather"}  # of their first operand they read a part
 VMEM = "S(1)"  # in a layout: the buffer is in the TPU's on-chip memory
@@ -266,6 +266,10 @@ def _traffic(
         return 2 * size(shape_of(operands[1]))
     if opcode == "copy-start":  # (destination, source, context)
         return size(instruction.shape)
+    if opcode == "slice-start":  # ((source), piece, context)
+        source = shape_of(operands[0])
+        piece = num_bytes(instruction.shape) - num_bytes(source)
+        return size(instruction.shape) - size(source) + (piece if size(source) else 0)
     if opcode != "fusion":
         return size(instruction.shape) + sum(size(shape_of(name)) for name in operands)
     inner = computations[_called(instruction)["calls"][0]]

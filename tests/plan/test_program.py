@@ -99,6 +99,20 @@ def test_traffic_reads_the_slices_of_a_stack_not_the_stack():
     assert 3 * 50 * layer <= moved < 10 * 50 * layer, "a layer's read, its state's read and write"
 
 
+PREFETCH = """HloModule jit_decode, is_scheduled=true
+
+ENTRY %main (w: bf16[768,3072]) -> bf16[192,3072] {
+  %w = bf16[768,3072]{1,0:T(8,128)(2,1)} parameter(0)
+  %slice-start.8 = ((bf16[768,3072]{1,0:T(8,128)(2,1)}), bf16[192,3072]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:192], [0:3072]}
+  ROOT %slice-done.8 = bf16[192,3072]{1,0:T(8,128)(2,1)S(1)} slice-done(%slice-start.8)
+}
+"""  # noqa: E501
+
+
+def test_a_prefetch_into_on_chip_memory_reads_its_piece_once():
+    assert program.read(PREFETCH).memory_bytes == pytest.approx(192 * 3072 * 2, abs=8)
+
+
 def test_exchanges_of_a_real_program_on_virtual_devices():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     add = lambda x, _: (jax.lax.psum(jnp.sin(x), "data"), None)
