@@ -41,6 +41,15 @@ _TITLES = {
     "rollout/length": "Tokens of an answer", "rollout/kl": "KL of an answer to the reference",
     "policy/kl": "KL to the reference", "policy/entropy": "Entropy",
     "speed/rollout_tokens_per_second": "Tokens per second, writing rollouts",
+    "learnt_reward": "Learnt reward on held-out problems",
+    "length": "Tokens of an answer to held-out problems",
+    "truncated": "Share of held-out problems' answers that were cut off",
+    "rollout/learnt_reward": "Learnt reward of rollouts",
+    "rollout/difference_max": "Sampler against trainer: largest |Δ log p|",
+    "rollout/difference_p999": "Sampler against trainer: 99.9 % of |Δ log p| lie below",
+    "rollout/difference_mean": "Sampler against trainer: mean |Δ log p|",
+    "rollout/truncated": "Share of rollouts that were cut off",
+    "rollout/uninformative": "Share of groups that agree",
 }  # fmt: skip
 
 
