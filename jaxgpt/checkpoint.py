@@ -88,14 +88,22 @@ class Checkpoints:
     def latest_valid(self) -> int | None:
         """The newest step whose files are intact; damaged ones are named on stderr and skipped."""
         self.wait()
-        found = self._find_valid() if jax.process_index() == 0 else None
-        if jax.process_count() > 1:  # one process reads and hashes, all of them follow it
-            from jax.experimental import multihost_utils
-
-            shared = multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found))
-            found = None if int(shared) < 0 else int(shared)
+        found = self._find_valid()
         if found is not None:
             self._verified.add(found)
+        return found
+
+    def agreed_latest(self) -> int | None:
+        """`latest_valid` where all processes ask: the first one reads and hashes for all."""
+        if jax.process_count() == 1:
+            return self.latest_valid()
+        from jax.experimental import multihost_utils
+
+        own = self.latest_valid() if jax.process_index() == 0 else None
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if own is None else own)))
+        if found < 0:
+            return None
+        self._verified.add(found)
         return found
 
     def best(self) -> int | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -123,12 +124,8 @@ def place(mesh: Mesh, name: str, leaf: Any) -> Any:
     Unlike `device_put`, it lets no process wait for another.
     """
 
-    def cut(array: Any, sharding: NamedSharding) -> jax.Array:
-        host = np.asarray(array)
-        return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
-
     named = {name: leaf}
-    return jax.tree.map(cut, named, shardings(mesh, named))[name]
+    return jax.tree.map(spread, shardings(mesh, named), named)[name]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -178,6 +175,14 @@ def over_rows(mesh: Mesh, num_rows: int) -> NamedSharding:
     """Arrays [rows, …] cut over the devices that have rows of their own, or whole."""
     ways = math.prod(mesh.shape[axis] for axis in ROWS)
     return NamedSharding(mesh, P(ROWS) if num_rows % ways == 0 else P())
+
+
+def spread(placed: NamedSharding, array: Any) -> jax.Array:
+    """`device_put` of an array that every process has whole, without waiting for each other."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(spread(placed, jax.random.key_data(array)))
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, placed, host.__getitem__)
 
 
 def whole(array: jax.Array) -> np.ndarray:

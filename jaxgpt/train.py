@@ -279,7 +279,7 @@ def _place(
 
 def _resume(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any]) -> TrainState:
     """The newest intact checkpoint, or the state as it is."""
-    latest = checkpoints.latest_valid()
+    latest = checkpoints.agreed_latest()
     if latest is None:
         return state
     saved = checkpoints.meta(latest)

@@ -272,23 +272,38 @@ def _traffic(
         return size(instruction.shape) - size(source) + (piece if size(source) else 0)
     if opcode != "fusion":
         return size(instruction.shape) + sum(size(shape_of(name)) for name in operands)
-    inner = computations[_called(instruction)["calls"][0]]
+    inner = _body(computations, instruction)
     read = sum(
-        _read_by_fusion(inner, number, size(shape_of(name))) for number, name in enumerate(operands)
+        _read_by_fusion(computations, inner, number, size(shape_of(name)))
+        for number, name in enumerate(operands)
     )
-    return read + _written_by_fusion(inner, size(instruction.shape))
+    return read + _written_by_fusion(computations, inner, instruction.shape)
 
 
-def _read_by_fusion(inner: _Computation, number: int, whole: float) -> float:
-    """A parameter of which only slices are used is read in slices, one that is updated not."""
+def _body(computations: Mapping[str, _Computation], fusion: _Instruction) -> _Computation:
+    return computations[_called(fusion)["calls"][0]]
+
+
+def _read_by_fusion(
+    computations: Mapping[str, _Computation], inner: _Computation, number: int, whole: float
+) -> float:
+    """A parameter of which only slices are used is read in slices; one that is updated, or handed
+    on as it is, not.
+    """
     own = next(
         i for i in inner.instructions.values() if i.opcode == "parameter" and i.literal == number
     )
     parts = 0.0
     for user, operand in _users(inner, own.name):
-        if user.opcode in SLICES and user.operands[0] == operand:
+        first = user.operands[0] == operand
+        if user.opcode in SLICES and first:
             parts += num_bytes(user.shape)
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != operand:
+        elif user.opcode == "fusion":  # a collective's has others in it
+            body = _body(computations, user)
+            for place, name in enumerate(user.operands):
+                if name == operand:
+                    parts += _read_by_fusion(computations, body, place, whole)
+        elif user.opcode != "tuple" and not (user.opcode == "dynamic-update-slice" and first):
             return whole
     return min(whole, parts)
 
@@ -303,10 +318,30 @@ def _users(inner: _Computation, name: str) -> Iterator[tuple[_Instruction, str]]
                 yield user, name
 
 
-def _written_by_fusion(inner: _Computation, whole: float) -> float:
-    root = inner.root
-    while root.opcode == "bitcast":
-        root = inner.instructions[root.operands[0]]
-    if root.opcode != "dynamic-update-slice":
-        return whole
-    return min(whole, num_bytes(inner.instructions[root.operands[1]].shape))
+def _written_by_fusion(
+    computations: Mapping[str, _Computation], inner: _Computation, shape: str
+) -> float:
+    """Every result, of which one that is updated in place is written in part."""
+    parts = inner.root.operands if inner.root.opcode == "tuple" else [inner.root.name]
+    sizes = [num_bytes(array.group(), on_chip=False) for array in _ARRAY.finditer(shape)]
+    if len(parts) != len(sizes):  # tuples in tuples
+        return sum(sizes)
+    return sum(
+        _written(computations, inner, name, size) for name, size in zip(parts, sizes, strict=True)
+    )
+
+
+def _written(
+    computations: Mapping[str, _Computation], inner: _Computation, name: str, whole: float
+) -> float:
+    made = inner.instructions[name]
+    while made.opcode == "bitcast":
+        made = inner.instructions[made.operands[0]]
+    if made.opcode == "parameter":
+        return 0.0
+    if made.opcode == "dynamic-update-slice":
+        return min(whole, num_bytes(inner.instructions[made.operands[1]].shape))
+    if made.opcode == "fusion":
+        body = _body(computations, made)
+        return _written(computations, body, body.root.name, whole)
+    return whole

@@ -104,7 +104,7 @@ def generate(
     num_scans = -(-settings.max_new_tokens // SCAN_STEPS)
     state = _begin(cfg, params, prompts, width, num_scans * SCAN_STEPS, settings, mesh)
     if mesh is not None:
-        rng_B = jax.device_put(rng_B, sharding.over_rows(mesh, B))
+        rng_B = sharding.spread(sharding.over_rows(mesh, B), rng_B)
         compact = compact and rng_B.sharding.num_devices == 1
     tokens_BN = np.zeros((B, num_scans * SCAN_STEPS), np.int32)
     logprobs_BN = np.zeros(tokens_BN.shape, np.float32)
@@ -145,7 +145,7 @@ def _begin(
     copies = _copies(prompts) if placed is None or placed.num_devices == 1 else 1
     tokens_BT, start_B = _align_right(prompts[::copies], width)
     if placed is not None:
-        tokens_BT, start_B = (jax.device_put(x, placed) for x in (tokens_BT, start_B))
+        tokens_BT, start_B = (sharding.spread(placed, x) for x in (tokens_BT, start_B))
     state = prefill(cfg, params, tokens_BT, start_B, width + room, settings)
     return state if copies == 1 else _take(state, np.arange(len(prompts)) // copies)
 

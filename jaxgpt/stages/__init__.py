@@ -70,23 +70,24 @@ def launch(name: str, cfg: RunConfig) -> None:
     processes.join()
     mesh = sharding.make_mesh(cfg.mesh)
     shows, cfg = cfg.show_batch, dataclasses.replace(cfg, show_batch=False)
-    with processes.first_process_first("run"), jax.set_mesh(mesh):
+    with processes.first_process_first("run"):
         run = rundir.enter(cfg)
-        start = _begin(name, cfg)
+    with jax.set_mesh(mesh):
+        start = _begin(name, cfg)  # all processes together: Orbax lets them wait for each other
         sharding.check_model(start.config, mesh)
-        start.tokenizer.save(run / "tokenizer.json")
-        for file in start.files.keys() - {"tokenizer.json"}:
-            (run / file).write_bytes(start.files[file])
-        cfg = dataclasses.replace(cfg, model=start.config)
-        if cfg.fit == "auto":
-            cfg = _fitted(name, cfg, mesh)
-            start = start._replace(config=cfg.model)
-        rundir.write_config(cfg)
-        if cfg.peft.kind != "none":
-            rundir.write_base(cfg)
+        with processes.first_process_first("files"):
+            start.tokenizer.save(run / "tokenizer.json")
+            for file in start.files.keys() - {"tokenizer.json"}:
+                (run / file).write_bytes(start.files[file])
+            cfg = dataclasses.replace(cfg, model=start.config)
+            if cfg.fit == "auto":
+                cfg = _fitted(name, cfg, mesh)
+                start = start._replace(config=cfg.model)
+            rundir.write_config(cfg)
+            if cfg.peft.kind != "none":
+                rundir.write_base(cfg)
         if cfg.init and isinstance(cfg, PretrainConfig):
             pretrain.begin(cfg)  # tokenises the text as init would
-    with jax.set_mesh(mesh):
         if shows:
             stage = _build(name, cfg, start, mesh)
             batch = stage.next_batch({**stage.params, "carry": stage.carry}, stage.carry, 0)

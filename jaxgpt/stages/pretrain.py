@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import scoring, sharding
+from jaxgpt import processes, scoring, sharding
 from jaxgpt.config import DataConfig, ModelConfig, PretrainConfig
 from jaxgpt.convert.load import Loaded
 from jaxgpt.data import corpus, datasets
@@ -28,7 +28,8 @@ def begin(cfg: PretrainConfig) -> Loaded:
     name = str(run / "tokenizer.json") if cfg.init else data.tokenizer
     for path, directory in zip(data.mixture or [data.path], _token_paths(cfg), strict=True):
         if directory != path:
-            _tokenise(path, directory, name, data)
+            with processes.first_process_first(str(directory)):
+                _tokenise(path, directory, name, data)
         # The first one decides for all, unless the user has.
         name = name or datasets.open_tokens(directory).tokenizer
     if not name:

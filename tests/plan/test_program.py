@@ -113,6 +113,41 @@ def test_a_prefetch_into_on_chip_memory_reads_its_piece_once():
     assert program.read(PREFETCH).memory_bytes == pytest.approx(192 * 3072 * 2, abs=8)
 
 
+IN_PLACE = """HloModule jit_step, is_scheduled=true
+
+%slice (s: bf16[30,8], n: s32[]) -> bf16[1,8] {
+  %s = bf16[30,8]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %part = bf16[1,8]{1,0} dynamic-slice(%s, %n, %zero), dynamic_slice_sizes={1,8}
+}
+
+%fused (read: bf16[30,8], written: bf16[30,8], handed: f32[5], i: s32[]) -> (bf16[30,8], f32[5]) {
+  %read = bf16[30,8]{1,0} parameter(0)
+  %written = bf16[30,8]{1,0} parameter(1)
+  %handed = f32[5]{0} parameter(2)
+  %i = s32[]{:T(128)S(6)} parameter(3)
+  %zero = s32[] constant(0)
+  %layer = bf16[1,8]{1,0} fusion(%read, %i), kind=kLoop, calls=%slice
+  %update = bf16[30,8]{1,0} dynamic-update-slice(%written, %layer, %i, %zero)
+  ROOT %both = (bf16[30,8]{1,0}, f32[5]{0}) tuple(%update, %handed)
+}
+
+ENTRY %main (read: bf16[30,8], written: bf16[30,8], handed: f32[5], i: s32[]) -> (bf16[30,8], f32[5]) {
+  %read = bf16[30,8]{1,0} parameter(0)
+  %written = bf16[30,8]{1,0} parameter(1)
+  %handed = f32[5]{0} parameter(2)
+  %i = s32[] parameter(3)
+  ROOT %step = (bf16[30,8]{1,0}, f32[5]{0}) fusion(%read, %written, %handed, %i), kind=kOutput, calls=%fused
+}
+"""  # noqa: E501
+
+
+def test_a_fusion_reads_and_writes_one_layer_of_the_stacks_that_it_is_given():
+    layer, index = 8 * 2, 4
+    assert program.read(IN_PLACE).memory_bytes == pytest.approx(2 * layer, abs=index)
+
+
 def test_exchanges_of_a_real_program_on_virtual_devices():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     add = lambda x, _: (jax.lax.psum(jnp.sin(x), "data"), None)
