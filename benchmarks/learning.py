@@ -71,12 +71,15 @@ def ppo_arithmetic(folder: Path, seed: int) -> Result:
 
 
 def ppo_reward_model(folder: Path, seed: int) -> Result:
-    """PPO by a learnt taste for concise answers: held-out reward, KL, and the rule's opinion."""
+    """PPO by a learnt taste for concise answers: its reward of sampled answers to held-out
+    problems, KL, and the rule's opinion of them.
+    """
     start = wordy(folder, seed)
     taste = train(folder, seed, "reward", "arithmetic-concise", init=start)
     run = train(folder, seed, "ppo", "reward-model", init=start, reward_model=taste)
     before, after = (share(model, "is_concise", temperature=1.0) for model in (start, run))
-    (old, new), (_, kl) = held_out(run, "val/learnt_reward"), held_out(run, "rollout/kl")
+    old, new = (pleased(taste, model) for model in (start, run))
+    _, kl = held_out(run, "rollout/kl")
     passed = new > old + 0.5 and kl < 20 and after > before + 0.1
     return {
         "before": {"reward": round(old, 3), "concise": round(before, 4)},
@@ -219,6 +222,30 @@ def train(
 
 def share(run: Path, rule: str, temperature: float = 0.0) -> float:
     """Share of held-out problems whose answer keeps a rule of data/synthetic.py."""
+    from jaxgpt.data import synthetic
+
+    kept = [getattr(synthetic, rule)(*pair) for pair in answered(run, temperature)]
+    return sum(kept) / len(kept)
+
+
+def pleased(taste: Path, run: Path) -> float:
+    """A reward model's mean reward of sampled answers to held-out problems."""
+    from jaxgpt.data import synthetic
+    from jaxgpt.evals.judges import Judge
+
+    said = [
+        [
+            {"role": "user", "content": synthetic.question(problem)},
+            {"role": "assistant", "content": answer},
+        ]
+        for problem, answer in answered(run, temperature=1.0)
+    ]
+    rewards = Judge(str(taste), "reward_model").rewards(said, batch_tokens=8192)
+    return sum(reward for _, reward, _ in rewards) / len(said)
+
+
+def answered(run: Path, temperature: float) -> list[tuple[Any, str]]:
+    """Held-out problems with a model's answers."""
     import itertools
 
     import jaxgpt
@@ -238,8 +265,7 @@ def share(run: Path, rule: str, temperature: float = 0.0) -> float:
         for problem in problems
     ]
     answers = jaxgpt.load(str(run)).complete(asked, Sampling(144, temperature, top_p=1.0))
-    kept = [getattr(synthetic, rule)(*pair) for pair in zip(problems, answers, strict=True)]
-    return sum(kept) / len(kept)
+    return list(zip(problems, answers, strict=True))
 
 
 def solved(run: Path, name: str) -> float:
