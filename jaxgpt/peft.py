@@ -188,7 +188,7 @@ def quantize_int8(params: Params) -> Params:
     """int8 kernels for decoding: all of the blocks' but the router's, and the head's.
 
     A tied head becomes a kernel of its own, since the embedding is still looked up in float32.
-    CPUs round activations to int8 as well, and read their kernels from the other side.
+    CPUs round activations to two digits of int8, and read their kernels from the other side.
     """
     if "head" not in params:
         params = {**params, "head": {"kernel": weights.transpose(params["embed"]["embedding"])}}

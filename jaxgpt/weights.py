@@ -63,7 +63,7 @@ class Transposed:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Int8Rows:
-    """`Int8` with its output channels first, which rounds what it multiplies to int8 as well.
+    """`Int8` with its output channels first, which rounds what it multiplies to two digits of int8.
 
     For decoding on a CPU.
     """

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import weights
-from jaxgpt.kernels import grouped
+from jaxgpt.kernels import grouped, linear
 from jaxgpt.weights import Int8, Lora
 
 D, F, R = 64, 48, 3
@@ -144,6 +144,20 @@ def test_casting_leaves_codes_and_norms_alone(rng):
     assert cast["x"]["kernel"].w.offset.dtype == jnp.float32
     assert cast["norm"]["scale"].dtype == jnp.float32
     assert weights.is_quantized(params) and not weights.is_quantized(params["norm"])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_int8_keeps_the_small_entries_of_a_row_with_a_large_one(rows):
+    """One digit of int8 would round all but the large one to a handful of steps."""
+    random = np.random.default_rng(0)
+    x_BTD = random.normal(size=(1, rows, 512)).astype(np.float32)
+    x_BTD[:, :, 7] = 300
+    kernel_DF = random.normal(size=(512, 16)).astype(np.float32)
+    int8 = weights.store_int8_rows({"kernel": weights.quantize(jnp.asarray(kernel_DF), "int8")})
+    exact_BTF = x_BTD @ np.asarray(weights.dense(int8["kernel"]))
+    found_BTF = weights.matmul(jnp.asarray(x_BTD), int8["kernel"])
+    step = 300 / 127 / linear.FINER  # errors of half a step, of every entry, at random
+    assert np.abs(found_BTF - exact_BTF).max() < 5 * step / 12**0.5 * 512**0.5
 
 
 @pytest.mark.parametrize("rows", [1, 3])
