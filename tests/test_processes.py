@@ -128,6 +128,32 @@ def test_a_killed_run_goes_on_in_other_processes_as_if_it_had_not_been(tmp_path,
         np.testing.assert_allclose(losses[1][step], loss, atol=1e-4, err_msg=f"step {step}")
 
 
+@pytest.mark.slow
+def test_processes_practise_together_on_what_another_run_learned(tmp_path):
+    """Weights of another run are read, and answers written and judged, by all at the same time."""
+    begun = [
+        "scripts/sft.py", f"--run={tmp_path / 'start'}", "--model.num_layers=1",
+        "--model.model_dim=16", "--model.num_heads=2", "--model.context_length=64",
+        "--train.steps=2", "--train.batch_size=4", "--eval.every=0", "--sample.every=0",
+    ]  # fmt: skip
+    assert codes(start(begun, tmp_path, 1), 600) == [0], (tmp_path / "0.txt").read_text()
+    practise = [
+        "scripts/grpo.py", f"--init={tmp_path / 'start'}", "--train.steps=4",
+        "--train.batch_size=16", "--rollout.updates=2", "--rollout.samples=4",
+        "--rollout.max_new_tokens=24", "--eval.every=2", "--eval.batches=1", "--log.every=1",
+        "--mesh.data=2", "--checkpoint.every=2", "--optim.learning_rate=1e-3",
+    ]  # fmt: skip
+    for name, count in (("one", 1), ("two", 2)):
+        command = [*practise, f"--run={tmp_path / name}"]
+        ended = codes(start(command, tmp_path, count, 2 // count), 600)
+        assert ended == [0] * count, (tmp_path / "0.txt").read_text()
+    one, two = (metrics.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for name in ("train/loss", "rollout/reward", "rollout/length", "val/exact_match"):
+        values = [[line[name] for line in log if name in line] for log in (one, two)]
+        assert values[0]
+        np.testing.assert_allclose(*values, atol=1e-4, err_msg=name)
+
+
 FATAL = """step 3/9  loss 1\rstep 4/9  loss 1
 E1124 17:00:00.1 123 coordination_service_agent.cc:1] Polled an error from coordination service
 Additional GRPC error information from remote target coordination_service while calling /GetKey:
