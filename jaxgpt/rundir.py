@@ -11,6 +11,7 @@ metrics.jsonl, samples.md, report.html, plots/, environment.json
 import dataclasses
 import hashlib
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,11 @@ def enter(cfg: RunConfig) -> Path:
 
 
 def write_config(cfg: RunConfig) -> None:
-    """config.yaml, whole or not at all."""
-    partial = Path(cfg.run) / "config.yaml.tmp"
+    """config.yaml, whole or not at all, also where several processes write it at a time."""
+    file = Path(cfg.run) / "config.yaml"
+    partial = file.with_name(f".config.{uuid.uuid4().hex[:8]}.yaml")
     partial.write_text(to_yaml(cfg))
-    partial.replace(partial.with_suffix(""))
+    partial.replace(file)
 
 
 def read_fit(path: str | Path, devices: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """A run's directory belongs to one config."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -104,3 +105,10 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path):
     trained(tmp_path / "run")
     with pytest.raises(ValueError, match="no intact checkpoint"):
         rundir.read_params(tmp_path / "run")
+
+
+def test_processes_may_write_the_config_at_the_same_time(tmp_path):
+    cfg = PretrainConfig(run=str(tmp_path))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(rundir.write_config, [cfg] * 200))  # raises what one of them raised
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]

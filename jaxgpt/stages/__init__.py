@@ -76,9 +76,10 @@ def launch(name: str, cfg: RunConfig) -> None:
         start = _begin(name, cfg)  # all processes together: Orbax lets them wait for each other
         sharding.check_model(start.config, mesh)
         with processes.first_process_first("files"):
-            start.tokenizer.save(run / "tokenizer.json")
-            for file in start.files.keys() - {"tokenizer.json"}:
-                (run / file).write_bytes(start.files[file])
+            if jax.process_index() == 0:  # the others may be reading these by now
+                start.tokenizer.save(run / "tokenizer.json")
+                for file in start.files.keys() - {"tokenizer.json"}:
+                    (run / file).write_bytes(start.files[file])
             cfg = dataclasses.replace(cfg, model=start.config)
             if cfg.fit == "auto":
                 cfg = _fitted(name, cfg, mesh)
