@@ -124,7 +124,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             if head:
                 current = computations[head[2]] = _Computation(head[2])
                 entry = head[2] if head[1] else entry
-        elif line == "}":  # some kernels have metadata of several lines, with braces
+        elif line == "}" or line.startswith("}, execution_thread="):  # kernels' metadata has braces
             current = None
         else:
             found = _INSTRUCTION.match(line)
@@ -243,7 +243,7 @@ def _group(attributes: str) -> int:
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
     if iota:
         return int(iota[2])
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])

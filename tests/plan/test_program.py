@@ -105,12 +105,23 @@ ENTRY %main (w: bf16[768,3072]) -> bf16[192,3072] {
   %w = bf16[768,3072]{1,0:T(8,128)(2,1)} parameter(0)
   %slice-start.8 = ((bf16[768,3072]{1,0:T(8,128)(2,1)}), bf16[192,3072]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:192], [0:3072]}
   ROOT %slice-done.8 = bf16[192,3072]{1,0:T(8,128)(2,1)S(1)} slice-done(%slice-start.8)
-}
+}, execution_thread="sparsecore"
 """  # noqa: E501
 
 
 def test_a_prefetch_into_on_chip_memory_reads_its_piece_once():
     assert program.read(PREFETCH).memory_bytes == pytest.approx(192 * 3072 * 2, abs=8)
+
+
+@pytest.mark.parametrize(("groups", "size"), [
+    ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
+    ("replica_groups=[2,8]<=[16]", 8),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4),
+    ("replica_groups=mesh['a'=1,'b'=4,'c'=1,'d'=8], device_ids=([8,4]T(1,0)) {'d'}", 8),
+    ("source_target_pairs={{0,1},{1,0}}", 2),
+])  # fmt: skip
+def test_a_group_is_as_large_as_it_is_written(groups, size):
+    assert program._group(f", channel_id=1, {groups}, dimensions={{1}}") == size
 
 
 IN_PLACE = """HloModule jit_step, is_scheduled=true
