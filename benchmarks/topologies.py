@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 TOPOLOGIES = ("v5e:2x4", "v6e:4x4", "v5p:4x4x8", "v5e:16x16")
-#          context, rows of a batch for each device, and what the sampler cuts by tensor
+#          context, rows of a batch for each device, and the sampler's tensor axis at most
 MODELS = {
     "gpt2-124m": (1024, 16, 1),
     "llama-135m": (2048, 8, 1),
@@ -50,8 +50,8 @@ def train(name: str, topology: str, override: list[str]) -> str:
     context, rows, _ = MODELS[name]
     chip = hardware.chip(chips[0])
     assert chip is not None
-    longest, problem = max(map(int, topology.split(":")[1].split("x"))), ""
-    for fsdp in (longest, len(chips)):
+    problem = ""
+    for fsdp in (_longest(topology), len(chips)):
         cfg = config.parse(config.PretrainConfig, "", [
             "--model", f"configs/model/{name}.yaml", "--model.context_length", str(context),
             "--train.batch_size", str(rows * len(chips)), "--mesh.data", "-1", "--mesh.fsdp",
@@ -87,10 +87,11 @@ def sample(name: str, topology: str, _: list[str]) -> str:
     from jaxgpt.sampling.sample import SCAN_STEPS, Sampling
 
     chips = devices.topology(topology)
-    context, _, tensor = MODELS[name]
+    context, most = MODELS[name][::2]
     model = config.parse(config.PretrainConfig, "", [
         "--model", f"configs/model/{name}.yaml", "--model.context_length", str(context)
     ]).model  # fmt: skip
+    tensor = min(most, _longest(topology))
     mesh = sharding.make_mesh(config.MeshConfig(data=-1, tensor=tensor), chips)
     rows, prompt = 8 * len(chips) // tensor, context // 2
     prefill, decode = compile_sampler(model, mesh, rows, prompt, Sampling())
@@ -107,6 +108,11 @@ def sample(name: str, topology: str, _: list[str]) -> str:
         f"{chip.memory / 1e9:.1f} | | {1e3 * seconds[0]:.2f} to {1e3 * seconds[1]:.2f} ms a token "
         "| |"
     )
+
+
+def _longest(topology: str) -> int:
+    """The chips along the longest axis of a slice."""
+    return max(map(int, topology.split(":")[1].split("x")))
 
 
 def _total(sizes: Any) -> float:

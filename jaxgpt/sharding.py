@@ -67,13 +67,22 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         raise ValueError(f"mesh.{free[1]}=-1: only one axis may take what is left")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
-        asked = " * ".join(f"{axis} {size}" for axis, size in sizes.items() if size not in (1, -1))
-        raise ValueError(f"mesh={asked}: does not fit {len(devices)} devices")
+        raise ValueError(f"mesh={_in_words(sizes)}: does not fit {len(devices)} devices")
     if free:
         sizes[free[0]] = len(devices) // fixed
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices
-    )
+    try:
+        return jax.make_mesh(
+            tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices
+        )
+    except NotImplementedError:
+        axes = "x".join(map(str, np.max([device.coords for device in devices], axis=0) + 1))
+        raise ValueError(
+            f"mesh={_in_words(sizes)}: each must be a product of axes of the slice, {axes}"
+        ) from None
+
+
+def _in_words(sizes: dict[str, int]) -> str:
+    return " * ".join(f"{axis} {size}" for axis, size in sizes.items() if size not in (1, -1))
 
 
 def check_model(cfg: ModelConfig, mesh: Mesh) -> None:

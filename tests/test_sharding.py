@@ -1,5 +1,7 @@
 """The mesh and the table of placements."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -28,6 +30,23 @@ def test_minus_one_takes_what_is_left():
 def test_a_mesh_that_does_not_fit_is_refused(sizes):
     with pytest.raises(ValueError, match=r"mesh"):
         mesh_of(**sizes)
+
+
+def test_an_axis_that_does_not_lie_along_those_of_a_slice_is_refused():
+    with pytest.raises(ValueError, match=r"mesh=data 2 \* tensor 8: .* of the slice, 4x4"):
+        sharding.make_mesh(MeshConfig(tensor=8), [_Chip((x, y, 0)) for x, y in np.ndindex(4, 4)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    """What JAX asks of a device when it lays a mesh along a TPU's axes."""
+
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+    slice_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
 
 
 SHAPES = {

@@ -84,16 +84,21 @@ class _Computation:
 def read(text: str) -> Program:
     """The program of `compiled.as_text()`."""
     computations, entry = _parse(text)
-    found: dict[tuple[str, str], Collective] = {}
+    found: dict[tuple[str, str, str], Collective] = {}
     traffic = 0.0
     for computation, loops, caller in _walk(computations, entry, (), None):
         for instruction in computation.instructions.values():
             collective = _collective(instruction, loops, caller)
             if collective is not None:
                 # TPUs cut an asynchronous collective into pieces that overlap with other work,
-                # every one of which shows the whole: they share a channel.
+                # every one of which shows the whole: they share a channel and a name. A channel
+                # alone is not enough, since all that were combined with others have the same.
                 channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-                key = (collective.kind, channel[1] if channel else instruction.name)
+                key = (
+                    collective.kind,
+                    channel[1] if channel else instruction.name,
+                    collective.name,
+                )
                 if key not in found or found[key].times < collective.times:
                     found[key] = collective
             if caller is None:

@@ -36,6 +36,12 @@ TPU = """HloModule jit_step, is_scheduled=true
   ROOT %out = (f32[2,8], f32[2,4]) custom-call(%all-reduce.3), custom_call_target="slice"
 }
 
+%all-reduce-scatter.10 (z: f32[8,16]) -> f32[2,16] {
+  %z = f32[8,16]{1,0} parameter(0)
+  %all-reduce.4 = f32[8,16]{1,0} all-reduce(%z), channel_id=8, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %out.2 = f32[2,16] custom-call(%all-reduce.4), custom_call_target="slice"
+}
+
 %layer (carry: (s32[], bf16[5,2,8])) -> (s32[], bf16[5,2,8]) {
   %carry = (s32[], bf16[5,2,8]{2,1,0}) parameter(0)
   %i = s32[] get-tuple-element(%carry), index=0
@@ -48,6 +54,8 @@ TPU = """HloModule jit_step, is_scheduled=true
   %g = f32[8,8]{1,0} custom-call(%i), custom_call_target="x"
   %h = f32[8,4]{1,0} custom-call(%i), custom_call_target="x"
   %scattered = (f32[2,8], f32[2,4]) fusion(%g, %h), kind=kCustom, calls=%all-reduce-scatter.9, metadata={op_name="jit(step)/transpose(jvp(GPT))/up"}
+  %k = f32[8,16]{1,0} custom-call(%i), custom_call_target="x"
+  %scattered.2 = f32[2,16] fusion(%k), kind=kCustom, calls=%all-reduce-scatter.10, metadata={op_name="jit(step)/transpose(jvp(GPT))/down"}
   ROOT %next = (s32[], bf16[5,2,8]{2,1,0}) tuple(%i, %w)
 }
 
@@ -73,13 +81,14 @@ ENTRY %main (w: bf16[5,2,8]) -> f32[] {
 
 
 def test_exchanges_are_multiplied_by_their_loops_and_pieces_are_one():
-    norm, gather, scatter = program.read(TPU).collectives
+    norm, gather, scatter, other = program.read(TPU).collectives
     assert gather == program.Collective(
         "all-gather", "jit(step)/jvp(GPT)/up", 1, 8 * 8 * 2 * 3 / 4, 4, (3, 5)
     )
     assert scatter == program.Collective(
         "reduce-scatter", "jit(step)/transpose(jvp(GPT))/up", 2, (64 + 32) * 4 * 3 / 4, 4, (3, 5)
     )
+    assert other[1:3] == ("jit(step)/transpose(jvp(GPT))/down", 1), "the same channel, not a piece"
     assert gather.times == 15 and not gather.backward and scatter.backward
     assert norm[:1] + norm[2:] == ("all-reduce", 1, 2 * 4 * 7 / 8, 8, ())
 
