@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxgpt import episodes, peft, rundir, tree
+from jaxgpt import episodes, files, peft, rundir, tree
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import ModelConfig, RunConfig
 from jaxgpt.convert import chatting, hf, peft_hf, table, tokenizer_files
@@ -294,7 +294,7 @@ class LanguageModel:
             return
         run = rundir.enter(RunConfig(run=str(path), model=self.config))
         for name, content in self._files.items():
-            (run / name).write_bytes(content)
+            files.write(run / name, content)
         checkpoints = Checkpoints(run / "checkpoints")
         checkpoints.save(0, {"params": {"policy": self.params}}, meta={})
         checkpoints.wait()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from jaxgpt import files
 from jaxgpt.config import LogConfig, ModelConfig
 
 Sink = Callable[[int, Mapping[str, Any]], None]  # (step, metrics) -> None
@@ -35,10 +36,7 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         old = read_jsonl(path) if resume_step > 0 else []
         lines = [_line(record) for record in old if record["step"] <= resume_step]
-        rewritten = path.with_name(path.name + ".tmp")
-        rewritten.write_bytes(b"".join(lines))
-        rewritten.replace(path)
-        self._path = path
+        self._path = files.write(path, b"".join(lines))
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
         with self._path.open("ab", buffering=0) as file:  # one write call, so no half lines
@@ -81,9 +79,7 @@ def append_samples(path: str | Path, step: int, texts: Sequence[str]) -> None:
     """Adds `## step N` and each text in a fence to samples.md; drops what a resume writes again."""
     path = Path(path)
     sections = [*(s for s in read_samples(path) if s[0] < step), (step, list(texts))]
-    rewritten = path.with_name(path.name + ".tmp")
-    rewritten.write_bytes("\n".join(_section(*section) for section in sections).encode())
-    rewritten.replace(path)
+    files.write(path, "\n".join(_section(*section) for section in sections))
 
 
 def read_samples(path: str | Path) -> list[tuple[int, list[str]]]:

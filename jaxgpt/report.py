@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from jaxgpt import config, metrics
+from jaxgpt import config, files, metrics
 
 Series = tuple[np.ndarray, np.ndarray]  # x, y
 Plot = dict[str, Series]  # label -> curve
@@ -70,9 +70,7 @@ def write_report(run_dir: str | Path) -> Path:
     page = run_dir / "report.html"
     name = escape(run_dir.resolve().name)
     body = "\n".join(filter(None, sections))
-    partial = page.with_suffix(".tmp")
-    partial.write_text(_PAGE.replace("NAME", name).replace("BODY", body, 1), encoding="utf-8")
-    return partial.replace(page)
+    return files.write(page, _PAGE.replace("NAME", name).replace("BODY", body, 1))
 
 
 def _series(records: list[dict[str, Any]]) -> dict[str, Series]:

@@ -11,13 +11,12 @@ metrics.jsonl, samples.md, report.html, plots/, environment.json
 import dataclasses
 import hashlib
 import json
-import uuid
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from jaxgpt import tree
+from jaxgpt import files, tree
 from jaxgpt.checkpoint import Checkpoints, read_arrays
 from jaxgpt.config import ModelConfig, PeftConfig, RopeScaling, RunConfig, to_yaml
 from jaxgpt.types import Params
@@ -44,7 +43,11 @@ def enter(cfg: RunConfig) -> Path:
     log = path / "metrics.jsonl"
     if log.exists() and log.stat().st_size:  # else nothing was trained: mistakes may be mended
         _require_same(path, yaml.safe_load(file.read_text()), dataclasses.asdict(cfg))
-    elif path.is_dir() and any(path.iterdir()) and not file.is_file():
+    elif (
+        path.is_dir()
+        and not file.is_file()
+        and any(entry.suffix != files.PARTIAL for entry in path.iterdir())
+    ):
         raise ValueError(f"run={path}: holds files that are no run of jaxgpt; choose another")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -57,11 +60,8 @@ def enter(cfg: RunConfig) -> Path:
 
 
 def write_config(cfg: RunConfig) -> None:
-    """config.yaml, whole or not at all, also where several processes write it at a time."""
-    file = Path(cfg.run) / "config.yaml"
-    partial = file.with_name(f".config.{uuid.uuid4().hex[:8]}.yaml")
-    partial.write_text(to_yaml(cfg))
-    partial.replace(file)
+    """config.yaml, also where several processes write it at a time."""
+    files.write(Path(cfg.run) / "config.yaml", to_yaml(cfg))
 
 
 def read_fit(path: str | Path, devices: dict[str, Any]) -> dict[str, Any] | None:
@@ -74,7 +74,7 @@ def read_fit(path: str | Path, devices: dict[str, Any]) -> dict[str, Any] | None
 def write_fit(path: str | Path, devices: dict[str, Any], chosen: dict[str, Any]) -> None:
     """Remembers a choice, so that the same run on the same devices makes it again."""
     content = json.dumps({"devices": devices, "chosen": chosen}, indent=1)
-    (Path(path) / "fit.json").write_text(content)
+    files.write(Path(path) / "fit.json", content)
 
 
 def is_run(path: str | Path) -> bool:
@@ -121,11 +121,11 @@ def fingerprint(path: str | Path) -> str:
         step = checkpoints.latest_valid()
         if step is None:
             raise ValueError(f"{path}: has no intact checkpoint; train it first")
-        files = [checkpoints.directory / str(step) / "manifest.json", path / "base.json"]
+        sources = [checkpoints.directory / str(step) / "manifest.json", path / "base.json"]
     else:
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        sources = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     digest = hashlib.sha256()
-    for file in files:
+    for file in sources:
         if file.exists():
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -142,7 +142,7 @@ def write_base(cfg: RunConfig) -> None:
     found = {"path": str(Path(cfg.init).absolute()), "sha256": fingerprint(cfg.init)}
     if file.exists() and json.loads(file.read_text())["sha256"] != found["sha256"]:
         raise ValueError(f"init={cfg.init}: has changed since {cfg.run} began; use another --run")
-    file.write_text(json.dumps(found, indent=1))
+    files.write(file, json.dumps(found, indent=1))
 
 
 def read_base(path: str | Path) -> tuple[Path, PeftConfig] | None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import jax
 
-from jaxgpt import hardware, metrics
+from jaxgpt import files, hardware, metrics
 from jaxgpt.config import RunConfig
 from jaxgpt.types import Array, Report
 
@@ -45,7 +45,7 @@ class RunLog:
         self._sinks: list[metrics.Sink] = []
         if self._writes:
             environment = json.dumps(hardware.environment(), indent=1)
-            (self._directory / "environment.json").write_text(environment)
+            files.write(self._directory / "environment.json", environment)
             # A run that begins again repeats the evaluation before its first step, too.
             file = metrics.MetricsLog(self._directory / "metrics.jsonl", self._start)
             settings = dataclasses.asdict(self._cfg)

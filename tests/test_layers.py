@@ -11,7 +11,7 @@ PACKAGE = ROOT / "jaxgpt"
 
 # A module may import from layers above its own in this list, and within its own package.
 LAYERS = (
-    {"types", "config", "tree"},
+    {"types", "config", "files", "tree"},
     {"kernels"},
     {"hardware", "processes"},
     {"weights", "losses", "policy_losses", "optim", "sharding", "metrics", "checkpoint", "data"},

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxgpt import checkpoint, rundir
+from jaxgpt import checkpoint, files, rundir
 from jaxgpt.config import (
     CheckpointConfig,
     LogConfig,
@@ -69,6 +69,11 @@ def test_a_run_from_other_weights_takes_their_shape_and_enters_again(tmp_path):
 def test_a_mistake_before_training_may_be_mended(tmp_path):
     rundir.enter(PretrainConfig(run=str(tmp_path / "run"), seed=1))
     rundir.enter(PretrainConfig(run=str(tmp_path / "run"), seed=2))
+
+
+def test_what_a_run_killed_at_its_first_file_left_is_no_obstacle(tmp_path):
+    (tmp_path / f".config.yaml.0123{files.PARTIAL}").write_text("run: ha")
+    assert rundir.enter(PretrainConfig(run=str(tmp_path))) == tmp_path
 
 
 def test_foreign_files_are_not_written_over(tmp_path):

@@ -12,13 +12,13 @@ shard and ends with the same bytes; another data set is never written over.
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxgpt import files
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.datasets import MANIFEST
 from jaxgpt.data.documents import Corpus, Piece, read_text
@@ -112,12 +112,14 @@ def write_tokens(
         if unfinished["shards"]:  # else there is nothing to lose in starting over
             _require_same(unfinished, state, out_dir)
             progress = unfinished
-    elif any(file.suffix != ".part" for file in out_dir.iterdir()):
+    elif any(file.suffix != files.PARTIAL for file in out_dir.iterdir()):
         raise ValueError(f"output={out_dir}: the folder holds other files; choose an empty one")
+    for left in out_dir.glob(f"*{files.PARTIAL}"):  # by a run that was killed
+        left.unlink()
     tokenizer.save(out_dir / "tokenizer.json")
-    _write(out_dir / PROGRESS, json.dumps(progress, indent=1).encode())
+    files.write(out_dir / PROGRESS, json.dumps(progress, indent=1))
     for _ in _fill_shards(corpus, tokenizer, out_dir, progress):
-        _write(out_dir / PROGRESS, json.dumps(progress, indent=1).encode())
+        files.write(out_dir / PROGRESS, json.dumps(progress, indent=1))
     return _finish(out_dir, progress)
 
 
@@ -144,7 +146,7 @@ def _fill_shards(
                 tokens = tokens.astype(progress["dtype"])
                 if tokens.size:
                     file = f"{split}-{number:05d}.bin"
-                    _write(out_dir / file, tokens.tobytes())
+                    files.write(out_dir / file, tokens.tobytes())
                     progress["shards"].append(
                         {
                             "file": file, "split": split, "tokens": tokens.size,
@@ -211,7 +213,7 @@ def _finish(out_dir: Path, progress: dict[str, Any]) -> dict[str, Any]:
             "choose a larger fraction, or 0 for no validation split"
         )
     manifest = {**progress, **counts}
-    _write(out_dir / MANIFEST, json.dumps(manifest, indent=1).encode())
+    files.write(out_dir / MANIFEST, json.dumps(manifest, indent=1))
     (out_dir / PROGRESS).unlink()
     return manifest
 
@@ -239,17 +241,3 @@ def _is_under_way(out_dir: Path, name: str, source: dict[str, Any]) -> bool:
             same = all(state["source"][key] == source[key] for key in ("sha256", "val_fraction"))
             return same and state["tokenizer"]["name"] == name
     return False
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All or nothing, also when the power fails."""
-    partial = path.with_name(path.name + ".part")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        partial.unlink(missing_ok=True)  # on a full disk, give the room back
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    partial.replace(path)

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jaxgpt import files
 from jaxgpt.data import tokenizer_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -251,7 +252,4 @@ def _end_of_text(special: dict[str, int]) -> int:
 
 
 def _write_json(path: str | Path, definition: dict[str, Any]) -> None:
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(definition, ensure_ascii=False, indent=1), encoding="utf-8")
-    partial.replace(path)
+    files.write(path, json.dumps(definition, ensure_ascii=False, indent=1))

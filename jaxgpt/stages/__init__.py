@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxgpt import hardware, metrics, peft, processes, report, rundir, sharding, train, tree
+from jaxgpt import files, hardware, metrics, peft, processes, report, rundir, sharding, train, tree
 from jaxgpt.config import (
     DistillConfig,
     ModelConfig,
@@ -79,7 +79,7 @@ def launch(name: str, cfg: RunConfig) -> None:
             if jax.process_index() == 0:  # the others may be reading these by now
                 start.tokenizer.save(run / "tokenizer.json")
                 for file in start.files.keys() - {"tokenizer.json"}:
-                    (run / file).write_bytes(start.files[file])
+                    files.write(run / file, start.files[file])
             cfg = dataclasses.replace(cfg, model=start.config)
             if cfg.fit == "auto":
                 cfg = _fitted(name, cfg, mesh)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import losses, scoring, sharding, train, tree
+from jaxgpt import files, losses, scoring, sharding, train, tree
 from jaxgpt.config import DistillConfig, ModelConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load, model_config
@@ -138,9 +138,7 @@ def answers(
     file = Path(cfg.run) / "teacher_answers.jsonl"
     if not file.is_file():
         lines = _write_answers(cfg, teacher, said, form, width)
-        partial_file = file.with_suffix(".part")
-        partial_file.write_text("".join(lines), encoding="utf-8")
-        partial_file.replace(file)
+        files.write(file, "".join(lines))
     return list(conversations.dialogues(str(file)))
 
 

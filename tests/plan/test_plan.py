@@ -294,6 +294,15 @@ def test_a_tpu_gathers_each_kernel_once_and_scatters_its_gradient(remat):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "chips"), [("v4:2x2x4", 16), ("v5p:2x2x4", 16), ("v5e:2x4", 8)])
+def test_a_chip_is_one_device(name, chips):
+    pytest.importorskip("libtpu")
+    from jaxgpt.plan import devices
+
+    assert len(devices.topology(name)) == chips
+
+
+@pytest.mark.slow
 def test_the_sampler_compiles_for_a_tpu():
     pytest.importorskip("libtpu")
     from jaxgpt.plan import devices
