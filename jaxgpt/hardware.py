@@ -22,6 +22,8 @@ class Chip(NamedTuple):
     price: float | None = None  # dollars an hour, on demand
 
 
+SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"  # of XLA, for CPUs
+
 # First match in device_kind wins. In jax a TPU v2 or v3 device is half a chip. Read in 2026:
 # TPUs: cloud.google.com/tpu/docs/v5e and its like; a link is one axis of the torus, both
 #   ways: the sheet's bidirectional bandwidth of a chip over its ports (4, or 6 of a 3D torus).
@@ -136,6 +138,18 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def keep_collectives_in_order() -> None:
+    """Lets virtual CPU devices exchange what they mean to; before JAX first asks for a device.
+
+    Under XLA's scheduler for concurrency (jax 0.10.2) one program over a mesh with `context` gave
+    other losses each time, by up to 1e-3, or hung: its devices took exchanges in different orders.
+    As an option of a single `jax.jit` the switch has no effect.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "host_platform_device_count" in flags and SCHEDULER not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{SCHEDULER}=false"
 
 
 def environment() -> dict[str, Any]:

@@ -10,7 +10,10 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+from jaxgpt import hardware
 from jaxgpt.config import ModelConfig
+
+hardware.keep_collectives_in_order()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 import types
 
@@ -41,3 +42,19 @@ def test_changes_of_the_environment_are_named():
     new = {"jax": "0.11.0", "visible_cores": 2, "command": "b"}
     changes = hardware.environment_changes(old, new)
     assert changes == ["jax: 0.10.2 -> 0.11.0", "gone: 1 -> None"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ("--xla_force_host_platform_device_count=8", False),
+        (f"--xla_force_host_platform_device_count=8 --{hardware.SCHEDULER}=true", True),
+        ("", True),
+    ],
+)
+def test_virtual_devices_exchange_in_order(monkeypatch, flags, kept):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    hardware.keep_collectives_in_order()
+    hardware.keep_collectives_in_order()
+    ordered = f"{flags} --{hardware.SCHEDULER}=false"
+    assert os.environ["XLA_FLAGS"] == (flags if kept else ordered)

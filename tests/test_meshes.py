@@ -113,6 +113,18 @@ def test_losses_agree_over_meshes_and_state_is_held_once(kind, mesh, tmp_path, m
     assert bytes_each < bytes_alone / ways * 1.3  # norms, and dimensions that one axis cuts
 
 
+@pytest.mark.slow
+def test_a_ring_gives_the_same_losses_each_time(tmp_path):
+    """Permutes that met each other's, or a hang, are what `keep_collectives_in_order` prevents."""
+    mesh = sharding.make_mesh(MESHES["context 4"])
+    curves = []
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        curves.append(curve("sft", config_of("sft", folder), mesh)[0])
+    assert curves[0] == curves[1] == curves[2]
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

@@ -67,6 +67,7 @@ def launch(name: str, cfg: RunConfig) -> None:
         train.Diverged: the loss exploded.
     """
     hardware.use_compilation_cache()
+    hardware.keep_collectives_in_order()
     processes.join()
     mesh = sharding.make_mesh(cfg.mesh)
     shows, cfg = cfg.show_batch, dataclasses.replace(cfg, show_batch=False)
