@@ -299,7 +299,7 @@ def _read_by_fusion(
         i for i in inner.instructions.values() if i.opcode == "parameter" and i.literal == number
     )
     parts = 0.0
-    for user, operand in _users(inner, own.name):
+    for user, operand in _users(computations, inner, own.name):
         first = user.operands[0] == operand
         if user.opcode in SLICES and first:
             parts += num_bytes(user.shape)
@@ -313,12 +313,16 @@ def _read_by_fusion(
     return min(whole, parts)
 
 
-def _users(inner: _Computation, name: str) -> Iterator[tuple[_Instruction, str]]:
-    """What reads a value, seen through bitcasts."""
+def _users(
+    computations: Mapping[str, _Computation], inner: _Computation, name: str
+) -> Iterator[tuple[_Instruction, str]]:
+    """What reads a value, seen through bitcasts and fusions of nothing else."""
     for user in inner.instructions.values():
         if name in user.operands:
-            if user.opcode == "bitcast":
-                yield from _users(inner, user.name)
+            body = _body(computations, user).instructions if user.opcode == "fusion" else {}
+            opcodes = {each.opcode for each in body.values()} or {user.opcode}
+            if opcodes <= {"bitcast", "parameter"}:
+                yield from _users(computations, inner, user.name)
             else:
                 yield user, name
 

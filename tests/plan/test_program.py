@@ -206,3 +206,30 @@ def test_a_body_per_device_counts_on_every_device_that_has_its_own():
         lambda x: x @ x.T, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}
     )
     assert flops.count(jax.make_jaxpr(product)(np.ones((8, 5)))) == 4 * 2 * 2 * 2 * 5
+
+
+CACHE = """HloModule jit_decode, is_scheduled=true
+
+%turned (p: bf16[8,64]) -> bf16[64,8] {
+  %p = bf16[8,64]{1,0} parameter(0)
+  ROOT %bitcast.1 = bf16[64,8]{0,1} bitcast(%p)
+}
+
+%scores (cache: bf16[8,64], q: bf16[8]) -> bf16[64] {
+  %cache = bf16[8,64]{1,0} parameter(0)
+  %q = bf16[8]{0} parameter(1)
+  %keys = bf16[64,8]{0,1} fusion(%cache), kind=kLoop, calls=%turned
+  ROOT %dot = bf16[64]{0} dot(%keys, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (cache: bf16[8,64], q: bf16[8]) -> bf16[64] {
+  %cache = bf16[8,64]{1,0} parameter(0)
+  %q = bf16[8]{0} parameter(1)
+  ROOT %scored = bf16[64]{0} fusion(%cache, %q), kind=kOutput, calls=%scores
+}
+"""
+
+
+def test_what_is_read_through_another_shape_is_read():
+    """A TPU's decoder reads its whole cache through fusions of a bitcast."""
+    assert program.read(CACHE).memory_bytes == 2 * (8 * 64 + 8 + 64)
