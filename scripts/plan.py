@@ -31,6 +31,7 @@ def main() -> None:
     from jaxgpt.plan import devices, report
 
     hardware.use_compilation_cache()
+    hardware.keep_collectives_in_order()
     mesh = sharding.make_mesh(cfg.mesh, devices.topology(cfg.topology) if cfg.topology else None)
     cfg, step = stages.plan(stage, cfg, mesh)
     first = mesh.devices.flat[0]
