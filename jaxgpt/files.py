@@ -4,7 +4,7 @@ import os
 import uuid
 from pathlib import Path
 
-PARTIAL = ".part"  # suffix of a file that is being written, or was when its writer was killed
+PARTIAL = ".part"
 
 
 def write(path: str | Path, content: str | bytes) -> Path:
@@ -26,3 +26,8 @@ def write(path: str | Path, content: str | bytes) -> Path:
     except OSError as error:
         partial.unlink(missing_ok=True)  # on a full disk, give the room back
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def is_partial(path: Path) -> bool:
+    """Whether `write` is at this file or was killed there; a user's x.part is not one."""
+    return path.name.startswith(".") and path.suffix == PARTIAL

@@ -46,7 +46,7 @@ def enter(cfg: RunConfig) -> Path:
     elif (
         path.is_dir()
         and not file.is_file()
-        and any(entry.suffix != files.PARTIAL for entry in path.iterdir())
+        and not all(files.is_partial(entry) for entry in path.iterdir())
     ):
         raise ValueError(f"run={path}: holds files that are no run of jaxgpt; choose another")
     try:

@@ -112,10 +112,10 @@ def write_tokens(
         if unfinished["shards"]:  # else there is nothing to lose in starting over
             _require_same(unfinished, state, out_dir)
             progress = unfinished
-    elif any(file.suffix != files.PARTIAL for file in out_dir.iterdir()):
+    elif not all(files.is_partial(file) for file in out_dir.iterdir()):
         raise ValueError(f"output={out_dir}: the folder holds other files; choose an empty one")
-    for left in out_dir.glob(f"*{files.PARTIAL}"):  # by a run that was killed
-        left.unlink()
+    for file in filter(files.is_partial, out_dir.iterdir()):  # left by a run that was killed
+        file.unlink()
     tokenizer.save(out_dir / "tokenizer.json")
     files.write(out_dir / PROGRESS, json.dumps(progress, indent=1))
     for _ in _fill_shards(corpus, tokenizer, out_dir, progress):

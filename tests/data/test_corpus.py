@@ -101,9 +101,12 @@ def test_another_data_set_is_never_written_over(rows, tmp_path):
 
 
 def test_a_folder_with_other_files_is_refused(rows, tmp_path):
-    (tmp_path / "thesis.doc").touch()
-    with pytest.raises(ValueError, match="holds other files"):
-        write_tokens(rows, BYTES, tmp_path, "byte")
+    for name in ("thesis.doc", "film.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        with pytest.raises(ValueError, match="holds other files"):
+            write_tokens(rows, BYTES, tmp_path / name, "byte")
+        assert (tmp_path / name / name).exists()
 
 
 def test_a_large_vocabulary_takes_wider_integers(tmp_path):
