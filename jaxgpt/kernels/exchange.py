@@ -1,6 +1,6 @@
 """Expert parallelism: every device holds some of the experts, and tokens travel to them and back.
 
-    over_devices(one_device, kernels, x_BTD, gate_BTJ, …)    # one_device sees its own pieces
+    over_devices(one_device, kernels, x_BTD, gate_BTJ, …)    # one_device sees its own tokens
         journey = plan(sizes_E)                              # its rows, sorted by expert
         arrived_RD = send(rows_AD, journey)                  # rows for the experts that are here
         rows_AD = fetch(done_RD, journey)                    # home, in their old order
@@ -73,8 +73,16 @@ def over_devices(
     return shards.per_device(gathered, inward, place, kernels, *arrays)
 
 
+def are_many() -> bool:
+    """Whether tokens or kernels are cut over devices, and this is not one device's own program.
+
+    Sorting by expert all tokens of all devices would send everything to everybody.
+    """
+    return shards.size(*shards.ROWS, "context", "tensor") > 1
+
+
 def is_needed() -> bool:
-    """Whether experts are cut over devices, and this is not a device's own program already."""
+    """Whether experts are cut over devices."""
     return shards.size(AXIS) > 1
 
 

@@ -136,9 +136,9 @@ def assign_slots(cfg: ModelConfig, expert_BTJ: Array, real_BT: Array) -> tuple[A
 def _dropless(
     cfg: ModelConfig, kernels: dict[str, Array], x_BTD: Array, gate_BTJ: Array, expert_BTJ: Array
 ) -> Array:
-    if exchange.is_needed():
-        travel = partial(_dropless_on_one_device, cfg)
-        return exchange.over_devices(travel, kernels, x_BTD, gate_BTJ, expert_BTJ)
+    if exchange.are_many():
+        own = _dropless_on_one_device if exchange.is_needed() else _dropless
+        return exchange.over_devices(partial(own, cfg), kernels, x_BTD, gate_BTJ, expert_BTJ)
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     layout = grouped.group_rows(expert_BTJ.reshape(len(x_ND), -1), cfg.num_experts)
     rows_RD = _grouped(cfg, kernels, grouped.gather(x_ND, layout), layout)
@@ -182,7 +182,7 @@ def _through_slots(
     capacity: int,
 ) -> Array:
     """Static shapes [B, E, C] for expert parallelism; a dropped token keeps its residual only."""
-    if exchange.is_needed():
+    if exchange.are_many():
         travel = partial(_through_slots, cfg, capacity=capacity)
         return exchange.over_devices(travel, kernels, x_BTD, gate_BTJ, kept_BTJ, slot_BTJ)
     B, T, D = x_BTD.shape
