@@ -1,27 +1,34 @@
-"""Greedy decoding of GPT-2 124M, 32 -> 128 tokens, against transformers' generate on the CPU.
+"""Greedy decoding, 32 -> 128 tokens, against transformers' generate on this CPU or GPU.
 
-python benchmarks/decode.py                                  # batch 1 and 8
+python benchmarks/decode.py                                  # GPT-2 124M, batch 1 and 8
 python benchmarks/decode.py --dtype float32 --batch 1
+python benchmarks/decode.py --model gpt2-1.5b --batch 1 --peer    # no peer
 python benchmarks/decode.py --rollout                        # drawing for rollouts, against greedy
+
+On a GPU the share of the memory's bandwidth that reading the weights alone takes is printed too.
 """
 
 import argparse
 import os
 import sys
 from functools import partial
+from typing import Any
 
 import paired
 
-PROMPT, NEW, VOCAB = 32, 128, 50257
+PROMPT, NEW = 32, 128
 DTYPES = ["float32", "bfloat16"]
-OURS = [*DTYPES, "int8"]  # int8: weights, head included, and what they multiply
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+OURS = list(BYTES)  # int8: weights, head included, and what they multiply
+MODELS = ("gpt2-124m", "llama-135m", "gpt2-1.5b", "llama-8b")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--dtype", nargs="+", choices=OURS, default=OURS, help="of jaxgpt")
-    parser.add_argument("--peer", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--dtype", nargs="+", choices=OURS, help="of jaxgpt")
+    parser.add_argument("--peer", nargs="*", choices=DTYPES, help="of transformers")
     parser.add_argument("--rollout", action="store_true", help="ours as in reinforcement learning")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
@@ -33,61 +40,95 @@ def main() -> None:
             "rollout": partial(jaxgpt_side, rollout=True),
             "transformers": torch_side,
         }
-        sides[who](dtype, args.batch[0])
+        sides[who](args.model, dtype, args.batch[0])
         return
+    gpu = paired.gpu()
+    dtypes = args.dtype or (["bfloat16"] if gpu else DTYPES if args.rollout else OURS)
+    peer_dtypes = (["bfloat16"] if gpu else ["float32"]) if args.peer is None else args.peer
+    if args.rollout:
+        peer_dtypes = dtypes
     for batch in args.batch:
-        start = partial(paired.Side, __file__, "--batch", str(batch), "--side")
+        start = partial(
+            paired.Side, __file__, "--model", args.model, "--batch", str(batch), "--side"
+        )
         own, peer = ("rollout", "jaxgpt") if args.rollout else ("jaxgpt", "transformers")
-        ours = [partial(start, own, dtype) for dtype in args.dtype]
-        peers = [
-            partial(start, peer, dtype) for dtype in (args.dtype if args.rollout else args.peer)
-        ]
-        paired.compare(f"batch {batch}", ours, peers, batch * NEW, "tokens", args.pairs)
+        ours = [partial(start, own, dtype) for dtype in dtypes]
+        peers = [partial(start, peer, dtype) for dtype in peer_dtypes]
+        title, tokens = f"{args.model}, batch {batch}", batch * NEW
+        bound = limit(args.model, dtypes[0], gpu) if len(dtypes) == 1 else None
+        paired.compare(title, ours, peers, tokens, "tokens", args.pairs, bound)
 
 
-def jaxgpt_side(dtype: str, batch: int, rollout: bool = False) -> None:
+def limit(name: str, dtype: str, gpu: Any) -> tuple[float, str] | None:
+    """The seconds in which a GPU reads the weights once for every new token."""
+    from jaxgpt import hardware, metrics
+
+    chip = hardware.chip(gpu) if gpu else None
+    if chip is None:
+        return None
+    weights = metrics.flops_per_token(settings(name, DTYPES[0]), 0) / 6
+    seconds = NEW * weights * BYTES[dtype] / chip.bandwidth
+    return seconds, f"the {gpu.device_kind}'s {chip.bandwidth / 1e12:.2f} TB/s"
+
+
+def settings(name: str, dtype: str) -> Any:
+    from jaxgpt import config
+
+    return config.parse(config.PretrainConfig, "", [
+        "--model", f"configs/model/{name}.yaml", "--model.context_length", "1024",
+        "--model.dtype", "float32" if dtype == "int8" else dtype,
+    ]).model  # fmt: skip
+
+
+def jaxgpt_side(name: str, dtype: str, batch: int, rollout: bool = False) -> None:
     import jax
     import numpy as np
 
-    from jaxgpt import config, peft
+    from jaxgpt import peft
     from jaxgpt.model import gpt
     from jaxgpt.sampling import sample
 
-    cfg = config.ModelConfig(
-        vocab_size=VOCAB, context_length=1024, num_layers=12, model_dim=768, num_heads=12,
-        bias="all", activation="gelu_tanh", dtype="float32" if dtype == "int8" else dtype,
-    )  # fmt: skip
-    params = gpt.init(cfg, jax.random.key(0))
+    cfg = settings(name, dtype)
+    params = jax.jit(partial(gpt.init, cfg))(jax.random.key(0))
     if dtype == "int8":
         params = jax.jit(peft.quantize_int8)(params)
     params = sample.for_decoding(cfg, params, batch)
-    prompts = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT)).tolist()
+    prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, PROMPT)).tolist()
     how = sample.Sampling(max_new_tokens=NEW, temperature=1.0 if rollout else 0.0, top_p=1.0)
 
     def run() -> None:
         written = sample.generate(cfg, params, prompts, how, compact=rollout)
         assert all(len(completion.tokens) == NEW for completion in written)
 
-    name = f"rollouts {dtype}" if rollout else f"jaxgpt {dtype}"
-    paired.serve(name, lambda: paired.timed(run, 1))
+    side = f"rollouts {dtype}" if rollout else f"jaxgpt {dtype}"
+    paired.serve(side, lambda: paired.timed(run, 1))
 
 
-def torch_side(dtype: str, batch: int) -> None:
+def torch_side(name: str, dtype: str, batch: int) -> None:
     os.environ["KMP_BLOCKTIME"] = "0"  # idle threads must not spin while the other side runs
     import torch
     import transformers
 
+    from jaxgpt.convert.hf import config_to_hf
+
+    cfg = settings(name, DTYPES[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
-    model = model.to(getattr(torch, dtype))
-    ids = torch.randint(0, VOCAB, (batch, PROMPT))
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(
+                **config_to_hf(cfg), bos_token_id=None, eos_token_id=None
+            ),
+            dtype=getattr(torch, dtype),
+        ).eval()
+        ids = torch.randint(0, cfg.vocab_size, (batch, PROMPT))
 
     def run() -> None:
         with torch.inference_mode():
             written = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW,
                 min_new_tokens=NEW, pad_token_id=0,
-            )  # fmt: skip
+            ).cpu()  # fmt: skip
         assert written.shape == (batch, PROMPT + NEW)
 
     paired.serve(f"transformers {dtype}", lambda: paired.timed(run, 1))

@@ -1,6 +1,7 @@
 """What plan.py says of memory against what a run takes: the rise of its peak resident memory.
 
 python benchmarks/memory.py                       # GPT-2 124M, 2 x 512, on this CPU
+python benchmarks/memory.py --batch 32 --context 1024 --dtype bfloat16     # on a GPU
 
 The run is a fresh process whose programs are in the compilation cache, since compiling takes
 memory too. On a GPU the device's own peak is compared.
@@ -13,9 +14,8 @@ import sys
 import tempfile
 
 SETTINGS = (
-    "--model", "configs/model/gpt2-124m.yaml", "--model.dtype", "float32", "--data.tokenizer",
-    "byte", "--train.steps", "3", "--eval.batches", "1", "--sample.prompts", "[]",
-    "--checkpoint.every", "1000",
+    "--model", "configs/model/gpt2-124m.yaml", "--data.tokenizer", "byte", "--train.steps", "3",
+    "--eval.batches", "1", "--sample.prompts", "[]", "--checkpoint.every", "1000",
 )  # fmt: skip
 
 
@@ -23,10 +23,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--batch", default="2")
     parser.add_argument("--context", default="512")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     settings = [
         *SETTINGS, "--train.batch_size", args.batch, "--model.context_length", args.context,
+        "--model.dtype", args.dtype,
     ]  # fmt: skip
     if args.side:
         return run([*settings, "--run", args.side])
@@ -34,8 +36,8 @@ def main() -> None:
     planned = json.loads(_last_line(own))["memory_total"]
     for warm in (False, True):
         with tempfile.TemporaryDirectory() as folder:
-            side = [sys.executable, __file__, "--batch", args.batch, "--context", args.context]
-            taken = float(_last_line([*side, "--side", folder]))
+            shape = ["--batch", args.batch, "--context", args.context, "--dtype", args.dtype]
+            taken = float(_last_line([sys.executable, __file__, *shape, "--side", folder]))
         state = "programs in the cache" if warm else "programs to compile"
         print(
             f"{state}: the run takes {taken / 1e9:.3f} GB, the plan says {planned / 1e9:.3f} GB, "

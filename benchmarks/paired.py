@@ -6,6 +6,7 @@ what counts. Each side's best variant on this machine is found first.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,14 @@ def serve(name: str, measure: Callable[[], float]) -> None:
     print(json.dumps(name), flush=True)
     for _ in sys.stdin:
         print(json.dumps(measure()), flush=True)
+
+
+def gpu() -> Any:
+    """The GPU that the sides will share, or None; each side then takes only what it needs."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    import jax
+
+    return jax.devices()[0] if jax.default_backend() == "gpu" else None
 
 
 def timed(run: Callable[[], Any], repeats: int) -> float:
@@ -68,14 +77,22 @@ def compare(
     amount: float,
     unit: str,
     pairs: int,
-) -> float:
-    """Prints medians and the ratio to the fastest peer with its range; returns the median ratio.
+    limit: tuple[float, str] | None = None,
+) -> None:
+    """Prints medians and the ratio to the fastest peer with its range.
 
     Args:
-        ours, peers: start one variant each; the fastest of either side are paired.
+        ours, peers: start one variant each; the fastest of either side are paired. Without peers
+            ours are timed alone.
         amount: what one measurement does, in `unit`s, such as tokens.
+        limit: the seconds that the hardware must take for it, and what of the hardware.
     """
-    mine, best = (_fastest(side, amount, unit) for side in (ours, peers))
+    mine = _fastest(ours, amount, unit)
+    if not peers:
+        own = statistics.median(mine.measure() for _ in range(pairs))
+        print(f"{title}: {mine.name} {amount / own:,.0f} {unit}/s{_share(own, limit)}", flush=True)
+        return mine.close()
+    best = _fastest(peers, amount, unit)
     times = [(mine.measure(), best.measure()) for _ in range(pairs)]
     ratios = sorted(theirs / own for own, theirs in times)
     own, theirs = (statistics.median(column) for column in zip(*times, strict=True))
@@ -83,12 +100,15 @@ def compare(
     print(
         f"{title}: {mine.name} {amount / own:,.0f} {unit}/s, best of the peers ({best.name}) "
         f"{amount / theirs:,.0f} {unit}/s; ratio {ratio:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}, "
-        f"{pairs} pairs)",
+        f"{pairs} pairs){_share(own, limit)}",
         flush=True,
     )
     for side in (mine, best):
         side.close()
-    return ratio
+
+
+def _share(seconds: float, limit: tuple[float, str] | None) -> str:
+    return f"; {limit[0] / seconds:.1%} of {limit[1]}" if limit else ""
 
 
 def _fastest(starts: Sequence[Callable[[], Side]], amount: float, unit: str) -> Side:

@@ -1,66 +1,117 @@
-"""Training steps of jaxgpt against torch: Hugging Face's GPT-2, fp32 or bf16, eager or compiled.
+"""Training steps of jaxgpt against torch: Hugging Face's model, fp32 or bf16, eager or compiled.
 
-python benchmarks/train.py                       # all workloads
+python benchmarks/train.py                       # all workloads of this machine, GPU or CPU
 python benchmarks/train.py --workload char baby  # some
+python benchmarks/train.py --workload gpt2-1.5b --variant   # no peers
+
+On a GPU the share of its peak, MFU, is printed too.
 """
 
 import argparse
 import os
 import sys
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import paired
 
-#            layers, heads, width, vocabulary, batch, context, steps per measurement
-WORKLOADS = {
-    "char": (4, 4, 128, 65, 12, 64, 100),
-    "baby": (6, 6, 384, 65, 16, 256, 4),
-    "gpt2-2x512": (12, 12, 768, 50257, 2, 512, 1),
-    "gpt2-1x1024": (12, 12, 768, 50257, 1, 1024, 1),
+
+class Workload(NamedTuple):
+    model: list[str]  # settings of the model
+    batch: int
+    context: int
+    steps: int  # of a measurement
+    loss_chunk: int = 1024
+
+
+def gpt2(layers: int, heads: int, width: int) -> list[str]:
+    """nanoGPT's two models of characters."""
+    return [
+        "--model.num_layers", str(layers), "--model.num_heads", str(heads), "--model.model_dim",
+        str(width), "--model.vocab_size", "65", "--model.bias", "all", "--model.activation",
+        "gelu_tanh",
+    ]  # fmt: skip
+
+
+def preset(name: str) -> list[str]:
+    return ["--model", f"configs/model/{name}.yaml"]
+
+
+CPU = {
+    "char": Workload(gpt2(4, 4, 128), 12, 64, 100),
+    "baby": Workload(gpt2(6, 6, 384), 16, 256, 4),
+    "gpt2-2x512": Workload(preset("gpt2-124m"), 2, 512, 1),
+    "gpt2-1x1024": Workload(preset("gpt2-124m"), 1, 1024, 1),
 }
+GPU = {
+    "gpt2-32x1024": Workload(preset("gpt2-124m"), 32, 1024, 10, 8192),
+    "llama-16x2048": Workload(preset("llama-135m"), 16, 2048, 10, 8192),
+    "gpt2-1.5b": Workload(preset("gpt2-1.5b"), 8, 1024, 3, 8192),
+}
+WORKLOADS = CPU | GPU
 DTYPES = ["bfloat16", "float32"]
 VARIANTS = ["fp32 eager", "fp32 compile", "bf16 eager", "bf16 compile"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="of jaxgpt")
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of jaxgpt")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variant", nargs="*", choices=VARIANTS, help="of torch; none: no peers")
     parser.add_argument("--side", choices=[*DTYPES, *VARIANTS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         side = jaxgpt_side if args.side in DTYPES else torch_side
         side(args.side, args.workload[0])
         return
-    for name in args.workload:
-        *_, batch, context, steps = WORKLOADS[name]
+    gpu = paired.gpu()
+    dtypes = args.dtype or (DTYPES[:1] if gpu else DTYPES)
+    variants = (VARIANTS[2:] if gpu else VARIANTS) if args.variant is None else args.variant
+    for name in args.workload or (GPU if gpu else CPU):
         start = partial(paired.Side, __file__, "--workload", name, "--side")
-        ours, peers = ([partial(start, v) for v in side] for side in (args.dtype, args.variant))
-        paired.compare(name, ours, peers, batch * context * steps, "tokens", args.pairs)
+        ours, peers = ([partial(start, v) for v in side] for side in (dtypes, variants))
+        work = WORKLOADS[name]
+        tokens = work.batch * work.context * work.steps
+        paired.compare(name, ours, peers, tokens, "tokens", args.pairs, limit(name, tokens, gpu))
+
+
+def limit(name: str, tokens: int, gpu: Any) -> tuple[float, str] | None:
+    """The seconds that a GPU at its peak would take."""
+    from jaxgpt import hardware, metrics
+
+    peak = hardware.peak_flops(gpu) if gpu else None
+    if not peak:
+        return None
+    flops = metrics.flops_per_token(settings(name, DTYPES[0]).model, WORKLOADS[name].context)
+    return tokens * flops / peak, f"the {gpu.device_kind}'s {peak / 1e12:,.0f} TFLOP/s (MFU)"
+
+
+def settings(name: str, dtype: str) -> Any:
+    from jaxgpt import config
+
+    work = WORKLOADS[name]
+    return config.parse(config.PretrainConfig, "", [
+        *work.model, "--model.context_length", str(work.context), "--model.dtype", dtype,
+        "--train.batch_size", str(work.batch),
+    ])  # fmt: skip
 
 
 def jaxgpt_side(dtype: str, name: str) -> None:
     import jax
     import numpy as np
 
-    from jaxgpt import config, optim, scoring, train
+    from jaxgpt import optim, scoring, train
     from jaxgpt.kernels.platform import compiler_options
     from jaxgpt.model import gpt
 
-    layers, heads, width, vocab, batch_size, context, steps = WORKLOADS[name]
-    model = config.ModelConfig(
-        vocab_size=vocab, context_length=context, num_layers=layers, model_dim=width,
-        num_heads=heads, bias="all", activation="gelu_tanh", dtype=dtype,
-    )  # fmt: skip
-    cfg = config.PretrainConfig(model=model, train=config.TrainConfig(batch_size=batch_size))
+    work, cfg = WORKLOADS[name], settings(name, dtype)
+    model = cfg.model
     stage = train.Stage(
-        params={"policy": gpt.init(model, jax.random.key(0))},
+        params={"policy": jax.jit(partial(gpt.init, model))(jax.random.key(0))},
         trainable="",
         loss=lambda params, batch, rng: scoring.next_token_loss(
-            model, params["policy"], batch, rng
+            model, params["policy"], batch, rng, chunk=work.loss_chunk
         ),
         next_batch=lambda params, carry, step: {},
     )
@@ -72,16 +123,19 @@ def jaxgpt_side(dtype: str, name: str) -> None:
     )
     state = train.make_state(stage.params, {}, optimizer, ema=False)
     frozen = jax.tree.map(lambda _: None, stage.params)
-    ids = np.random.default_rng(0).integers(0, vocab, (batch_size, context + 1), np.int32)
-    ones = np.ones((batch_size, context), np.float32)
+    ids = np.random.default_rng(0).integers(
+        0, model.vocab_size, (work.batch, work.context + 1), np.int32
+    )
+    ones = np.ones((work.batch, work.context), np.float32)
     batch = jax.device_put({"tokens": ids[:, :-1], "targets": ids[:, 1:], "mask": ones})
 
     def run() -> None:
         nonlocal state
-        state, measures = step(state, frozen, batch)
+        for _ in range(work.steps):  # as in a run, the host waits for none but the last
+            state, measures = step(state, frozen, batch)
         float(measures["loss"])
 
-    paired.serve(f"jaxgpt {dtype}", lambda: paired.timed(run, steps) * steps)
+    paired.serve(f"jaxgpt {dtype}", lambda: paired.timed(run, 1))
 
 
 def torch_side(variant: str, name: str) -> None:
@@ -89,31 +143,36 @@ def torch_side(variant: str, name: str) -> None:
     import torch
     import transformers
 
-    layers, heads, width, vocab, batch_size, context, steps = WORKLOADS[name]
+    from jaxgpt.convert.hf import config_to_hf
+
+    work, model_settings = WORKLOADS[name], settings(name, "float32").model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     torch.manual_seed(0)
-    settings = transformers.GPT2Config(
-        vocab_size=vocab, n_positions=context, n_embd=width, n_layer=layers, n_head=heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    model: Any = transformers.GPT2LMHeadModel(settings)
+    model: Any = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(
+            **config_to_hf(model_settings), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            use_cache=False, bos_token_id=None, eos_token_id=None,
+        )
+    ).to(device)  # fmt: skip
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     forward = torch.compile(model) if variant.endswith("compile") else model
-    ids = torch.randint(0, vocab, (batch_size, context))
+    ids = torch.randint(0, model_settings.vocab_size, (work.batch, work.context), device=device)
     bf16 = variant.startswith("bf16")
 
     def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = forward(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for _ in range(work.steps):
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                loss = forward(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         loss.item()
 
-    paired.serve(f"torch {variant}", lambda: paired.timed(run, steps) * steps)
+    paired.serve(f"torch {variant}", lambda: paired.timed(run, 1))
 
 
 if __name__ == "__main__":

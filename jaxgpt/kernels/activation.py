@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxgpt.kernels.platform import separate
 from jaxgpt.types import Array
 
 
@@ -42,7 +43,7 @@ def _apply(x: Array, function: Callable[[Array], Array], dtype: DTypeLike) -> Ar
 def _backward(
     function: Callable[[Array], Array], dtype: DTypeLike, x: Array, g: Array
 ) -> tuple[Array]:
-    _, pull = jax.vjp(function, x.astype(jnp.float32))
+    _, pull = jax.vjp(function, separate(x).astype(jnp.float32))
     return (pull(g.astype(jnp.float32))[0].astype(x.dtype),)
 
 

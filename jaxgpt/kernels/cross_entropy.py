@@ -21,10 +21,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.kernels.placement import add_up, head_spec, per_token, scatter
-from jaxgpt.kernels.platform import transposed
+from jaxgpt.kernels.platform import platform, transposed
 from jaxgpt.types import Array
 
 Axes = tuple[str, ...]  # of the mesh, over which the tokens are cut
+TILE = 128  # a GPU multiplies by GPT-2's 50,257 rows at 0.4 of the speed that 50,304 have
 
 
 class CrossEntropy(NamedTuple):
@@ -107,14 +108,44 @@ class _Softmax(NamedTuple):
 
 
 def _softmax(
-    hidden_CD: Array, head_VD: Array, targets_C: Array, temperature: float = 1.0
+    hidden_CD: Array, head_VD: Array, targets_C: Array, size: int, temperature: float = 1.0
 ) -> _Softmax:
+    """Of the first `size` rows of the head; the others have no probability."""
     logits_CV = _dot("CD,VD->CV", hidden_CD, head_VD) / temperature
-    max_C1 = logits_CV.max(-1, keepdims=True)
+    if size < len(head_VD):
+        logits_CV = jnp.where(jnp.arange(len(head_VD))[None] < size, logits_CV, -1e30)
+    max_C1, total_C = _max_and_total(logits_CV)
     exp_CV = jnp.exp(logits_CV - max_C1)
-    total_C = exp_CV.sum(-1)
     gold_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
     return _Softmax(logits_CV, exp_CV, total_C, max_C1[:, 0] + jnp.log(total_C), gold_C)
+
+
+def _max_and_total(logits_CV: Array) -> tuple[Array, Array]:
+    """The largest logit [C, 1] and the sum [C] of exp(logits - largest); a GPU reads them once."""
+    if platform() != "gpu":
+        max_C1 = logits_CV.max(-1, keepdims=True)
+        return max_C1, jnp.exp(logits_CV - max_C1).sum(-1)
+
+    def join(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        largest = jnp.maximum(a[0], b[0])
+        return largest, a[1] * jnp.exp(a[0] - largest) + b[1] * jnp.exp(b[0] - largest)
+
+    start = (jnp.float32(-1e30), jnp.float32(0))
+    max_C, total_C = jax.lax.reduce((logits_CV, jnp.ones_like(logits_CV)), start, join, (1,))
+    return max_C[:, None], total_C
+
+
+def _padded(head_VD: Array) -> Array:
+    """The head with rows of zeros up to a multiple of TILE, on a GPU."""
+    if platform() != "gpu" or len(head_VD) % TILE == 0:
+        return head_VD
+    rows = [(0, -len(head_VD) % TILE), (0, 0)]
+    return jax.lax.optimization_barrier(jnp.pad(head_VD, rows))  # once, not with every product
+
+
+def _even(size: int, V: int) -> Array:
+    """1 / size for the first `size` of V, 0 for the rest."""
+    return jnp.where(jnp.arange(V) < size, 1 / size, 0.0)
 
 
 def _one_hot(targets_C: Array, V: int) -> Array:
@@ -158,25 +189,28 @@ def _cross_entropy(
     label_smoothing: float,
     chunk: int,
 ) -> CrossEntropy:
+    V = len(head_VD)
+
     def local(axes: Axes, hidden: Array, head_VD: Array, *tokens: Array) -> CrossEntropy:
         def one(hidden_CD: Array, targets_C: Array, weights_C: Array) -> tuple[CrossEntropy, None]:
-            softmax = _softmax(hidden_CD, head_VD, targets_C)
-            return _sums(softmax, weights_C, z_loss, label_smoothing), None
+            softmax = _softmax(hidden_CD, head_VD, targets_C, V)
+            return _sums(softmax, weights_C, V, z_loss, label_smoothing), None
 
         return add_up(_over_chunks(one, *_split(chunk, hidden, *tokens))[0], axes)
 
-    cast_VD = head_VD.astype(hidden.dtype)
+    cast_VD = _padded(head_VD.astype(hidden.dtype))
     return per_token(local, lambda _: P(), hidden, cast_VD, targets, weights)
 
 
 def _sums(
-    softmax: _Softmax, weights_C: Array, z_loss: float, label_smoothing: float
+    softmax: _Softmax, weights_C: Array, size: int, z_loss: float, label_smoothing: float
 ) -> CrossEntropy:
     nll_C = softmax.norm_C - softmax.gold_C
     z_C = jnp.square(softmax.norm_C)
     loss_C = nll_C + z_loss * z_C
     if label_smoothing:
-        mean_C = softmax.logits_CV.mean(-1)
+        even_V = _even(size, softmax.logits_CV.shape[-1])
+        mean_C = (softmax.logits_CV * even_V[None]).sum(-1)
         loss_C = loss_C + label_smoothing * (softmax.gold_C - mean_C)
     correct_C = softmax.gold_C >= softmax.logits_CV.max(-1)
     return CrossEntropy(*((weights_C * x_C).sum() for x_C in (loss_C, nll_C, z_C, correct_C)))
@@ -195,20 +229,23 @@ def _cross_entropy_forward(
 
     def local(axes: Axes, hidden: Array, head_VD: Array, *tokens: Array) -> tuple[Any, ...]:
         def one(hidden_CD: Array, targets_C: Array, weights_C: Array) -> tuple[Any, Array]:
-            softmax = _softmax(hidden_CD, head_VD, targets_C)
-            sums = _sums(softmax, weights_C, z_loss, label_smoothing)
+            softmax = _softmax(hidden_CD, head_VD, targets_C, V)
+            sums = _sums(softmax, weights_C, V, z_loss, label_smoothing)
             scale_C = weights_C * (1 + 2 * z_loss * softmax.norm_C) / softmax.total_C
-            goal_CV = (1 - label_smoothing) * _one_hot(targets_C, V) + label_smoothing / V
+            goal_CV = (1 - label_smoothing) * _one_hot(targets_C, len(head_VD))
+            if label_smoothing:
+                goal_CV = goal_CV + label_smoothing * _even(V, len(head_VD))[None]
             dlogits_CV = softmax.exp_CV * scale_C[:, None] - goal_CV * weights_C[:, None]
             dhead_VD, dhidden_CD = _pull(dlogits_CV, hidden_CD, head_VD)
             return (sums, dhead_VD), dhidden_CD
 
         summed, dhidden_MCD = _over_chunks(one, *_split(chunk, hidden, *tokens))
         sums, dhead_VD = summed
-        return add_up(sums, axes), scatter(dhead_VD, axes), _join(dhidden_MCD, hidden.shape)
+        dhead_VD = scatter(dhead_VD[:V], axes)
+        return add_up(sums, axes), dhead_VD, _join(dhidden_MCD, hidden.shape)
 
     outward = lambda tokens: (P(), head_spec(), P(*tokens, None))
-    cast_VD = head_VD.astype(hidden.dtype)
+    cast_VD = _padded(head_VD.astype(hidden.dtype))
     sums, dhead_VD, dhidden = per_token(local, outward, hidden, cast_VD, targets, weights)
     return sums, (dhidden, dhead_VD.astype(head_VD.dtype))
 
@@ -233,15 +270,17 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 def _logprobs_and_entropy(
     hidden: Array, head_VD: Array, targets: Array, temperature: float, chunk: int
 ) -> tuple[Array, Array]:
+    V = len(head_VD)
+
     def local(_: Axes, hidden: Array, head_VD: Array, targets: Array) -> tuple[Array, Array]:
         def one(hidden_CD: Array, targets_C: Array) -> tuple[None, tuple[Array, Array]]:
-            softmax = _softmax(hidden_CD, head_VD, targets_C, temperature)
+            softmax = _softmax(hidden_CD, head_VD, targets_C, V, temperature)
             return None, (softmax.gold_C - softmax.norm_C, _entropy(softmax))
 
         both_MC = _over_chunks(one, *_split(chunk, hidden, targets))[1]
         return _join(both_MC[0], targets.shape), _join(both_MC[1], targets.shape)
 
-    cast_VD = head_VD.astype(hidden.dtype)
+    cast_VD = _padded(head_VD.astype(hidden.dtype))
     return per_token(local, lambda tokens: (tokens, tokens), hidden, cast_VD, targets)
 
 
@@ -260,19 +299,19 @@ def _logprobs_backward(
         def one(
             hidden_CD: Array, targets_C: Array, g_logprob_C: Array, g_entropy_C: Array
         ) -> tuple[Array, Array]:
-            softmax = _softmax(hidden_CD, head_VD, targets_C, temperature)
+            softmax = _softmax(hidden_CD, head_VD, targets_C, V, temperature)
             probs_CV = softmax.exp_CV / softmax.total_C[:, None]
             mean_logit_C = softmax.norm_C - _entropy(softmax)
-            toward_CV = _one_hot(targets_C, V) - probs_CV
+            toward_CV = _one_hot(targets_C, len(head_VD)) - probs_CV
             spread_CV = probs_CV * (softmax.logits_CV - mean_logit_C[:, None])
             dlogits_CV = g_logprob_C[:, None] * toward_CV - g_entropy_C[:, None] * spread_CV
             return _pull(dlogits_CV / temperature, hidden_CD, head_VD)
 
         dhead_VD, dhidden_MCD = _over_chunks(one, *_split(chunk, hidden, *tokens))
-        return scatter(dhead_VD, axes), _join(dhidden_MCD, hidden.shape)
+        return scatter(dhead_VD[:V], axes), _join(dhidden_MCD, hidden.shape)
 
     outward = lambda tokens: (head_spec(), P(*tokens, None))
-    cast_VD = head_VD.astype(hidden.dtype)
+    cast_VD = _padded(head_VD.astype(hidden.dtype))
     dhead_VD, dhidden = per_token(local, outward, hidden, cast_VD, targets, *g)
     return dhidden, dhead_VD.astype(head_VD.dtype), None
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxgpt.kernels.placement import whole
 from jaxgpt.kernels.platform import platform, transposed
@@ -28,6 +29,18 @@ def linear(x_BTD: Array, kernel_DF: Array) -> Array:
             out_shape
         )
     return _linear(x_ND, kernel_DF).reshape(out_shape)
+
+
+def row_linear(x_BTD: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
+    """x @ rows^T in `dtype`, made for a single row of x: one sum for each row of the kernel.
+
+    Written as a product XLA:GPU would multiply the whole kernel by it first, in the kernel's type,
+    write that down, and sum up its columns.
+    """
+    if platform() != "gpu" or x_BTD.size != x_BTD.shape[-1]:
+        return jnp.einsum("BTD,FD->BTF", x_BTD, rows_FD, preferred_element_type=dtype)
+    x_1D, rows_FD = x_BTD.reshape(1, -1).astype(jnp.float32), rows_FD.astype(jnp.float32)
+    return (rows_FD * x_1D).sum(-1).astype(dtype)[None, None]
 
 
 def int8_linear(x_BTD: Array, codes_FD: Array, scale_F: Array) -> Array:

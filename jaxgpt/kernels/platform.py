@@ -1,12 +1,15 @@
 """Where the program will run, and what that means for how it is written and compiled."""
 
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxgpt.types import Array
+
+MOST_UNROLLED = 32  # layers, on a GPU: the time to compile grows with them
 
 
 def platform() -> str:
@@ -50,29 +53,43 @@ def transposed(x: Array) -> Array:
     return jax.lax.optimization_barrier(tiles).reshape(*batch, columns, rows)
 
 
+def separate(saved: Any) -> Any:
+    """What a backward pass recomputes from, kept from being merged with the forward pass on a GPU.
+
+    With all layers in one program XLA would find the same float32 tanh or normalised row in both,
+    and keep it in memory in between: more bytes to move than the input it is computed from.
+    """
+    return jax.lax.optimization_barrier(saved) if platform() == "gpu" else saved
+
+
 def layer_unroll(num_layers: int, remat: bool, quantized: bool) -> int:
     """How many layers of the scan over layers to unroll.
 
-    All of them on CPU, where a rolled loop runs at 0.77x to 0.86x. But not with remat or
-    quantised kernels: XLA:CPU then hoists what each layer should compute anew, and the memory
-    they save is gone. One at a time on accelerators, for the sake of compile time.
+    All of them on CPU, where a rolled loop runs at 0.77x to 0.86x, and of small models on a GPU,
+    where it copies what it saves for the backward pass (GPT-2 124M: a tenth of the step). But not
+    with remat or quantised kernels: XLA:CPU then hoists what each layer should compute anew, and
+    the memory they save is gone. One at a time elsewhere, for the sake of compile time.
     """
-    return num_layers if platform() == "cpu" and not remat and not quantized else 1
+    unrolls = platform() == "cpu" or (platform() == "gpu" and num_layers <= MOST_UNROLLED)
+    return num_layers if unrolls and not remat and not quantized else 1
 
 
-def compiler_options() -> dict[str, str]:
+def compiler_options() -> dict[str, Any]:
     """Options for `jax.jit(compiler_options=...)`: 512-bit vectors double erf and tanh on CPU.
 
     A TPU's compiler would turn the large products of FSDP into loops of permutes (seen with GPT-2
-    124M); without that, each gradient of a kernel is one reduce-scatter.
+    124M); without that, each gradient of a kernel is one reduce-scatter. On a GPU cuBLAS adds the
+    biases inside its products, which it does not where it is one candidate beside Triton.
     """
     if platform() == "tpu":
         return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+    if platform() == "gpu":
+        return {"xla_gpu_enable_triton_gemm": False}
     return _known_options() if platform() == "cpu" else {}
 
 
 @cache
-def _known_options() -> dict[str, str]:
+def _known_options() -> dict[str, Any]:
     options = {"xla_cpu_prefer_vector_width": "512"}
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()

@@ -1,9 +1,10 @@
 """Prefill, then decode in short scans: one compiled program per shape, streaming between scans."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from jaxgpt.types import Array, Params
 
 SCAN_STEPS = 16  # tokens per compiled scan: what streaming and early exit are rounded to
 SMALLEST_BATCH = 8  # fewer rows decode no faster
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,22 @@ def generate(
     tokens_BN = np.zeros((B, num_scans * SCAN_STEPS), np.int32)
     logprobs_BN = np.zeros(tokens_BN.shape, np.float32)
     prompt_R = np.arange(B)  # which prompt each row of the state continues
+    done_R = np.zeros(B, bool)
     completions = [Completion([], [], False) for _ in prompts]
-    for scan in range(num_scans):
-        state, new_tokens, new_logprobs = decode(cfg, params, state, rng_B, stops, settings)
+
+    def scans() -> Iterator[tuple[Array, Array]]:
+        nonlocal state
+        for _ in range(num_scans):
+            state, new_tokens, new_logprobs = decode(cfg, params, state, rng_B, stops, settings)
+            yield new_tokens, new_logprobs
+
+    # An accelerator goes on while the host reads what it wrote; rows that leave must be known.
+    ahead = 0 if compact or platform() == "cpu" else 1
+    for scan, (new_tokens, new_logprobs) in enumerate(_begun_ahead(scans(), ahead)):
         span = slice(scan * SCAN_STEPS, (scan + 1) * SCAN_STEPS)
         tokens_BN[prompt_R, span] = sharding.whole(new_tokens)
         logprobs_BN[prompt_R, span] = sharding.whole(new_logprobs)
-        done_R = sharding.whole(state.done_B)
+        done_R |= np.isin(tokens_BN[prompt_R, span], stop_ids).any(-1)
         last = scan + 1 == num_scans or bool(done_R.all())
         if last or on_tokens is not None:
             written = (tokens_BN[:, : span.stop], logprobs_BN[:, : span.stop])
@@ -127,8 +139,18 @@ def generate(
             break
         if compact and (kept_R := _still_going(done_R)) is not None:
             state, rng_B = _take(state, kept_R), rng_B[kept_R]
-            prompt_R = prompt_R[kept_R]
+            prompt_R, done_R = prompt_R[kept_R], done_R[kept_R]
     return completions
+
+
+def _begun_ahead(items: Iterator[T], count: int) -> Iterator[T]:
+    """The items, each handed out when `count` after it have been begun."""
+    begun: deque[T] = deque()
+    for item in items:
+        begun.append(item)
+        if len(begun) > count:
+            yield begun.popleft()
+    yield from begun
 
 
 def _begin(
@@ -159,7 +181,7 @@ def for_decoding(cfg: ModelConfig, params: Params, num_rows: int | None = None) 
     Args:
         num_rows: how many prompts will be continued at a time, if that is known.
     """
-    alone = num_rows == 1 and platform() == "cpu"
+    alone = num_rows == 1 and (platform() == "gpu" or (platform(), cfg.dtype) == ("cpu", "float32"))
     blocks = params["blocks"]
     ends = {name: part for name, part in params.items() if name != "blocks"}
     layers = range(jax.tree.leaves(blocks)[0].shape[0])
@@ -183,7 +205,7 @@ def _decoding_ends(dtype: str, alone: bool, params: Params) -> Params:
 
 def _stored(dtype: str, alone: bool, params: Params) -> Params:
     if dtype != "float32":
-        return weights.cast_kernels(params, dtype)
+        params = weights.cast_kernels(params, dtype)
     return weights.store_transposed(params) if alone else params
 
 
