@@ -1,6 +1,7 @@
 """Cross-entropy and log-probabilities against a log-softmax over all logits."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -160,3 +161,13 @@ def test_token_logprobs_sum_to_the_loss(arrays):
     logprob_N = token_logprobs(*arrays[:3], chunk=11)
     nll = cross_entropy(*arrays, chunk=0).nll
     np.testing.assert_allclose(-(arrays[3] * logprob_N).sum(), nll, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 11])
+def test_a_gpu_fills_the_head_up_and_finds_the_same(arrays, chunk, monkeypatch):
+    monkeypatch.setattr("jaxgpt.kernels.cross_entropy.platform", lambda: "gpu")
+    test_cross_entropy_matches_plain(arrays, chunk, 0.1, 0.2)
+    test_reported_sums_match_plain(arrays, chunk)
+    test_logprobs_and_entropy_match_plain(arrays, chunk, 0.7)
+    text = jax.jit(partial(loss_and_gradients, chunk=chunk)).lower(*arrays).as_text()
+    assert "x128xf32>" in text and "x40xf32>" not in text  # no logits of 40 columns

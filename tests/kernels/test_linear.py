@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.kernels.linear import linear
+from jaxgpt.kernels.linear import linear, row_linear
 
 
 def inputs(rng, dtype=jnp.float32):
@@ -78,3 +78,13 @@ def test_linear_is_the_same_on_eight_devices(rng, kernel_spec):
         got = step(place(x, rows), place(kernel, kernel_spec), place(g, rows))
     for y, z in zip(got, want, strict=True):
         np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_kernels_with_outputs_first_multiply_alike(rng, where, rows, monkeypatch):
+    monkeypatch.setattr("jaxgpt.kernels.linear.platform", lambda: where)
+    x_BTD, kernel_DF, _ = inputs(rng)
+    x_BTD = x_BTD[:1, :rows]
+    got = row_linear(x_BTD, kernel_DF.T, jnp.float32)
+    np.testing.assert_allclose(got, x_BTD @ kernel_DF, rtol=1e-5, atol=1e-5)

@@ -52,6 +52,11 @@ def test_norm_matches_its_formula(rng, name, dtype, tolerance):
         )
 
 
+def test_a_gpu_finds_mean_and_variance_in_one_pass(rng, monkeypatch):
+    monkeypatch.setattr("jaxgpt.kernels.norm.platform", lambda: "gpu")
+    test_norm_matches_its_formula(rng, "layer_norm", jnp.float32, 1e-5)
+
+
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),

@@ -11,7 +11,7 @@ import pytest
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import gpt
 from jaxgpt.sampling import sample
-from jaxgpt.sampling.sample import Sampling, for_decoding, generate
+from jaxgpt.sampling.sample import Sampling, decode, for_decoding, generate
 
 DENSE = ModelConfig(
     vocab_size=61, context_length=64, num_layers=2, model_dim=24, num_heads=4, num_kv_heads=2,
@@ -92,6 +92,21 @@ def test_a_stop_token_ends_a_row_and_is_left_out(greedy):
         assert after.tokens == before.tokens[:length]
         assert len(after.logprobs) == length
         assert after.stopped == (length < 20)
+
+
+def test_an_accelerator_begins_the_next_scan_early_and_writes_the_same(greedy, monkeypatch):
+    monkeypatch.setattr("jaxgpt.sampling.sample.platform", lambda: "gpu")
+    begun, shown = [], []
+    monkeypatch.setattr("jaxgpt.sampling.sample.decode", lambda *a: begun.append(1) or decode(*a))
+    longer = dataclasses.replace(GREEDY, max_new_tokens=40)
+    done = generate(
+        DENSE, PARAMS["dense"], PROMPTS[:1], longer, stop_ids=[greedy["dense"][0].tokens[0]],
+        on_tokens=lambda completions: shown.append(completions) or False,
+    )  # fmt: skip
+    assert done[0].stopped and done[0].tokens == []
+    assert len(shown) == 1 and len(begun) == 2  # the second scan is in vain
+    written = generate(DENSE, PARAMS["dense"], PROMPTS, GREEDY)
+    assert [c.tokens for c in written] == [c.tokens for c in greedy["dense"]]
 
 
 def test_generation_ends_when_every_row_has_stopped(greedy):
