@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxgpt.kernels.placement import whole
-from jaxgpt.kernels.platform import platform, transposed
+from jaxgpt.kernels.platform import platform, separate, transposed
 from jaxgpt.types import Array
 
 FINER = 254  # steps of int8's second digit in one of its first: half a step up or down is 127
@@ -41,6 +41,26 @@ def row_linear(x_BTD: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
         return jnp.einsum("BTD,FD->BTF", x_BTD, rows_FD, preferred_element_type=dtype)
     x_1D, rows_FD = x_BTD.reshape(1, -1).astype(jnp.float32), rows_FD.astype(jnp.float32)
     return (rows_FD * x_1D).sum(-1).astype(dtype)[None, None]
+
+
+@jax.custom_vjp
+def add_bias(y: Array, bias_F: Array) -> Array:
+    """y + bias in y's type; the bias's gradient is summed over all rows in float32.
+
+    Autodiff would sum it in y's type, and half precision loses a share of every long sum.
+    """
+    return y + jnp.expand_dims(bias_F, range(y.ndim - 1)).astype(y.dtype)
+
+
+def _bias_backward(like_bias: Array, g: Array) -> tuple[Array, Array]:
+    g = separate(g)  # else XLA:GPU would sum, and so write down, what g was before it was rounded
+    total_F = g.astype(jnp.float32).sum(tuple(range(g.ndim - 1)))
+    return g, total_F.astype(like_bias.dtype)
+
+
+add_bias.defvjp(
+    lambda y, bias_F: (add_bias(y, bias_F), jnp.zeros((), bias_F.dtype)), _bias_backward
+)
 
 
 def int8_linear(x_BTD: Array, codes_FD: Array, scale_F: Array) -> Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxgpt import weights
 from jaxgpt.config import ModelConfig, RopeScaling
 from jaxgpt.kernels import norm
+from jaxgpt.kernels.linear import add_bias
 from jaxgpt.types import Array
 
 INIT_STD = 0.02  # GPT-2
@@ -43,7 +44,7 @@ class Linear(nn.Module):
         y = weights.matmul(x.astype(self.dtype), kernel_DF)
         if self.use_bias:
             bias_F = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + jnp.expand_dims(bias_F, range(y.ndim - 1)).astype(y.dtype)
+            y = add_bias(y, bias_F)
         return y
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.kernels.linear import linear, row_linear
+from jaxgpt.kernels.linear import add_bias, linear, row_linear
 
 
 def inputs(rng, dtype=jnp.float32):
@@ -88,3 +88,9 @@ def test_kernels_with_outputs_first_multiply_alike(rng, where, rows, monkeypatch
     x_BTD = x_BTD[:1, :rows]
     got = row_linear(x_BTD, kernel_DF.T, jnp.float32)
     np.testing.assert_allclose(got, x_BTD @ kernel_DF, rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_sum_of_bias_gradients_keeps_its_digits(rng):
+    g_ND = jax.random.uniform(rng, (20_000, 4)).astype(jnp.bfloat16)
+    _, pull = jax.vjp(add_bias, jnp.zeros_like(g_ND), jnp.zeros(4))
+    np.testing.assert_allclose(pull(g_ND)[1], np.asarray(g_ND, np.float64).sum(0), rtol=1e-5)
