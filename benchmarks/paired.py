@@ -78,12 +78,12 @@ def compare(
     unit: str,
     pairs: int,
     limit: tuple[float, str] | None = None,
-) -> None:
-    """Prints medians and the ratio to the fastest peer with its range.
+) -> float:
+    """Prints medians and the ratio to the fastest peer with its range; returns the median ratio.
 
     Args:
         ours, peers: start one variant each; the fastest of either side are paired. Without peers
-            ours are timed alone.
+            ours are timed alone, and the ratio is infinite.
         amount: what one measurement does, in `unit`s, such as tokens.
         limit: the seconds that the hardware must take for it, and what of the hardware.
     """
@@ -91,7 +91,8 @@ def compare(
     if not peers:
         own = statistics.median(mine.measure() for _ in range(pairs))
         print(f"{title}: {mine.name} {amount / own:,.0f} {unit}/s{_share(own, limit)}", flush=True)
-        return mine.close()
+        mine.close()
+        return float("inf")
     best = _fastest(peers, amount, unit)
     times = [(mine.measure(), best.measure()) for _ in range(pairs)]
     ratios = sorted(theirs / own for own, theirs in times)
@@ -105,6 +106,7 @@ def compare(
     )
     for side in (mine, best):
         side.close()
+    return ratio
 
 
 def _share(seconds: float, limit: tuple[float, str] | None) -> str:

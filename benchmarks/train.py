@@ -4,7 +4,8 @@ python benchmarks/train.py                       # all workloads of this machine
 python benchmarks/train.py --workload char baby  # some
 python benchmarks/train.py --workload gpt2-1.5b --variant   # no peers
 
-On a GPU the share of its peak, MFU, is printed too.
+On a GPU the share of its peak, MFU, is printed too. `--workload smoke --at_least 0.4` is the guard
+in the test suite.
 """
 
 import argparse
@@ -37,6 +38,7 @@ def preset(name: str) -> list[str]:
     return ["--model", f"configs/model/{name}.yaml"]
 
 
+SMOKE = {"smoke": Workload(gpt2(4, 4, 128), 12, 64, 4)}  # the first of these, in short
 CPU = {
     "char": Workload(gpt2(4, 4, 128), 12, 64, 100),
     "baby": Workload(gpt2(6, 6, 384), 16, 256, 4),
@@ -48,7 +50,7 @@ GPU = {
     "llama-16x2048": Workload(preset("llama-135m"), 16, 2048, 10, 8192),
     "gpt2-1.5b": Workload(preset("gpt2-1.5b"), 8, 1024, 3, 8192),
 }
-WORKLOADS = CPU | GPU
+WORKLOADS = CPU | GPU | SMOKE
 DTYPES = ["bfloat16", "float32"]
 VARIANTS = ["fp32 eager", "fp32 compile", "bf16 eager", "bf16 compile"]
 
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of jaxgpt")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--variant", nargs="*", choices=VARIANTS, help="of torch; none: no peers")
+    parser.add_argument("--at_least", type=float, default=0, help="a lower ratio is an error")
     parser.add_argument("--side", choices=[*DTYPES, *VARIANTS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -73,7 +76,10 @@ def main() -> None:
         ours, peers = ([partial(start, v) for v in side] for side in (dtypes, variants))
         work = WORKLOADS[name]
         tokens = work.batch * work.context * work.steps
-        paired.compare(name, ours, peers, tokens, "tokens", args.pairs, limit(name, tokens, gpu))
+        bound = limit(name, tokens, gpu)
+        ratio = paired.compare(name, ours, peers, tokens, "tokens", args.pairs, bound)
+        if ratio < args.at_least:
+            raise SystemExit(f"{name}: the ratio {ratio:.2f} is below {args.at_least}")
 
 
 def limit(name: str, tokens: int, gpu: Any) -> tuple[float, str] | None:
