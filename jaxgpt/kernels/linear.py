@@ -111,7 +111,9 @@ def _pull(x_ND: Array, g_NF: Array) -> Array:
     (N, D), F = x_ND.shape, g_NF.shape[1]
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
     if F * (N + D) < D * N:
-        return dot("FN,ND->FD", transposed(g_NF), x_ND).T
+        # The barrier: XLA:CPU would turn the operands instead of the result, into a product of
+        # bfloat16 that it does not have.
+        return jax.lax.optimization_barrier(dot("FN,ND->FD", transposed(g_NF), x_ND)).T
     return dot("DN,NF->DF", transposed(x_ND), g_NF)
 
 

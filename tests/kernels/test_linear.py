@@ -1,5 +1,7 @@
 """The linear product against x @ kernel under autodiff."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,20 +12,23 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt.kernels.linear import add_bias, linear, row_linear
 
 
-def inputs(rng, dtype=jnp.float32):
+def inputs(rng, dtype=jnp.float32, width=40):
     x_rng, kernel_rng, g_rng = jax.random.split(rng, 3)
     x_BTD = jax.random.normal(x_rng, (4, 24, 16)).astype(dtype)
-    return x_BTD, jax.random.normal(kernel_rng, (16, 40)), jax.random.normal(g_rng, (4, 24, 40))
+    kernel_DF = jax.random.normal(kernel_rng, (16, width))
+    return x_BTD, kernel_DF, jax.random.normal(g_rng, (4, 24, width))
 
 
+@partial(jax.jit, static_argnums=0)
 def value_and_gradients(function, x, kernel, g):
     out, pull = jax.vjp(function, x, kernel)
     return out, *pull(g.astype(out.dtype))
 
 
+@pytest.mark.parametrize("width", [40, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
-def test_linear_matches_plain(rng, dtype, tolerance):
-    x, kernel, g = inputs(rng, dtype)
+def test_linear_matches_plain(rng, dtype, tolerance, width):
+    x, kernel, g = inputs(rng, dtype, width)
     got = value_and_gradients(linear, x, kernel, g)
     want = value_and_gradients(jnp.matmul, x.astype(jnp.float32), kernel, g)
     assert [y.dtype for y in got] == [jnp.float32, dtype, jnp.float32]
