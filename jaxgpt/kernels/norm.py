@@ -37,10 +37,10 @@ def _forward(
     x: Array, scale_D: Array, bias_D: Array | None, eps: float, dtype: DTypeLike, center: bool
 ) -> tuple[Array, tuple[Array | None, ...]]:
     wide = x.astype(jnp.float32)
-    mean = wide.mean(-1, keepdims=True) if center else None
-    centered = wide if mean is None else wide - mean
+    mean = wide.mean(-1) if center else None
+    centered = wide if mean is None else wide - mean[..., None]
     inverse = jax.lax.rsqrt(_variance(wide, mean, centered) + eps)
-    out = centered * inverse * _row(scale_D, x)
+    out = centered * inverse[..., None] * _row(scale_D, x)
     if bias_D is not None:
         out = out + _row(bias_D, x)
     return out.astype(dtype), (x, scale_D, bias_D, mean, inverse)
@@ -52,7 +52,7 @@ def _backward(
     x, scale_D, bias_D, mean, inverse = separate(saved)
     g = g.astype(jnp.float32)
     wide = x.astype(jnp.float32)
-    normed = (wide - mean if center else wide) * inverse
+    normed = (wide - mean[..., None] if center else wide) * inverse[..., None]
     dnormed = g * _row(scale_D, x)
     dx = dnormed - normed * (dnormed * normed).mean(-1, keepdims=True)
     if center:
@@ -60,7 +60,7 @@ def _backward(
     leading = tuple(range(x.ndim - 1))
     dscale_D = (g * normed).sum(leading).astype(scale_D.dtype)
     dbias_D = None if bias_D is None else g.sum(leading).astype(bias_D.dtype)
-    return (dx * inverse).astype(x.dtype), dscale_D, dbias_D
+    return (dx * inverse[..., None]).astype(x.dtype), dscale_D, dbias_D
 
 
 _norm.defvjp(_forward, _backward)
@@ -69,9 +69,9 @@ _norm.defvjp(_forward, _backward)
 def _variance(wide: Array, mean: Array | None, centered: Array) -> Array:
     """The mean square of `centered`; on a GPU in the same pass over memory as the mean."""
     if platform() != "gpu" or mean is None:
-        return jnp.square(centered).mean(-1, keepdims=True)
+        return jnp.square(centered).mean(-1)
     # As flax's LayerNorm: what cancels is small, since a row's mean is not far from 0.
-    return jnp.maximum(jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
+    return jnp.maximum(jnp.square(wide).mean(-1) - jnp.square(mean), 0.0)
 
 
 def _row(vector_D: Array, like: Array) -> Array:

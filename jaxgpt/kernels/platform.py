@@ -54,12 +54,13 @@ def transposed(x: Array) -> Array:
 
 
 def separate(saved: Any) -> Any:
-    """What a backward pass recomputes from, kept from being merged with the forward pass on a GPU.
+    """What a backward pass recomputes from, kept from being merged with the forward pass.
 
     With all layers in one program XLA would find the same float32 tanh or normalised row in both,
-    and keep it in memory in between: more bytes to move than the input it is computed from.
+    and keep it in memory in between: more bytes to move than the input it is computed from. A TPU
+    has its layers in a loop, whose passes cannot be merged.
     """
-    return jax.lax.optimization_barrier(saved) if platform() == "gpu" else saved
+    return saved if platform() == "tpu" else jax.lax.optimization_barrier(saved)
 
 
 def layer_unroll(num_layers: int, remat: bool, quantized: bool) -> int:
