@@ -80,12 +80,13 @@ def compiler_options() -> dict[str, Any]:
 
     A TPU's compiler would turn the large products of FSDP into loops of permutes (seen with GPT-2
     124M); without that, each gradient of a kernel is one reduce-scatter. On a GPU cuBLAS adds the
-    biases inside its products, which it does not where it is one candidate beside Triton.
+    biases inside its products, which it does not where it is one candidate beside Triton, nor
+    where queries and keys are merged into one product, at the price of copies.
     """
     if platform() == "tpu":
         return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
     if platform() == "gpu":
-        return {"xla_gpu_enable_triton_gemm": False}
+        return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
     return _known_options() if platform() == "cpu" else {}
 
 
