@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.attention import attention, cached_attention
+from jaxgpt.kernels.platform import accumulator_dtype
 from jaxgpt.model.layers import Linear, RMSNorm, residual_std, rotate
 from jaxgpt.types import Array
 
@@ -114,7 +115,9 @@ def init_cache(
     """An empty cache of `capacity` slots (default: the context length)."""
     capacity = cfg.context_length if capacity is None else capacity
     shape = (batch_size, cfg.kv_heads, capacity, cfg.head_width)
-    empty = lambda *layers: jnp.zeros((*layers, *shape), cfg.dtype)
+    # What a CPU reads in half precision it would widen again for every token.
+    dtype = accumulator_dtype(cfg.dtype)
+    empty = lambda *layers: jnp.zeros((*layers, *shape), dtype)
     layers = range(cfg.num_layers)
     slots = lambda: tuple(empty() for _ in layers) if apart else empty(cfg.num_layers)
     start_B = jnp.zeros(batch_size, jnp.int32) if start_B is None else start_B
