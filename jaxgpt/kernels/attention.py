@@ -83,12 +83,13 @@ def _attention(
 
 
 def cached_attention(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array) -> Array:
-    """Attention of a few queries against a cache, of which each may read the masked slots."""
+    """Attention of a few queries against a cache, of which each may read the masked slots.
+
+    Computed in the type of the cache, returned in that of the queries.
+    """
     dtype, (B, T, N, H) = q_BTNH.dtype, q_BTNH.shape
-    if platform() == "cpu":  # it has no batched product of bfloat16 that sums in float32
-        q_BTNH, k_BKSH, v_BKSH = (x.astype(jnp.float32) for x in (q_BTNH, k_BKSH, v_BKSH))
     K = k_BKSH.shape[1]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(k_BKSH.dtype)
     scores_BKGTS = jnp.einsum(
         "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
     )

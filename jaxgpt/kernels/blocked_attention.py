@@ -141,7 +141,7 @@ def _heads_first(x_BTNH: Array) -> Array:
 
     The barriers here and above keep XLA from folding the change of layout into the products: it
     would widen them to float32, or compile a bf16 form that has no kernel (`UNIMPLEMENTED
-    DotThunk` when there is a single block). It stands between two halves, see `transposed`.
+    DotThunk` when there is a single block). This one stands between two halves, see `transposed`.
     """
     B, T, N, H = x_BTNH.shape
     tile = math.gcd(T, 32)

@@ -115,7 +115,8 @@ def init_cache(
     """An empty cache of `capacity` slots (default: the context length)."""
     capacity = cfg.context_length if capacity is None else capacity
     shape = (batch_size, cfg.kv_heads, capacity, cfg.head_width)
-    # What a CPU reads in half precision it would widen again for every token.
+    # A CPU has no batched product of bfloat16 that sums in float32, and would widen the cache for
+    # every token.
     dtype = accumulator_dtype(cfg.dtype)
     empty = lambda *layers: jnp.zeros((*layers, *shape), dtype)
     layers = range(cfg.num_layers)

@@ -20,6 +20,7 @@ from jaxgpt.kernels.attention import (
     attention,
     cached_attention,
 )
+from jaxgpt.kernels.platform import accumulator_dtype
 from jaxgpt.kernels.splash_attention import splash_attention
 from jaxgpt.model import gpt
 
@@ -143,7 +144,8 @@ def test_cached_attention_matches_plain(rng, dtype, tolerance, T):
     q = jax.random.normal(rng, (2, T, 6, 16)).astype(dtype)
     lengths_BT = jnp.array([[7], [20]]) - T + 1 + jnp.arange(T)[None]
     mask_BTS = jnp.arange(20)[None, None] < lengths_BT[:, :, None]
-    got = cached_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask_BTS)
+    cache = (x.swapaxes(1, 2).astype(accumulator_dtype(dtype)) for x in (k, v))  # as init_cache
+    got = cached_attention(q, *cache, mask_BTS)
     want = plain_attention(q, k, v, mask_BTS)
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=tolerance)
 
