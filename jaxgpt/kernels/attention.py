@@ -87,18 +87,20 @@ def cached_attention(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Arra
 
     Computed in the type of the cache, returned in that of the queries.
     """
-    dtype, (B, T, N, H) = q_BTNH.dtype, q_BTNH.shape
-    K = k_BKSH.shape[1]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(k_BKSH.dtype)
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
+    (B, T, N, H), (_, K, S, _) = q_BTNH.shape, k_BKSH.shape
+    G = N // K
+    q_BKGTH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+    # The queries that share a head are rows of one product: XLA:CPU would copy operands for more.
+    q_BKQH = q_BKGTH.reshape(B, K, G * T, H).astype(k_BKSH.dtype)
+    scores_BKQS = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=jnp.float32)
+    scores_BKGTS = scores_BKQS.reshape(B, K, G, T, S) * H**-0.5
+    weights_BKGTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -1e30))
+    weights_BKQS = weights_BKGTS.reshape(B, K, G * T, S).astype(v_BKSH.dtype)
+    out_BKQH = jnp.einsum(
+        "BKQS,BKSH->BKQH", weights_BKQS, v_BKSH, preferred_element_type=jnp.float32
     )
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * H**-0.5, -1e30)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS).astype(v_BKSH.dtype)
-    out_BTKGH = jnp.einsum(
-        "BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKSH, preferred_element_type=jnp.float32
-    )
-    return out_BTKGH.reshape(B, T, N, H).astype(dtype)
+    out_BKGTH = out_BKQH.reshape(B, K, G, T, H)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
 def _dot_product_attention(

@@ -4,6 +4,7 @@ On a CPU it keeps XLA's fast products. On accelerators it keeps only the kernel 
 cut over devices: autodiff would keep the copy that was cast and gathered, for every layer.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -21,26 +22,30 @@ def linear(x_BTD: Array, kernel_DF: Array) -> Array:
     """x @ kernel over any leading axes; float32 on CPU, the dtype of x on accelerators."""
     if platform() != "cpu":
         return _gathering_linear(x_BTD, kernel_DF)
+    return _on_rows(lambda x_ND: _linear(x_ND, kernel_DF), x_BTD)
+
+
+def linear_by_rows(x_BTD: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
+    """x @ rows^T in `dtype`: one sum for each row of the kernel, which is read as it lies.
+
+    Written as a product of a single row XLA:GPU would multiply the whole kernel by it first, in the
+    kernel's type, write that down, and sum up its columns.
+    """
+    if platform() == "gpu" and x_BTD.size == x_BTD.shape[-1]:
+        x_1D, rows_FD = x_BTD.reshape(1, -1).astype(jnp.float32), rows_FD.astype(jnp.float32)
+        return (rows_FD * x_1D).sum(-1).astype(dtype)[None, None]
+    dot = lambda x: jnp.einsum("...D,FD->...F", x, rows_FD, preferred_element_type=dtype)
+    return _on_rows(dot, x_BTD) if platform() == "cpu" else dot(x_BTD)
+
+
+def _on_rows(product: Callable[[Array], Array], x_BTD: Array) -> Array:
+    """product(x_ND), made for a CPU, over any leading axes of x."""
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    out_shape = (*x_BTD.shape[:-1], kernel_DF.shape[-1])
     if len(x_ND) == 1 and x_ND.dtype != jnp.float32:
         # One row makes XLA:CPU widen the whole kernel for a matrix-vector product: give it two.
-        return _linear(jnp.concatenate([x_ND, jnp.zeros_like(x_ND)]), kernel_DF)[:1].reshape(
-            out_shape
-        )
-    return _linear(x_ND, kernel_DF).reshape(out_shape)
-
-
-def row_linear(x_BTD: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
-    """x @ rows^T in `dtype`, made for a single row of x: one sum for each row of the kernel.
-
-    Written as a product XLA:GPU would multiply the whole kernel by it first, in the kernel's type,
-    write that down, and sum up its columns.
-    """
-    if platform() != "gpu" or x_BTD.size != x_BTD.shape[-1]:
-        return jnp.einsum("BTD,FD->BTF", x_BTD, rows_FD, preferred_element_type=dtype)
-    x_1D, rows_FD = x_BTD.reshape(1, -1).astype(jnp.float32), rows_FD.astype(jnp.float32)
-    return (rows_FD * x_1D).sum(-1).astype(dtype)[None, None]
+        x_ND = jnp.concatenate([x_ND, jnp.zeros_like(x_ND)])
+    out_NF = product(x_ND)[: x_BTD.size // x_BTD.shape[-1]]
+    return out_NF.reshape(*x_BTD.shape[:-1], -1)
 
 
 @jax.custom_vjp

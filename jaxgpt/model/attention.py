@@ -14,7 +14,7 @@ from jaxgpt.kernels.platform import accumulator_dtype
 from jaxgpt.model.layers import Linear, RMSNorm, residual_std, rotate
 from jaxgpt.types import Array
 
-Slots = tuple[Array, Array]  # keys and values, each [L, B, K, S, H], or of one layer [B, K, S, H]
+Slots = tuple[Array, Array]  # keys and values, as in KVCache; of one layer where these are apart
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +23,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, in slots shared by all rows.
 
     One array for all layers, or a tuple of one per layer, without L, where the parameters of the
-    layers stand apart too.
+    layers stand apart too; a single row then needs no axis B either, which XLA would fold away,
+    with a copy of all slots for every token.
 
     Rows are aligned on the right: row b's first token stands in slot `start_B[b]`, so that every
     row writes its next token into the same slot, `length`. The slots of a head lie together, as
@@ -114,7 +115,8 @@ def init_cache(
 ) -> KVCache:
     """An empty cache of `capacity` slots (default: the context length)."""
     capacity = cfg.context_length if capacity is None else capacity
-    shape = (batch_size, cfg.kv_heads, capacity, cfg.head_width)
+    rows = () if apart and batch_size == 1 else (batch_size,)
+    shape = (*rows, cfg.kv_heads, capacity, cfg.head_width)
     # A CPU has no batched product of bfloat16 that sums in float32, and would widen the cache for
     # every token.
     dtype = accumulator_dtype(cfg.dtype)
@@ -127,13 +129,19 @@ def init_cache(
 
 def _write(slots: Array, new_BTKH: Array, place: Array | None, length: Array) -> Array:
     new_BKTH = new_BTKH.swapaxes(1, 2).astype(slots.dtype)
-    if place is None:
-        return jax.lax.dynamic_update_slice(slots, new_BKTH, (0, 0, length, 0))
-    return jax.lax.dynamic_update_slice(slots, new_BKTH[None], (place, 0, 0, length, 0))
+    if place is not None:
+        return jax.lax.dynamic_update_slice(slots, new_BKTH[None], (place, 0, 0, length, 0))
+    new = new_BKTH.reshape(*slots.shape[:-2], *new_BKTH.shape[-2:])
+    return jax.lax.dynamic_update_slice(slots, new, (*(0,) * (slots.ndim - 2), length, 0))
 
 
 def _read(cache: Slots, place: Array | None) -> Slots:
     """Keys and values of one layer, each [B, K, S, H]."""
     if place is None:
-        return cache
+        return jax.tree.map(rows_first, cache)
     return jax.tree.map(lambda slots: jax.lax.dynamic_index_in_dim(slots, place, 0, False), cache)
+
+
+def rows_first(slots: Array) -> Array:
+    """Slots [..., B, K, S, H] of a cache whose single row may have no axis."""
+    return slots[None] if slots.ndim == 3 else slots

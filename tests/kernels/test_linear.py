@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.kernels.linear import add_bias, linear, row_linear
+from jaxgpt.kernels.linear import add_bias, linear, linear_by_rows
 
 
 def inputs(rng, dtype=jnp.float32, width=40):
@@ -91,7 +91,7 @@ def test_kernels_with_outputs_first_multiply_alike(rng, where, rows, monkeypatch
     monkeypatch.setattr("jaxgpt.kernels.linear.platform", lambda: where)
     x_BTD, kernel_DF, _ = inputs(rng)
     x_BTD = x_BTD[:1, :rows]
-    got = row_linear(x_BTD, kernel_DF.T, jnp.float32)
+    got = linear_by_rows(x_BTD, kernel_DF.T, jnp.float32)
     np.testing.assert_allclose(got, x_BTD @ kernel_DF, rtol=1e-5, atol=1e-5)
 
 

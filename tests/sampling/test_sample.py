@@ -185,6 +185,15 @@ def test_kernels_cast_for_decoding_write_the_same(name):
     assert kinds == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_of_its_own_is_laid_out_to_write_the_same(dtype):
+    cfg, params = dataclasses.replace(DENSE, dtype=dtype), PARAMS["dense"]
+    fast = for_decoding(cfg, params, 1)
+    for prompt in PROMPTS:
+        plain = generate(cfg, params, [prompt], GREEDY)[0]
+        assert generate(cfg, fast, [prompt], GREEDY)[0].tokens == plain.tokens
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_greedy_text_equals_transformers_generate(family, tmp_path):
     """A token may differ only where the two leading logits lie within 1e-4."""
@@ -212,9 +221,15 @@ def test_greedy_text_equals_transformers_generate(family, tmp_path):
             assert first - second < 1e-4
 
 
-def test_copies_of_a_prompt_are_read_once(tiny, rng, monkeypatch):
-    params = gpt.init(tiny, rng)
-    prompts = [prompt for prompt in ([1, 2, 3], [4], [5, 6]) for _ in range(4)]
+def test_the_first_of_the_largest_scores_is_drawn():
+    scores_BV = jnp.asarray([[1, 3, 2, 3], [-np.inf, -np.inf, -5, -6], [np.nan, 1, 2, 0]])
+    assert sample._largest(scores_BV).tolist() == [1, 2, 3]  # the last one is not a number
+
+
+@pytest.mark.parametrize("kinds", [([1, 2, 3], [4], [5, 6]), ([1, 2, 3],)])
+def test_copies_of_a_prompt_are_read_once(tiny, rng, monkeypatch, kinds):
+    params = for_decoding(tiny, gpt.init(tiny, rng))
+    prompts = [prompt for prompt in kinds for _ in range(4)]
     settings = Sampling(max_new_tokens=20, temperature=1.0, repetition_penalty=1.2)
     read, prefill = [], sample.prefill
 
@@ -226,9 +241,9 @@ def test_copies_of_a_prompt_are_read_once(tiny, rng, monkeypatch):
     found = generate(tiny, params, prompts, settings, rng=jax.random.key(5))
     monkeypatch.setattr(sample, "_copies", lambda prompts: 1)
     expected = generate(tiny, params, prompts, settings, rng=jax.random.key(5))
-    assert read == [3, 12]
+    assert read == [len(kinds), len(prompts)]
     assert [c.tokens for c in found] == [c.tokens for c in expected]
-    assert len({tuple(c.tokens) for c in found}) == 12
+    assert len({tuple(c.tokens) for c in found}) == len(prompts)
 
 
 def test_only_whole_groups_are_copies():
