@@ -226,6 +226,16 @@ def test_the_first_of_the_largest_scores_is_drawn():
     assert sample._largest(scores_BV).tolist() == [1, 2, 3]  # the last one is not a number
 
 
+def test_draws_are_those_of_jax(rng):
+    logits_BV = jax.random.normal(rng, (64, 50))
+    rng_B, index_B = jax.random.split(jax.random.key(5), 64), jnp.arange(64)
+    settings = Sampling(temperature=1.0, top_p=1.0)
+    found_B, _ = sample.draw(logits_BV, None, rng_B, index_B, settings)
+    keys_B = jax.vmap(jax.random.fold_in)(rng_B, index_B)
+    expected_B = jax.vmap(jax.random.categorical)(keys_B, jax.nn.log_softmax(logits_BV))
+    assert found_B.tolist() == expected_B.tolist()
+
+
 @pytest.mark.parametrize("kinds", [([1, 2, 3], [4], [5, 6]), ([1, 2, 3],)])
 def test_copies_of_a_prompt_are_read_once(tiny, rng, monkeypatch, kinds):
     params = for_decoding(tiny, gpt.init(tiny, rng))
