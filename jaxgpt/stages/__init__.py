@@ -68,6 +68,7 @@ def launch(name: str, cfg: RunConfig) -> None:
     """
     hardware.use_compilation_cache()
     hardware.keep_collectives_in_order()
+    hardware.keep_freed_memory()
     processes.join()
     mesh = sharding.make_mesh(cfg.mesh)
     shows, cfg = cfg.show_batch, dataclasses.replace(cfg, show_batch=False)
