@@ -56,10 +56,9 @@ def run(settings: list[str]) -> None:
 
     # On a CPU a checkpoint's copy of the state lies in the same memory; the plan is of the step.
     Checkpoints.save = lambda *_: None  # type: ignore[method-assign]
-    device = jax.devices()[0]
     start = psutil.Process().memory_info().rss
     stages.launch("pretrain", config.parse(config.PretrainConfig, "", settings))
-    stats = device.memory_stats()
+    stats = jax.devices()[0].memory_stats()
     print(stats["peak_bytes_in_use"] if stats else _peak() - start)
 
 

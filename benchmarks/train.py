@@ -108,11 +108,11 @@ def jaxgpt_side(dtype: str, name: str) -> None:
     import jax
     import numpy as np
 
-    from jaxgpt import hardware, optim, scoring, train
+    from jaxgpt import heap, optim, scoring, train
     from jaxgpt.kernels.platform import compiler_options
     from jaxgpt.model import gpt
 
-    hardware.keep_freed_memory()  # as a run does
+    heap.keep_freed()  # as a run does
     work, cfg = WORKLOADS[name], settings(name, dtype)
     model = cfg.model
     stage = train.Stage(

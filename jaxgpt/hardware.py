@@ -1,6 +1,5 @@
 """The machine: how fast it could be, and what a repetition of the run needs to be the same."""
 
-import ctypes
 import functools
 import importlib.metadata
 import os
@@ -24,9 +23,6 @@ class Chip(NamedTuple):
 
 
 SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"  # of XLA, for CPUs
-# glibc's <malloc.h>, and Linux' <sys/mman.h>
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
-MADV_HUGEPAGE, HUGE_PAGE = 14, 1 << 21
 
 # First match in device_kind wins. In jax a TPU v2 or v3 device is half a chip. Read in 2026:
 # TPUs: cloud.google.com/tpu/docs/v5e and its like; a link is one axis of the torus, both
@@ -142,32 +138,6 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Lets a CPU run reuse its buffers, in huge pages, instead of asking the kernel at each step.
-
-    XLA allocates a step's temporary memory with malloc and frees it again. glibc hands pieces that
-    large back to the kernel, which clears them page by page at the next step: 1.3 GB in pages of
-    4 KB for GPT-2 124M at 2 x 512, a fifth of the step. What is freed now stays with the process,
-    and half the machine's memory is set aside for the heap as addresses only: a page is taken
-    when it is first written. Without glibc nothing happens.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is None or not hasattr(libc, "mallopt"):
-        return
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    # <malloc.h>: all from one heap, no mapping of its own for a large piece, nothing given back
-    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
-        libc.mallopt(option, value)
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    if start := libc.malloc(size):  # None where the process's addresses are limited
-        aligned = -(-start // HUGE_PAGE) * HUGE_PAGE
-        libc.madvise(aligned, (start + size - aligned) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE)
-        libc.free(start)
 
 
 def keep_collectives_in_order() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxgpt import hardware, optim, processes, sharding, tree
+from jaxgpt import hardware, heap, optim, processes, sharding, tree
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import RunConfig
 from jaxgpt.kernels.platform import compiler_options
@@ -171,12 +171,14 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
         log.flush()  # refuses to save, or to go on from, a state that has diverged
         average = state.params if state.ema is None else state.ema
         params = everything(average, frozen, state.carry)
+        heap.give_back()  # of the step's memory, and below of the evaluation's
         if evaluates:
             log.held_out(done, evaluates(params))
         if samples:
             log.samples(done, sample(params) if sample else [])
         if saves:
             checkpoints.save(done, state, meta, log.held_out_loss(done))
+        heap.give_back()
 
     try:
         with (
@@ -287,7 +289,9 @@ def _resume(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any]) -
         raise ValueError("init: the frozen weights are not those that this run began with")
     for change in hardware.environment_changes(saved["environment"], meta["environment"]):
         print(f"warning: the resumed run may differ in the last bits: {change}", file=sys.stderr)
-    return checkpoints.restore(latest, state)
+    state = checkpoints.restore(latest, state)
+    heap.give_back()
+    return state
 
 
 @contextlib.contextmanager

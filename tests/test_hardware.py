@@ -1,7 +1,5 @@
 import json
 import os
-import platform
-import subprocess
 import sys
 import types
 
@@ -60,23 +58,3 @@ def test_virtual_devices_exchange_in_order(monkeypatch, flags, kept):
     hardware.keep_collectives_in_order()
     ordered = f"{flags} --{hardware.SCHEDULER}=false"
     assert os.environ["XLA_FLAGS"] == (flags if kept else ordered)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
-def test_freed_memory_is_used_again_without_new_pages() -> None:
-    """32 MB written a second time: without the call all of its pages are new ones."""
-    count = (
-        "import resource\n"
-        "from jaxgpt import hardware\n"
-        "{}\n"
-        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "bytearray(1 << 25)\n"
-        "before = faults()\n"
-        "bytearray(1 << 25)\n"
-        "print(faults() - before)\n"
-    )
-    new_pages = [
-        int(subprocess.check_output([sys.executable, "-c", count.format(call)], text=True))
-        for call in ("pass", "hardware.keep_freed_memory()")
-    ]
-    assert new_pages[1] < 10 < new_pages[0]  # the kernel may give huge pages by itself: 16

@@ -11,7 +11,19 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxgpt import files, hardware, metrics, peft, processes, report, rundir, sharding, train, tree
+from jaxgpt import (
+    files,
+    hardware,
+    heap,
+    metrics,
+    peft,
+    processes,
+    report,
+    rundir,
+    sharding,
+    train,
+    tree,
+)
 from jaxgpt.config import (
     DistillConfig,
     ModelConfig,
@@ -68,7 +80,7 @@ def launch(name: str, cfg: RunConfig) -> None:
     """
     hardware.use_compilation_cache()
     hardware.keep_collectives_in_order()
-    hardware.keep_freed_memory()
+    heap.keep_freed()
     processes.join()
     mesh = sharding.make_mesh(cfg.mesh)
     shows, cfg = cfg.show_batch, dataclasses.replace(cfg, show_batch=False)
