@@ -1,5 +1,6 @@
-"""A short benchmark against torch on this machine: a guard against large losses of speed."""
+"""Short benchmarks on this machine: guards against large losses of speed and memory."""
 
+import platform
 import re
 import subprocess
 import sys
@@ -20,3 +21,13 @@ def test_training_keeps_its_pace_beside_torch():
     assert done.returncode == 0, done.stdout + done.stderr
     # Seen alone: 0.9 to 1.0. Beside other tests a ratio is worth little, so only a third is asked.
     assert re.search(r"smoke: .* ratio \d", done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere freed memory is not ours")
+def test_a_run_takes_the_memory_that_its_plan_tells():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/memory.py"], capture_output=True, text=True, check=True
+    )
+    shares = [float(share) for share in re.findall(r"([\d.]+) of it", done.stdout)]
+    assert len(shares) == 2 and all(0.85 < share < 1.15 for share in shares), done.stdout
