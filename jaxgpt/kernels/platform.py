@@ -1,6 +1,7 @@
 """Where the program will run, and what that means for how it is written and compiled."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import jax
@@ -88,6 +89,24 @@ def compiler_options() -> dict[str, Any]:
     if platform() == "gpu":
         return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
     return _known_options() if platform() == "cpu" else {}
+
+
+def jit(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    """`jax.jit(function, **how)`, with `compiler_options` if it runs on a CPU.
+
+    Which of the two is seen at a call: JAX must not look for devices while a module is imported.
+    """
+    programs = cache(
+        lambda name: jax.jit(
+            function, compiler_options=compiler_options() if name == "cpu" else None, **how
+        )
+    )
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return programs(platform())(*args, **kwargs)
+
+    return call
 
 
 @cache

@@ -1,5 +1,6 @@
 """The sampler, compiled from shapes for devices that need not be here."""
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -29,14 +30,15 @@ def compile_sampler(
         row = lambda *shape: jax.ShapeDtypeStruct(
             shape, "int32", sharding=sharding.row_sharding(mesh, shape)
         )
-        read = lambda weights, tokens_BT, start_B: prefill(
+        # Unwrapped: a program may not bring options of its own into another.
+        read = lambda weights, tokens_BT, start_B: inspect.unwrap(prefill)(
             cfg, weights, tokens_BT, start_B, cfg.context_length, settings
         )
         state, reads = _compiled(read, weights, row(rows, prompt), row(rows))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
         rng_B = placed(keys, sharding.row_sharding(mesh, (rows,)))
         stops = jax.ShapeDtypeStruct((1,), "int32", sharding=sharding.replicated(mesh))
-        write = lambda weights, state, rng_B, stops: decode(
+        write = lambda weights, state, rng_B, stops: inspect.unwrap(decode)(
             cfg, weights, state, rng_B, stops, settings
         )
         _, writes = _compiled(write, weights, state, rng_B, stops, donate=1)

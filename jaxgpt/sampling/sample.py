@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxgpt import sharding, weights
 from jaxgpt.config import ModelConfig
-from jaxgpt.kernels.platform import platform
+from jaxgpt.kernels.platform import jit, platform
 from jaxgpt.model import gpt
 from jaxgpt.model.attention import KVCache, init_cache, rows_first
 from jaxgpt.sampling.truncation import penalize_repetition, truncate
@@ -211,7 +211,7 @@ def _stored(dtype: str, outputs_first: bool, params: Params) -> Params:
     return weights.store_transposed(params) if outputs_first else params
 
 
-@partial(jax.jit, static_argnames=("cfg", "capacity", "settings"))
+@partial(jit, static_argnames=("cfg", "capacity", "settings"))
 def prefill(
     cfg: ModelConfig,
     params: Params,
@@ -235,7 +235,7 @@ def prefill(
     return DecodeState(output.cache, logits_BTV[:, 0], index_B, done_B, seen_BV)
 
 
-@partial(jax.jit, static_argnames=("cfg", "settings"), donate_argnames="state")
+@partial(jit, static_argnames=("cfg", "settings"), donate_argnames="state")
 def decode(
     cfg: ModelConfig,
     params: Params,
