@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxgpt"
 LAYERS = (
     {"types", "config", "files", "tree"},
     {"kernels"},
-    {"hardware", "processes"},
+    {"hardware", "heap", "processes"},
     {"weights", "losses", "policy_losses", "optim", "sharding", "metrics", "checkpoint", "data"},
     {"model", "peft", "rundir", "runlog", "report", "tasks"},
     {"sampling", "convert", "train", "scoring"},
