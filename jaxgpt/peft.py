@@ -17,9 +17,11 @@ import numpy as np
 
 from jaxgpt import tree, weights
 from jaxgpt.config import ModelConfig, PeftConfig
+from jaxgpt.kernels import int8
+from jaxgpt.kernels.int8 import Int8Rows
 from jaxgpt.kernels.platform import platform
 from jaxgpt.types import Array, Batch, LossFn, Metrics, Params
-from jaxgpt.weights import Int8, Int8Rows, Kernel, Lora, Nf4
+from jaxgpt.weights import Int8, Kernel, Lora, Nf4
 
 PRESETS = {
     "attention": r"^blocks/attention/(query|key|value|output)/kernel$",
@@ -188,15 +190,20 @@ def quantize_int8(params: Params) -> Params:
     """int8 kernels for decoding: all of the blocks' but the router's, and the head's.
 
     A tied head becomes a kernel of its own, since the embedding is still looked up in float32.
-    CPUs round activations to two digits of int8, and read their kernels from the other side.
+    On a CPU activations are rounded, too, but those of experts (`kernels.int8`).
     """
     if "head" not in params:
         params = {**params, "head": {"kernel": weights.transpose(params["embed"]["embedding"])}}
     chosen = re.compile(rf"{PRESETS['all-linear']}|^head/kernel$").search
-    quantized = weights.map_kernels(
-        lambda name, k: weights.quantize(weights.dense(k), "int8") if chosen(name) else k, params
-    )
-    return weights.store_int8_rows(quantized) if platform() == "cpu" else quantized
+
+    def quantize(name: str, kernel: Kernel) -> Kernel | Int8Rows:
+        if not chosen(name):
+            return kernel
+        rounds_rows = platform() == "cpu" and "moe/" not in name
+        plain = weights.dense(kernel)
+        return int8.quantize(plain) if rounds_rows else weights.quantize(plain, "int8")
+
+    return weights.map_kernels(quantize, params)
 
 
 def leaves(params: Params) -> dict[str, Kernel]:

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt import tree
-from jaxgpt.kernels import grouped, nf4
-from jaxgpt.kernels.linear import int8_linear, linear, linear_by_rows
+from jaxgpt.kernels import grouped, int8, nf4
+from jaxgpt.kernels.int8 import Int8Rows
+from jaxgpt.kernels.linear import linear, linear_by_rows
 from jaxgpt.kernels.nf4 import Nf4
 from jaxgpt.kernels.placement import whole
 from jaxgpt.kernels.platform import accumulator_dtype, dot, platform
@@ -61,31 +62,19 @@ class Transposed:
     rows: Array  # [F, D]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Int8Rows:
-    """`Int8` with its output channels first, which rounds what it multiplies to two digits of int8.
-
-    For decoding on a CPU.
-    """
-
-    codes: Array  # [F, D] int8
-    scale: Array  # [F]
-
-
 Kernel = Array | Int8 | Nf4 | Lora
 
 
-def matmul(x: Array, kernel: Kernel | Transposed) -> Array:
+def matmul(x: Array, kernel: Kernel | Int8Rows | Transposed) -> Array:
     """x [..., D] times a kernel [D, F]."""
     if isinstance(kernel, Int8Rows):
-        return int8_linear(x, kernel.codes, kernel.scale)
+        return int8.product(x, kernel)
     if isinstance(kernel, Transposed):
         return linear_by_rows(x, kernel.rows, accumulator_dtype(x.dtype))
     return _apply(linear, lambda y_F, y: y_F.reshape((1,) * (y.ndim - 1) + y_F.shape), x, kernel)
 
 
-def scores(x: Array, kernel: Kernel | Transposed) -> Array:
+def scores(x: Array, kernel: Kernel | Int8Rows | Transposed) -> Array:
     """`matmul` in float32: a bfloat16 product of accelerators would round scores of 30 to 1/8."""
     if isinstance(kernel, Transposed):
         return linear_by_rows(x, kernel.rows, jnp.float32)
@@ -111,7 +100,7 @@ def dense(kernel: Kernel | Int8Rows) -> Array:
     if isinstance(kernel, Int8):
         return kernel.codes * kernel.scale[..., None, :]
     if isinstance(kernel, Int8Rows):
-        return (kernel.codes * kernel.scale[..., None]).mT
+        return int8.dequantize(kernel)
     if isinstance(kernel, Nf4):
         return nf4.dequantize(kernel)
     if isinstance(kernel, Lora):
@@ -162,17 +151,6 @@ def store_transposed(params: Params) -> Params:
     def turn(name: str, kernel: Kernel) -> Any:
         chosen = name.endswith("kernel") and "moe/" not in name
         return Transposed(kernel.mT) if chosen and isinstance(kernel, jax.Array) else kernel
-
-    return map_kernels(turn, params)
-
-
-def store_int8_rows(params: Params) -> Params:
-    """int8 kernels, of experts apart, with their output channels first."""
-
-    def turn(name: str, kernel: Kernel) -> Any:
-        if isinstance(kernel, Int8) and "moe/" not in name:
-            return Int8Rows(kernel.codes.mT, kernel.scale)
-        return kernel
 
     return map_kernels(turn, params)
 

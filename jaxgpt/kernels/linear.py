@@ -15,14 +15,12 @@ from jaxgpt.kernels.placement import whole
 from jaxgpt.kernels.platform import platform, separate, transposed
 from jaxgpt.types import Array
 
-FINER = 254  # steps of int8's second digit in one of its first: half a step up or down is 127
-
 
 def linear(x_BTD: Array, kernel_DF: Array) -> Array:
     """x @ kernel over any leading axes; float32 on CPU, the dtype of x on accelerators."""
     if platform() != "cpu":
         return _gathering_linear(x_BTD, kernel_DF)
-    return _on_rows(lambda x_ND: _linear(x_ND, kernel_DF), x_BTD)
+    return on_rows(lambda x_ND: _linear(x_ND, kernel_DF), x_BTD)
 
 
 def linear_by_rows(x_BTD: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
@@ -35,10 +33,10 @@ def linear_by_rows(x_BTD: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
         x_1D, rows_FD = x_BTD.reshape(1, -1).astype(jnp.float32), rows_FD.astype(jnp.float32)
         return (rows_FD * x_1D).sum(-1).astype(dtype)[None, None]
     dot = lambda x: jnp.einsum("...D,FD->...F", x, rows_FD, preferred_element_type=dtype)
-    return _on_rows(dot, x_BTD) if platform() == "cpu" else dot(x_BTD)
+    return on_rows(dot, x_BTD) if platform() == "cpu" else dot(x_BTD)
 
 
-def _on_rows(product: Callable[[Array], Array], x_BTD: Array) -> Array:
+def on_rows(product: Callable[[Array], Array], x_BTD: Array) -> Array:
     """product(x_ND), made for a CPU, over any leading axes of x."""
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     if len(x_ND) == 1 and x_ND.dtype != jnp.float32:
@@ -66,26 +64,6 @@ def _bias_backward(like_bias: Array, g: Array) -> tuple[Array, Array]:
 add_bias.defvjp(
     lambda y, bias_F: (add_bias(y, bias_F), jnp.zeros((), bias_F.dtype)), _bias_backward
 )
-
-
-def int8_linear(x_BTD: Array, codes_FD: Array, scale_F: Array) -> Array:
-    """x @ (codes * scale)^T with every row of x rounded to two digits of int8, in float32.
-
-    For CPUs with int8 dot products (avx512_vnni): codes are read as they are, output channels
-    first, where any other product would widen them. One digit would not do: a row's few large
-    entries leave the others a handful of steps. The second one costs little, since it is the
-    codes that take the time; for one row nothing, see `linear`.
-    """
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(jnp.float32)
-    largest_N1 = jnp.abs(x_ND).max(-1, keepdims=True)
-    step_N1 = jnp.where(largest_N1 > 0, largest_N1, 1) / 127
-    first_ND = jnp.round(x_ND / step_N1)
-    second_ND = jnp.round((x_ND / step_N1 - first_ND) * FINER)
-    digits_ND = jnp.concatenate([first_ND, second_ND]).astype(jnp.int8)
-    sums_NF = jnp.einsum("ND,FD->NF", digits_ND, codes_FD, preferred_element_type=jnp.int32)
-    first_NF, second_NF = jnp.split(sums_NF.astype(jnp.float32), 2)
-    out_NF = (first_NF + second_NF / FINER) * step_N1 * scale_F[None]
-    return out_NF.reshape(*x_BTD.shape[:-1], -1)
 
 
 @jax.custom_vjp
