@@ -74,12 +74,12 @@ def _libc() -> Any:
     return libc
 
 
-def _has_accelerator() -> bool:
+def _has_accelerator(devices: Path = Path("/dev")) -> bool:
     """Whether JAX would find a GPU or TPU, without asking it: its threads would start.
 
     There the heap is for Python and the compiler, whose many threads should not share one.
     """
     if chosen := jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
         return chosen != "cpu"
-    tpus = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
+    tpus = [*devices.glob("accel*"), *devices.glob("vfio/[0-9]*")]
     return bool(tpus) or importlib.util.find_spec("jax_plugins") is not None

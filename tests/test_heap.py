@@ -1,5 +1,6 @@
 """What the process keeps of its freed memory, seen from outside by the kernel's counts."""
 
+import importlib.util
 import platform
 import subprocess
 import sys
@@ -50,11 +51,34 @@ def test_what_is_free_between_other_pieces_is_given_back() -> None:
     assert new_pages < 10
 
 
-@pytest.mark.parametrize(("platforms", "found"), [("cpu", False), ("tpu,cpu", True)])
-def test_accelerators_are_known_by_what_jax_was_told(platforms: str, found: bool) -> None:
+@pytest.fixture
+def chosen():
+    """Sets `jax_platforms`, which is what it was after the test."""
     before = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_platforms", platforms)
-    try:
-        assert heap._has_accelerator() is found
-    finally:
-        jax.config.update("jax_platforms", before)
+    yield lambda platforms: jax.config.update("jax_platforms", platforms)
+    jax.config.update("jax_platforms", before)
+
+
+@pytest.mark.parametrize(("platforms", "found"), [("cpu", False), ("tpu,cpu", True)])
+def test_accelerators_are_known_by_what_jax_was_told(chosen, platforms: str, found: bool) -> None:
+    chosen(platforms)
+    assert heap._has_accelerator() is found
+
+
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [("null", False), ("vfio/vfio", False), ("accel0", True), ("vfio/0", True)],
+)
+def test_tpus_are_known_by_their_files(chosen, monkeypatch, tmp_path, file, found) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    chosen(None)
+    assert heap._has_accelerator(tmp_path) is found
+
+
+def test_gpus_are_known_by_their_plugin(chosen, monkeypatch, tmp_path) -> None:
+    (tmp_path / "jax_plugins").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    chosen(None)
+    assert heap._has_accelerator(tmp_path)
