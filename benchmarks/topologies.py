@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 TOPOLOGIES = ("v5e:2x4", "v6e:4x4", "v5p:4x4x8", "v5e:16x16")
-#          context, rows of a batch for each device, and the sampler's tensor axis at most
+#          context, rows of a batch for each device, and the tensor axis at most
 MODELS = {
     "gpt2-124m": (1024, 16, 1),
     "llama-135m": (2048, 8, 1),
@@ -28,9 +28,6 @@ def main() -> None:
     parser.add_argument("--override", nargs="*", default=[], help="--train.batch_size 8 ...")
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from jaxgpt import hardware
-
-    hardware.use_compilation_cache()
     for topology in args.topology:
         for model in args.model:
             for program in args.program:
@@ -38,24 +35,25 @@ def main() -> None:
 
 
 def train(name: str, topology: str, override: list[str]) -> str:
-    """The fastest setting that fits: FSDP over the longest axis of the slice, or all of it.
+    """The fastest setting that fits: FSDP over the longest axis of the slice.
 
     Over several axes at once the TPU compiler has no reduce-scatter: it turns even an explicit
-    psum_scatter into an all-reduce, of which every device keeps its part.
+    psum_scatter into an all-reduce, of which every device keeps its part. So where one axis has
+    not memory enough, others hold a part of every matrix (`mesh.tensor`).
     """
     from jaxgpt import config, hardware, sharding, stages
     from jaxgpt.plan import devices, report
 
     chips = devices.topology(topology)
-    context, rows, _ = MODELS[name]
+    context, rows, most = MODELS[name]
     chip = hardware.chip(chips[0])
     assert chip is not None
-    problem = ""
-    for fsdp in (_longest(topology), len(chips)):
+    fsdp, problem = _longest(topology), ""
+    for tensor in (n for n in (1, 2, 4, 8) if n <= most and fsdp * n <= len(chips)):
         cfg = config.parse(config.PretrainConfig, "", [
             "--model", f"configs/model/{name}.yaml", "--model.context_length", str(context),
             "--train.batch_size", str(rows * len(chips)), "--mesh.data", "-1", "--mesh.fsdp",
-            str(fsdp), "--fit", "auto", *override,
+            str(fsdp), "--mesh.tensor", str(tensor), "--fit", "auto", *override,
         ])  # fmt: skip
         try:
             cfg, step = stages.plan("pretrain", cfg, sharding.make_mesh(cfg.mesh, chips))
@@ -70,9 +68,11 @@ def train(name: str, topology: str, override: list[str]) -> str:
         for kind, both in report.per_layer(step).items()
     )
     span = lambda values, form: " to ".join(form.format(value) for value in values)
+    mesh = f"data {len(chips) // (fsdp * tensor)} x fsdp {fsdp}"
+    mesh += f" x tensor {tensor}" if tensor > 1 else ""
     return (
         f"| {name} | {topology} | train {cfg.train.batch_size} x {context} | "
-        f"data {len(chips) // fsdp} x fsdp {fsdp}, {step.micro_batches} micro-batches, "
+        f"{mesh}, {step.micro_batches} micro-batches, "
         f"remat {step.remat} | {step.memory.total / 1e9:.2f} | "
         f"{chip.memory / 1e9:.1f} | {layer} | {span(found['seconds_per_step'], '{:.3f}')} s | "
         f"{span(found['mfu'], '{:.0%}')} |"

@@ -30,7 +30,8 @@ def main() -> None:
     from jaxgpt import hardware, sharding, stages
     from jaxgpt.plan import devices, report
 
-    hardware.use_compilation_cache()
+    if not cfg.topology:  # JAX can write such a program, but not read it without a TPU
+        hardware.use_compilation_cache()
     hardware.keep_collectives_in_order()
     mesh = sharding.make_mesh(cfg.mesh, devices.topology(cfg.topology) if cfg.topology else None)
     cfg, step = stages.plan(stage, cfg, mesh)

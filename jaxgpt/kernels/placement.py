@@ -26,6 +26,19 @@ def by_rows(x_BTD: Array) -> Array:
     return jax.lax.with_sharding_constraint(x_BTD, spec)
 
 
+def by_columns(x_BTF: Array) -> Array:
+    """`by_rows`, but the width cut over `tensor`: heads side by side, as their kernels give or take
+    them.
+
+    Left alone XLA merges the change between [B, T, F] and heads into the product, and in the
+    backward pass otherwise than in the forward one: it would gather each kernel once for either.
+    """
+    if not _placeable() or shards.size("tensor") == 1:
+        return x_BTF
+    spec = P(*token_spec(x_BTF.shape[:2]), shards.cut(x_BTF.shape[2], "tensor"))
+    return jax.lax.with_sharding_constraint(x_BTF, spec)
+
+
 def whole(kernel_DF: Array) -> Array:
     """A kernel gathered from the devices that share it, unless a tensor axis cuts it on purpose."""
     if not _placeable() or shards.size("tensor") > 1:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.attention import attention, cached_attention
+from jaxgpt.kernels.placement import by_columns
 from jaxgpt.kernels.platform import accumulator_dtype
 from jaxgpt.model.layers import Linear, RMSNorm, residual_std, rotate
 from jaxgpt.types import Array
@@ -94,7 +95,7 @@ class Attention(nn.Module):
         else:
             out_BTNH = cached_attention(q_BTNH, *_read(cache, place), inputs.mask_BTS)
 
-        out_BTF = out_BTNH.reshape(*x_BTD.shape[:2], -1)
+        out_BTF = by_columns(out_BTNH.reshape(*x_BTD.shape[:2], -1))
         output = Linear(
             cfg.model_dim, cfg.bias == "all", cfg.dtype, residual_std(cfg), name="output"
         )
@@ -103,7 +104,7 @@ class Attention(nn.Module):
     def _heads(self, name: str, count: int, x_BTD: Array) -> Array:
         width = self.cfg.head_width
         linear = Linear(count * width, self.cfg.bias != "none", self.cfg.dtype, name=name)
-        return linear(x_BTD).reshape(*x_BTD.shape[:2], count, width)
+        return by_columns(linear(x_BTD)).reshape(*x_BTD.shape[:2], count, width)
 
 
 def init_cache(

@@ -24,6 +24,7 @@ from jaxgpt.config import (
     SftConfig,
     TrainConfig,
 )  # fmt: skip
+from jaxgpt.kernels.platform import compiler_options
 from jaxgpt.model import gpt
 from jaxgpt.plan import report, search
 from jaxgpt.plan.step import Memory, Step, TooLarge, compile_step
@@ -275,20 +276,26 @@ def test_a_choice_is_for_the_devices_it_was_made_for(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_a_tpu_gathers_each_kernel_once_and_scatters_its_gradient(remat):
+@pytest.mark.parametrize(
+    ("remat", "fsdp", "tensor"), [("none", 8, 1), ("full", 8, 1), ("none", 4, 2), ("full", 4, 2)]
+)
+def test_a_tpu_gathers_each_kernel_once_and_scatters_its_gradient(remat, fsdp, tensor, monkeypatch):
     pytest.importorskip("libtpu")
+    monkeypatch.setattr(train, "compiler_options", compiler_options)
     from jaxgpt.plan import devices
 
     model = dataclasses.replace(
         WIDE, model_dim=256, mlp_dim=768, context_length=128, dtype="bfloat16", remat=remat
     )
     cfg = dataclasses.replace(CFG, model=model, train=dataclasses.replace(CFG.train, batch_size=64))
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8), devices.topology("v5e:2x4"))
+    axes = MeshConfig(data=1, fsdp=fsdp, tensor=tensor)
+    mesh = sharding.make_mesh(axes, devices.topology("v5e:2x4"))
     step = compile_step(partial(stages.outline, "pretrain"), cfg, mesh)
     assert report.per_layer(step)["all-gather"] == {"forward": 7, "backward": 7}
     assert report.per_layer(step)["reduce-scatter"] == {"forward": 0, "backward": 7}
     added = [c for c in step.collectives if c.kind == "all-reduce" and c.loops[-1:] == (3,)]
+    if tensor > 1:  # adds up activations, too
+        return
     assert sum(c.bytes for c in added) < 2 * 2 * 4 * 256 * 2, "only norms are added up everywhere"
     assert np.isfinite(step.memory.total)
 
