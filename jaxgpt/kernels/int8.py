@@ -70,10 +70,8 @@ def _round(x: Array) -> tuple[Array, Array]:
 
 def _rotate(x: Array, outer_AA: np.ndarray, inner_CC: np.ndarray) -> Array:
     """Rows [..., D] times the Kronecker product of the two."""
-    x_NAC = x.reshape(-1, len(outer_AA), len(inner_CC))
-    # As products of like batches: XLA:CPU would transpose x for a single one.
-    outer_NAA = jnp.broadcast_to(outer_AA.T, (len(x_NAC), *outer_AA.shape))
-    return (jnp.matmul(outer_NAA, x_NAC) @ inner_CC).reshape(x.shape)
+    x_NAC = x.reshape(-1, len(outer_AA), len(inner_CC)) @ inner_CC
+    return jnp.einsum("NAC,AE->NEC", x_NAC, outer_AA).reshape(x.shape)
 
 
 @cache
