@@ -36,6 +36,7 @@ _TITLES = {
     "loss": "Loss", "loss by tokens": "Loss over tokens", "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm", "speed/tokens_per_second": "Tokens per second",
     "speed/mfu": "Model FLOPs utilisation",
+    "accuracy": "Accuracy", "nll": "Negative log-likelihood",
     "reward": "Reward on held-out problems", "exact_match": "Exact match on held-out problems",
     "rollout/reward": "Reward of rollouts", "rollout/exact_match": "Exact match of rollouts",
     "rollout/length": "Tokens of an answer", "rollout/kl": "KL of an answer to the reference",

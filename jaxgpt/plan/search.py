@@ -149,5 +149,6 @@ def _does_not_fit(cfg: RunConfig, mesh: Mesh, nearest: TooLarge, parts: int) -> 
         f"fit {mesh.size} x {mesh.devices.flat[0].device_kind} with any setting; the nearest, "
         f"{parts} micro-batches of whole rematerialisation, lacks {missing:.1f} GB a device of "
         f"{nearest.available / 1e9:.1f}; use more devices for mesh.fsdp (now "
-        f"{mesh.shape['fsdp']}), a shorter model.context_length or a smaller model"
+        f"{mesh.shape['fsdp']}) or mesh.tensor ({mesh.shape['tensor']}), a shorter "
+        "model.context_length or a smaller model"
     )
