@@ -126,8 +126,8 @@ def quantize(kernel: Array, kind: str) -> Int8 | Nf4:
     """A plain kernel [..., D, F] as "int8" or "nf4"."""
     if kind == "nf4":
         return nf4.quantize(kernel)
-    scale = jnp.maximum(jnp.abs(kernel).max(-2), jnp.finfo(jnp.float32).tiny) / 127
-    return Int8(jnp.round(kernel / scale[..., None, :]).astype(jnp.int8), scale)
+    codes_FD, scale_F = int8.round_rows(kernel.mT)
+    return Int8(codes_FD.mT, scale_F)
 
 
 def is_quantized(params: Params) -> bool:

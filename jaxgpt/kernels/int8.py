@@ -40,7 +40,7 @@ class Int8Rows:
 def quantize(kernel_DF: Array) -> Int8Rows:
     """The codes of a kernel [..., D, F]."""
     rows_FD = jnp.swapaxes(kernel_DF, -1, -2).astype(jnp.float32)
-    return Int8Rows(*_round(_rotate(rows_FD, *_factors(rows_FD.shape[-1]))))
+    return Int8Rows(*round_rows(_rotate(rows_FD, *_factors(rows_FD.shape[-1]))))
 
 
 def dequantize(kernel: Int8Rows) -> Array:
@@ -53,16 +53,16 @@ def dequantize(kernel: Int8Rows) -> Array:
 def product(x_BTD: Array, kernel: Int8Rows) -> Array:
     """x @ kernel over any leading axes, in float32."""
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(jnp.float32)
-    codes_ND, step_N = _round(_rotate(x_ND, *_factors(x_ND.shape[-1])))
-    dot = lambda codes_ND: jnp.einsum(
-        "ND,FD->NF", codes_ND, kernel.codes, preferred_element_type=jnp.int32
+    codes_ND, step_N = round_rows(_rotate(x_ND, *_factors(x_ND.shape[-1])))
+    dot = lambda rows_ND: jnp.einsum(
+        "ND,FD->NF", rows_ND, kernel.codes, preferred_element_type=jnp.int32
     )
     out_NF = on_rows(dot, codes_ND).astype(jnp.float32) * step_N[:, None] * kernel.scale[None]
     return out_NF.reshape(*x_BTD.shape[:-1], -1)
 
 
-def _round(x: Array) -> tuple[Array, Array]:
-    """int8 codes and the steps [...] between them, of rows [..., D]."""
+def round_rows(x: Array) -> tuple[Array, Array]:
+    """int8 codes of rows [..., D], the largest of each 127, and the steps [...] between them."""
     largest = jnp.abs(x).max(-1)
     step = jnp.where(largest > 0, largest, 1) / LARGEST
     return jnp.round(x / step[..., None]).astype(jnp.int8), step

@@ -27,6 +27,10 @@ def topology(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(name, "tpu", **options).devices)
     except Exception as error:  # of whatever type the plugin raises
         reason = " ".join(str(error).split())
-        missing = "libtpu" in reason or "not found" in reason or "No such" in reason
-        hint = 'pip install -e ".[tpu]"' if missing else "such as v5e:4x4 or v5p:4x4x8"
+        signs = ("libtpu", "not installed", "not found", "No such")
+        hint = (
+            'pip install -e ".[tpu]"'
+            if any(sign in reason for sign in signs)
+            else "such as v5e:4x4 or v5p:4x4x8"
+        )
         raise ValueError(f"topology={name}: {reason:.160}; {hint}") from None
