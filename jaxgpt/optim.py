@@ -34,9 +34,10 @@ def learning_rate(cfg: OptimConfig, step: Array, num_steps: int) -> Array:
 
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW (arXiv:1711.05101) or Muon."""
-    direction = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
+    direction = _kept_as(cfg.moments, optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps))
     if cfg.name == "muon":
-        direction = optax.partition({"muon": _muon(), "adam": direction}, _labels)
+        muon = _kept_as(cfg.moments, _muon())
+        direction = optax.partition({"muon": muon, "adam": direction}, _labels)
     update = optax.chain(
         direction,
         optax.add_decayed_weights(cfg.weight_decay, lambda params: decayed(cfg, params)),
@@ -67,3 +68,21 @@ def _muon() -> optax.GradientTransformation:
         contrib.scale_by_muon(weight_dimension_numbers=lambda leaves: jax.tree.map(axes, leaves)),
         optax.stateless(lambda updates, _: jax.tree.map(resize, updates)),
     )
+
+
+def _kept_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, computed in float32; its moments `mu` and `nu` lie in `dtype` between steps."""
+
+    def cast(state: optax.OptState, dtype: str) -> optax.OptState:
+        moment = re.compile(r"(^|/)(mu|nu)(/|$)")
+        return tree.map_named(
+            lambda name, leaf: leaf.astype(dtype) if moment.search(name) else leaf, state
+        )
+
+    def update(
+        updates: Params, state: optax.OptState, params: Params | None = None
+    ) -> tuple[Params, optax.OptState]:
+        updates, state = inner.update(updates, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)

@@ -121,6 +121,7 @@ WRONG = [
     ("--optim.weight_decay", "-0.1"),
     ("--optim.no_decay", "'('"),
     ("--optim.beta1", "1"),
+    ("--optim.beta2", "0.999", "--optim.moments", "bfloat16"),
     ("--optim.clip_norm", "-1"),
     ("--optim.ema", "1"),
     ("--checkpoint.every", "0"),

@@ -1,12 +1,14 @@
 """Optimizers against torch and against values worked out by hand."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxgpt import optim
+from jaxgpt import optim, tree
 from jaxgpt.config import OptimConfig
 
 
@@ -99,6 +101,51 @@ def test_adamw_steps_equal_torch():
     assert 0 < clipped < num_steps
     for mine, theirs in zip(jax.tree.leaves(params), leaves, strict=True):
         np.testing.assert_allclose(mine, theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_moments_in_bfloat16_equal_a_numpy_loop():
+    """Every update is of the whole moments; only what waits for the next step is rounded."""
+    cfg = OptimConfig(
+        learning_rate=0.05, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=0,
+        beta1=0.9, beta2=0.95, moments="bfloat16",
+    )  # fmt: skip
+    optimizer = optim.make_optimizer(cfg, 30)
+    one, beta1, beta2 = np.float32([1, 0.9, 0.95])
+    params = {"kernel": jnp.zeros((40, 5))}
+    state = optimizer.init(params)
+    expected = np.zeros((40, 5), np.float32)
+    mu = nu = np.zeros((40, 5), jnp.bfloat16)
+    whole_mu = np.zeros((40, 5), np.float32)
+    for step in range(30):
+        grad = np.random.default_rng(step).normal(0, 0.1, (40, 5)).astype(np.float32)
+        m = beta1 * mu.astype(np.float32) + (one - beta1) * grad
+        v = beta2 * nu.astype(np.float32) + (one - beta2) * grad**2
+        mu, nu = m.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
+        m, v = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.95 ** (step + 1))
+        expected -= 0.05 * m / (np.sqrt(v) + cfg.eps)
+        whole_mu = beta1 * whole_mu + (one - beta1) * grad
+        updates, state = optimizer.update({"kernel": jnp.asarray(grad)}, state, params)
+        params = optax.apply_updates(params, updates)
+    kept = tree.flatten(state)
+    np.testing.assert_array_equal(kept["0/mu/kernel"], mu)
+    np.testing.assert_array_equal(kept["0/nu/kernel"], nu)
+    np.testing.assert_allclose(params["kernel"], expected, rtol=1e-4, atol=1e-6)
+    assert 1e-5 < np.abs(mu.astype(np.float32) - whole_mu).max() < 2e-3, "rounded, and not far off"
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_moments_are_kept_in_bfloat16(name):
+    optimizer = optim.make_optimizer(OptimConfig(name=name, moments="bfloat16"), 10)
+    params = arrays(0)
+    state = optimizer.init(params)
+    updates, after = jax.jit(optimizer.update)(arrays(1), state, params)
+    for leaves in (tree.flatten(state), tree.flatten(after)):
+        moments = {key: leaf for key, leaf in leaves.items() if re.search("/(mu|nu)/", key)}
+        assert {leaf.dtype for leaf in moments.values()} == {jnp.dtype(jnp.bfloat16)}
+        assert len(moments) == (14 if name == "adamw" else 12)
+        others = {leaf.dtype.name for key, leaf in leaves.items() if key not in moments}
+        assert others == ({"int32"} if name == "adamw" else {"int32", "float32"})
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(updates)} == {"float32"}
 
 
 def test_muon_orthogonalises_the_matrices_of_the_blocks():

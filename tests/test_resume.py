@@ -131,11 +131,13 @@ def killed_at(step: int, stage: Stage) -> Stage:
     return stage._replace(next_batch=next_batch)
 
 
-@pytest.mark.parametrize(("at", "ema"), [(2, 0.0), (7, 0.9), (11, 0.0)])
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, at, ema):
+@pytest.mark.parametrize(
+    ("at", "ema", "moments"), [(2, 0.0, "float32"), (7, 0.9, "bfloat16"), (11, 0.0, "float32")]
+)
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, at, ema, moments):
     cfg = lambda name: run_of(
         tmp_path / name,
-        optim=OptimConfig(learning_rate=0.1, warmup_steps=2, ema=ema),
+        optim=OptimConfig(learning_rate=0.1, warmup_steps=2, ema=ema, moments=moments),
         log=LogConfig(every=1),
     )
     sample = lambda params: ["text"]

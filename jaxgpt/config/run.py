@@ -106,6 +106,8 @@ class OptimConfig:
     """Decay of the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the moments are kept; bfloat16 halves their memory (arXiv:2412.19437)."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     no_decay: str = r"(bias|scale|embedding|magnitude)$"
@@ -123,6 +125,12 @@ class OptimConfig:
         for name in ("beta1", "beta2", "ema"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.{name}", value, "must be in [0, 1)")
+            # bfloat16 has 8 bits: an average that moves by less than 2^-8 of itself stands still.
+            # At 0.999 it would stay three times too large after the gradients fall tenfold.
+            require(
+                self.moments == "float32" or name == "ema" or value <= 0.99, f"optim.{name}", value,
+                f"must be at most 0.99 with optim.moments={self.moments}; or keep them in float32",
+            )  # fmt: skip
         share = self.decay_fraction
         require(0 <= share <= 1, "optim.decay_fraction", share, "must be in [0, 1]")
         try:
