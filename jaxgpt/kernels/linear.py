@@ -102,12 +102,12 @@ def _pull(x_ND: Array, g_NF: Array) -> Array:
 
 @jax.custom_vjp
 def _gathering_linear(x_BTD: Array, kernel_DF: Array) -> Array:
-    return x_BTD @ whole(kernel_DF.astype(x_BTD.dtype))
+    return x_BTD @ whole(_rounded(kernel_DF, x_BTD.dtype))
 
 
 def _gathering_backward(saved: tuple[Array, Array], g_BTF: Array) -> tuple[Array, Array]:
     x_BTD, kernel_DF = saved
-    dx_BTD = g_BTF @ whole(kernel_DF.astype(x_BTD.dtype)).T
+    dx_BTD = g_BTF @ whole(_rounded(kernel_DF, x_BTD.dtype)).T
     leading = tuple(range(x_BTD.ndim - 1))
     dkernel_DF = jax.lax.dot_general(
         x_BTD, g_BTF, ((leading, leading), ((), ())), preferred_element_type=jnp.float32
@@ -119,3 +119,12 @@ _gathering_linear.defvjp(
     lambda x_BTD, kernel_DF: (_gathering_linear(x_BTD, kernel_DF), (x_BTD, kernel_DF)),
     _gathering_backward,
 )
+
+
+def _rounded(kernel_DF: Array, dtype: DTypeLike) -> Array:
+    """The kernel in `dtype`. On a TPU in two steps: seeing a plain cast, its compiler would make a
+    bfloat16 copy of all layers before the loop over them and hold it beside the float32 one.
+    """
+    if platform() == "tpu" and kernel_DF.dtype == jnp.float32 and dtype == jnp.bfloat16:
+        kernel_DF = jax.lax.reduce_precision(kernel_DF, exponent_bits=8, mantissa_bits=7)
+    return kernel_DF.astype(dtype)

@@ -90,8 +90,15 @@ def scatter(head_VD: Array, axes: tuple[str, ...]) -> Array:
     """`add_up`, of which each device of `fsdp` gets its own columns."""
     if "fsdp" not in axes:
         return add_up(head_VD, axes)
-    own_VD = jax.lax.psum_scatter(head_VD, "fsdp", scatter_dimension=1, tiled=True)
-    return add_up(own_VD, tuple(axis for axis in axes if axis != "fsdp"))
+    scattered = partial(jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=1, tiled=True)
+    tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    if tensor > 1 and len(head_VD) % tensor == 0:
+        # Left to XLA the rows that `tensor` cuts would be gathered first.
+        rows = P("tensor", None)
+        scattered = jax.shard_map(
+            scattered, in_specs=rows, out_specs=rows, axis_names={"tensor"}, check_vma=False
+        )
+    return add_up(scattered(head_VD), tuple(axis for axis in axes if axis != "fsdp"))
 
 
 def head_spec() -> P:

@@ -144,11 +144,12 @@ def _enough(refused: list[tuple[int, TooLarge]]) -> float:
 
 def _does_not_fit(cfg: RunConfig, mesh: Mesh, nearest: TooLarge, parts: int) -> str:
     missing = (nearest.needed - nearest.available) / 1e9
+    narrower = "optim.moments=bfloat16, " if cfg.optim.moments == "float32" else ""
     return (
         f"model.num_layers={cfg.model.num_layers}, model.model_dim={cfg.model.model_dim}: does not "
         f"fit {mesh.size} x {mesh.devices.flat[0].device_kind} with any setting; the nearest, "
         f"{parts} micro-batches of whole rematerialisation, lacks {missing:.1f} GB a device of "
         f"{nearest.available / 1e9:.1f}; use more devices for mesh.fsdp (now "
-        f"{mesh.shape['fsdp']}) or mesh.tensor ({mesh.shape['tensor']}), a shorter "
+        f"{mesh.shape['fsdp']}) or mesh.tensor ({mesh.shape['tensor']}), {narrower}a shorter "
         "model.context_length or a smaller model"
     )

@@ -115,7 +115,7 @@ def compile_step(outline: Outline, cfg: RunConfig, mesh: Mesh) -> Step:
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            raise _too_large(error, sum(held.values()), mesh) from None
+            raise _too_large(error, mesh) from None
     seen = program.read(compiled.as_text())
     return Step(
         micro_batches=cfg.train.micro_batches,
@@ -126,7 +126,7 @@ def compile_step(outline: Outline, cfg: RunConfig, mesh: Mesh) -> Step:
         tokens=math.prod(blank["tokens"].shape),
         flops_per_token=metrics.flops_per_token(cfg.model, blank["tokens"].shape[-1]),
         flops=flops.count(traced.jaxpr),
-        memory=_memory(held, compiled.memory_analysis()),
+        memory=_memory(held, compiled.memory_analysis(), mesh.devices.flat[0].platform),
         memory_traffic=seen.memory_bytes,
         collectives=seen.collectives,
         num_layers=cfg.model.num_layers,
@@ -172,26 +172,29 @@ def num_bytes(arrays: Any) -> float:
     return float(sum(map(share, jax.tree.leaves(arrays))))
 
 
-def _memory(held: dict[str, float], sizes: Any) -> Memory:
+def _memory(held: dict[str, float], sizes: Any, platform: str) -> Memory:
     """The compiler's sum, by kind: what it pads beyond what we count is among the activations."""
-    gradients = min(held["parameters"], float(sizes.temp_size_in_bytes))
+    temporaries = program.temporaries(sizes, platform)
+    gradients = min(held["parameters"], temporaries)
     padding = sizes.argument_size_in_bytes - sum(held.values())
     return Memory(
         **held,
         gradients=gradients,
-        activations=sizes.temp_size_in_bytes - gradients + padding,
+        activations=temporaries - gradients + padding,
         output=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         program=sizes.generated_code_size_in_bytes,
     )
 
 
-def _too_large(error: Exception, held: float, mesh: Mesh) -> Exception:
-    """TooLarge, if that is what the compiler says; it may count temporaries only."""
+def _too_large(error: Exception, mesh: Mesh) -> Exception:
+    """TooLarge, if that is what the compiler says; what it calls temporaries has the arguments in
+    it, as its buffer assignment shows.
+    """
     text = str(error)
     gigabytes = r"([\d.]+)([KMG])"
-    whole = re.search(rf"Used {gigabytes} of {gigabytes}", text)
-    parts = re.search(rf"\({gigabytes}\) exceeds available HBM \({gigabytes}\)", text)
-    found = whole or parts
+    found = re.search(rf"Used {gigabytes} of {gigabytes}", text) or re.search(
+        rf"\({gigabytes}\) exceeds available HBM \({gigabytes}\)", text
+    )
     if "RESOURCE_EXHAUSTED" not in text:
         return error
     if found is None:
@@ -199,5 +202,4 @@ def _too_large(error: Exception, held: float, mesh: Mesh) -> Exception:
         available = chip.memory if chip else math.inf
         return TooLarge(math.nan, available)
     size = lambda number, unit: float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit]
-    needed, available = size(*found.groups()[:2]), size(*found.groups()[2:])
-    return TooLarge(needed + (0 if whole else held), available)
+    return TooLarge(size(*found.groups()[:2]), size(*found.groups()[2:]))

@@ -6,6 +6,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -26,8 +27,8 @@ from jaxgpt.config import (
 )  # fmt: skip
 from jaxgpt.kernels.platform import compiler_options
 from jaxgpt.model import gpt
-from jaxgpt.plan import report, search
-from jaxgpt.plan.step import Memory, Step, TooLarge, compile_step
+from jaxgpt.plan import program, report, search
+from jaxgpt.plan.step import Memory, Step, TooLarge, _too_large, compile_step
 
 ROOT = Path(__file__).parents[2]
 WIDE = ModelConfig(
@@ -99,6 +100,12 @@ def test_rows_stay_where_they_are(steps):
 def test_the_head_is_added_up_once_whatever_the_chunk(steps):
     head = [c for c in steps["fsdp"].collectives if c.kind == "reduce-scatter"]
     assert [(c.loops, c.bytes) for c in head] == [((), 4 * 512 * 64 * 7 / 8)]
+
+
+def test_a_head_cut_over_tensor_is_scattered_as_it_lies(steps):
+    """Gathering its rows first would take a whole gradient's memory: 2 GB for Llama 8B's shape."""
+    head = [c for c in steps["all three"].collectives if c.name.endswith("reduce_scatter")]
+    assert [(c.kind, c.bytes) for c in head] == [("reduce-scatter", 4 * 512 * 64 / 2 * 1 / 2)]
 
 
 def test_flops_and_tokens_do_not_depend_on_the_mesh(steps):
@@ -206,7 +213,9 @@ def test_the_search_takes_the_fastest_that_fits(machine, capacity, chosen):
 
 def test_what_fits_nowhere_says_by_how_much(machine):
     machine(10.25)
-    with pytest.raises(ValueError, match=r"does not fit 1 x cpu .* lacks .* GB .* mesh\.fsdp"):
+    with pytest.raises(
+        ValueError, match=r"does not fit 1 x cpu .* lacks .* GB .* mesh\.fsdp.*moments"
+    ):
         search.search(None, CFG, mesh_of())
 
 
@@ -220,6 +229,39 @@ def test_a_compiler_that_knows_better_is_believed():
     error = TooLarge(72e9, 16e9)
     tried = lambda parts, remat: error if parts < 8 else step_of(parts, remat, 1)
     assert search.largest_micro_batch(tried, "none", [1, 2, 4, 8, 16]).micro_batches == 8
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.",
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (20.50G) exceeds "
+        "available HBM (15.75G).",
+    ],
+)
+def test_what_a_tpu_compiler_lacks_is_read_from_its_refusal(said):
+    """Either number is of everything, weights and moments included."""
+    error = _too_large(jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}"), mesh_of())
+    assert isinstance(error, TooLarge)
+    assert (error.needed, error.available) == (20.5 * 2**30, 15.75 * 2**30)
+    other = jax.errors.JaxRuntimeError("INTERNAL: a bug")
+    assert _too_large(other, mesh_of()) is other
+
+
+def test_a_tpu_program_takes_what_its_compiler_lays_out():
+    """Figures of libtpu 0.0.42: an 8B shape's step, and a prefill whose peak has on-chip memory."""
+    sizes = partial(SimpleNamespace, generated_code_size_in_bytes=0)
+    step = sizes(
+        argument_size_in_bytes=8032, output_size_in_bytes=8032, alias_size_in_bytes=8032,
+        temp_size_in_bytes=11374, peak_memory_in_bytes=15696,
+    )  # fmt: skip
+    prefill = sizes(
+        argument_size_in_bytes=405, output_size_in_bytes=304, alias_size_in_bytes=0,
+        temp_size_in_bytes=39, peak_memory_in_bytes=826,
+    )  # fmt: skip
+    assert program.total_bytes(step, "tpu") == 15696, "its buffers: 15,700"
+    assert program.total_bytes(prefill, "tpu") == 748, "its buffers: 735"
+    assert program.total_bytes(step, "cpu") == 8032 + 11374, "a CPU's peak has no temporaries"
 
 
 def test_a_batch_that_no_device_divides_is_refused():
@@ -297,6 +339,29 @@ def test_a_tpu_gathers_each_kernel_once_and_scatters_its_gradient(remat, fsdp, t
     if tensor == 1:  # else activations are added up, too
         assert sum(c.bytes for c in added) < 2 * 2 * 4 * 256 * 2, "only norms are, everywhere"
     assert np.isfinite(step.memory.total)
+
+
+@pytest.mark.slow
+def test_llama_8b_trains_whole_on_eight_chips_of_16_gb(monkeypatch):
+    """With moments in bfloat16, and no copy of the kernels beside them."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setattr(train, "compiler_options", compiler_options)
+    from jaxgpt.plan import devices
+
+    cfg = config.parse(config.PretrainConfig, "", [
+        "--model", str(ROOT / "configs" / "model" / "llama-8b.yaml"),
+        "--model.context_length", "2048", "--model.remat", "full", "--train.batch_size", "8",
+        "--mesh.data", "1", "--mesh.fsdp", "4", "--mesh.tensor", "2",
+        "--optim.moments", "bfloat16",
+    ])  # fmt: skip
+    mesh = sharding.make_mesh(cfg.mesh, devices.topology("v5e:2x4"))
+    step = search.as_given(partial(stages.outline, "pretrain"), cfg, mesh)
+    assert step.memory.total < 15.5e9
+    assert report.per_layer(step)["all-gather"] == {"forward": 7, "backward": 7}
+    assert report.per_layer(step)["reduce-scatter"] == {"forward": 0, "backward": 7}
+    with pytest.raises(ValueError, match="lacks"):
+        in_float32 = dataclasses.replace(cfg, optim=config.OptimConfig())
+        search.as_given(partial(stages.outline, "pretrain"), in_float32, mesh)
 
 
 @pytest.mark.slow
