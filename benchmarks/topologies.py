@@ -8,7 +8,6 @@ Needs libtpu. All times are estimates from data sheets; nothing runs.
 
 import argparse
 import os
-from typing import Any
 
 TOPOLOGIES = ("v5e:2x4", "v6e:4x4", "v5p:4x4x8", "v5e:16x16")
 #          context, rows of a batch for each device, and the tensor axis at most
@@ -25,7 +24,10 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--topology", nargs="+", default=list(TOPOLOGIES))
     parser.add_argument("--program", nargs="+", default=["train", "sample"])
-    parser.add_argument("--override", nargs="*", default=[], help="--train.batch_size 8 ...")
+    parser.add_argument(
+        "--override", nargs=argparse.REMAINDER, default=[],
+        help="settings of pretrain.py, after all else: --override --train.batch_size 8 ...",
+    )  # fmt: skip
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     for topology in args.topology:
@@ -101,7 +103,9 @@ def sample(name: str, topology: str, _: list[str]) -> str:
     exchanged = sum(c.bytes * c.times for c in moved.collectives)
     parts = (moved.memory_bytes / chip.bandwidth, exchanged / chip.link)
     seconds = [each / SCAN_STEPS for each in (max(parts), sum(parts))]
-    memory = [_total(each.memory_analysis()) / 1e9 for each in (prefill, decode)]
+    memory = [
+        program.total_bytes(each.memory_analysis(), "tpu") / 1e9 for each in (prefill, decode)
+    ]
     return (
         f"| {name} | {topology} | sample {rows} x ({prompt} + {context - prompt}) | "
         f"tensor {tensor} | {memory[0]:.2f}, {memory[1]:.2f} (prefill, decode) | "
@@ -113,13 +117,6 @@ def sample(name: str, topology: str, _: list[str]) -> str:
 def _longest(topology: str) -> int:
     """The chips along the longest axis of a slice."""
     return max(map(int, topology.split(":")[1].split("x")))
-
-
-def _total(sizes: Any) -> float:
-    return (
-        sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes
-        - sizes.alias_size_in_bytes + sizes.generated_code_size_in_bytes
-    )  # fmt: skip
 
 
 if __name__ == "__main__":
