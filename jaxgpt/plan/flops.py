@@ -29,7 +29,10 @@ def _of(equation: Any) -> float:
     if name == "scan":
         return inner * params["length"]
     if name == "pallas_call":
-        return inner * math.prod(params["grid_mapping"].grid)
+        grid = params["grid_mapping"].grid
+        if all(isinstance(size, int) for size in grid):
+            return inner * math.prod(grid)
+        return float(params["cost_estimate"].flops)  # as many blocks as the data ask for
     if name == "shard_map":
         return inner * _devices(params)
     return inner

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.kernels import grouped
@@ -120,3 +120,52 @@ def test_ragged_path_matches_every_expert(rng, monkeypatch):
         value_and_gradients(ragged, arrays, expert_NJ),
         value_and_gradients(every_expert, arrays, expert_NJ),
     )
+
+
+@pytest.mark.parametrize("N", [37, 640])  # filled up to a tile; 1,280 rows, tiles of 256
+def test_a_tpus_gradient_of_the_kernels_matches_every_expert(rng, monkeypatch, N):
+    """Its kernel as interpreted; the last expert has no rows, and a gradient of zero."""
+    kernel = grouped.ragged_matmul
+    monkeypatch.setattr(grouped, "platform", lambda: "tpu")
+    monkeypatch.setattr(grouped, "ragged_matmul", lambda *a: kernel(*a, True))
+    arrays, expert_NJ = inputs(rng, N, 2, 5)
+    own = lambda *a: dropless(*a)
+    assert_close(
+        value_and_gradients(own, arrays, expert_NJ),
+        value_and_gradients(every_expert, arrays, expert_NJ),
+    )
+
+
+def test_rows_behind_the_last_group_have_no_part_in_a_gradient(rng):
+    rows_RD, kernel_EDF, sizes_E = jnp.ones((256, D)), jnp.ones((3, D, F)), jnp.array([100, 0, 30])
+    total = lambda kernel_EDF: grouped.ragged_matmul(rows_RD, kernel_EDF, sizes_E, True)[:130].sum()
+    gradient_EDF = jax.grad(total)(kernel_EDF)
+    np.testing.assert_array_equal(gradient_EDF[:, 0, 0], sizes_E)
+
+
+@pytest.mark.slow
+def test_on_a_tpu_a_gradient_costs_as_much_as_the_product():
+    """Autodiff's would take every expert's product with every row: 8 times as many."""
+    pytest.importorskip("libtpu")
+    from jaxgpt.plan import devices
+
+    placed = SingleDeviceSharding(devices.topology("v5e:2x2")[0])
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=placed)
+    arrays = (
+        shape("bfloat16", 2048, 256), shape("bfloat16", 8, 256, 512), shape("int32", 8),
+        shape("bfloat16", 2048, 512),
+    )  # fmt: skip
+    product = 2 * 2048 * 256 * 512
+
+    def gradients(matmul, rows_RD, kernel_EDF, sizes_E, g_RF):
+        return jax.vjp(lambda x, y: matmul(x, y, sizes_E), rows_RD, kernel_EDF)[1](g_RF)
+
+    cost = lambda matmul: (
+        jax.jit(partial(gradients, matmul))
+        .trace(*arrays)
+        .lower()
+        .compile()
+        .cost_analysis()["flops"]
+    )
+    assert cost(grouped.ragged_matmul) < 2.2 * product
+    assert cost(jax.lax.ragged_dot) > 8 * product
