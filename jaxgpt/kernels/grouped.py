@@ -5,10 +5,10 @@
     rows_RF = grouped_matmul(rows_RD, kernel_EDF, layout)    # as often as an expert has matrices
     y_ND = combine(rows_RD, gate_NJ, layout)
 
-Accelerators multiply ragged groups. On XLA:CPU a ragged product costs as much as every expert on
-every token, so there each expert's rows are filled up to whole blocks, and each block is one
-dense product (2.7 to 5 times faster). On TPUs that is so of the kernels' gradient alone, which is
-left to a kernel that comes with JAX.
+On CPUs and GPUs XLA makes of a ragged product every expert's product with every row, so there each
+expert's rows are filled up to whole blocks, and each block is one dense product (on CPUs 2.7 to 5
+times faster; on a GPU with eight experts 0.15 of the FLOPs, by count). TPUs multiply ragged groups;
+but for the kernels' gradient, which is left to a kernel that comes with JAX.
 
 Axes besides those of STYLE.md: N tokens, J choices of a token, A = N * J, R rows, X blocks
 of C rows.
@@ -20,10 +20,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.kernels.platform import platform, transposed
+from jaxgpt.kernels.platform import dot, platform, transposed
 from jaxgpt.types import Array
 
 LANES = 128  # a TPU's tiles of rows are multiples of it
+MOST_COPIED = 1 << 28  # numbers; as float32, in a gradient, a gigabyte
 
 
 class Layout(NamedTuple):
@@ -101,9 +102,8 @@ combine.defvjp(
 
 def grouped_matmul(rows_RD: Array, kernel_EDF: Array, layout: Layout) -> Array:
     """Each row times its expert's kernel; float32 on CPU, the dtype of the rows elsewhere."""
-    if platform() != "cpu":
-        ragged = ragged_matmul if platform() == "tpu" else jax.lax.ragged_dot
-        return ragged(rows_RD, kernel_EDF.astype(rows_RD.dtype), layout.group_sizes_E)
+    if platform() == "tpu":
+        return ragged_matmul(rows_RD, kernel_EDF.astype(rows_RD.dtype), layout.group_sizes_E)
     block = _block_rows(layout.row_NJ.size, len(kernel_EDF))
     rows_XCD = rows_RD.reshape(-1, block, rows_RD.shape[-1])
     out_XCF = _block_matmul(rows_XCD, kernel_EDF, layout.expert_R[::block])
@@ -161,41 +161,55 @@ def _block_forward(
 
     def one(block: tuple[Array, Array]) -> Array:
         rows_CD, expert = block
-        return _dot("CD,DF->CF", rows_CD, cast_EDF[expert])
+        return dot("CD,DF->CF", rows_CD, cast_EDF[expert])
 
     like_kernel = jnp.zeros((), kernel_EDF.dtype)  # residuals must be arrays: this carries a dtype
-    return jax.lax.map(one, (rows_XCD, expert_X)), (rows_XCD, cast_EDF, expert_X, like_kernel)
+    all_blocks = jax.vmap(one) if _at_once(expert_X, cast_EDF) else partial(jax.lax.map, one)
+    return all_blocks((rows_XCD, expert_X)), (rows_XCD, cast_EDF, expert_X, like_kernel)
 
 
 def _block_backward(saved: tuple[Array, ...], g_XCF: Array) -> tuple[Array, Array, None]:
     rows_XCD, cast_EDF, expert_X, like_kernel = saved
 
-    def one(dkernel_EDF: Array, block: tuple[Array, ...]) -> tuple[Array, Array]:
+    def one(block: tuple[Array, ...]) -> tuple[Array, Array]:
         rows_DC, g_CF, expert = block
-        drows_CD = _dot("CF,DF->CD", g_CF, cast_EDF[expert])
-        dkernel_EDF = dkernel_EDF.at[expert].add(_dot("DC,CF->DF", rows_DC, g_CF))
-        return dkernel_EDF, drows_CD.astype(rows_DC.dtype)
+        drows_CD = dot("CF,DF->CD", g_CF, cast_EDF[expert]).astype(rows_DC.dtype)
+        dkernel_DF = jnp.einsum("DC,CF->DF", rows_DC, g_CF, preferred_element_type=jnp.float32)
+        return drows_CD, dkernel_DF
+
+    def add(dkernel_EDF: Array, block: tuple[Array, ...]) -> tuple[Array, Array]:
+        drows_CD, dkernel_DF = one(block)
+        return dkernel_EDF.at[block[-1]].add(dkernel_DF), drows_CD
 
     blocks = (transposed(rows_XCD), g_XCF.astype(rows_XCD.dtype), expert_X)
-    zeros_EDF = jnp.zeros(cast_EDF.shape, jnp.float32)
-    dkernel_EDF, drows_XCD = jax.lax.scan(one, zeros_EDF, blocks)
+    if _at_once(expert_X, cast_EDF):
+        drows_XCD, dkernel_XDF = jax.vmap(one)(blocks)
+        # A scatter would add in no fixed order.
+        visits_XE = jax.nn.one_hot(expert_X, len(cast_EDF))
+        dkernel_EDF = jnp.einsum("XE,XDF->EDF", visits_XE, dkernel_XDF, precision="highest")
+    else:
+        dkernel_EDF, drows_XCD = jax.lax.scan(add, jnp.zeros(cast_EDF.shape, jnp.float32), blocks)
     return drows_XCD, dkernel_EDF.astype(like_kernel.dtype), None
 
 
 _block_matmul.defvjp(_block_forward, _block_backward)
 
 
-def _dot(spec: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+def _at_once(expert_X: Array, kernel_EDF: Array) -> bool:
+    """Whether one batched product takes all blocks, each with a copy of its expert's kernel.
+
+    A GPU wastes its time on many small products, and its memory on copies of large kernels.
+    """
+    return platform() == "gpu" and len(expert_X) * kernel_EDF[0].size <= MOST_COPIED
 
 
 def _block_rows(choices: int, num_experts: int) -> int:
-    """Rows of a block: on CPU a power of two near half an expert's even share; elsewhere 1.
+    """Rows of a block: a power of two near a part of an expert's even share; on a TPU 1.
 
     Small blocks fill fewer rows, large ones read the kernel less often. Eight keeps a product of
     one decoded token off the matrix-vector kernel (see `linear`).
     """
-    if platform() != "cpu":
+    if platform() == "tpu":
         return 1
-    share = choices // (2 * num_experts)
-    return min(128, max(8, 1 << share.bit_length()))
+    parts, most = (2, 128) if platform() == "cpu" else (8, choices)
+    return max(8, min(most, 1 << (choices // (parts * num_experts)).bit_length()))

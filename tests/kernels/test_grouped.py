@@ -111,9 +111,11 @@ def test_dropless_under_scan_is_the_same_with_remat_and_on_eight_devices(rng):
         assert_close((got[0], *got[1]), (value, *gradients))
 
 
-def test_ragged_path_matches_every_expert(rng, monkeypatch):
-    """What accelerators run, on this CPU."""
+@pytest.mark.parametrize("most", [grouped.MOST_COPIED, 0])
+def test_blocks_of_a_gpu_match_every_expert(rng, monkeypatch, most):
+    """All at once, and one by one where copies of the kernels would be too large; on this CPU."""
     monkeypatch.setattr(grouped, "platform", lambda: "gpu")
+    monkeypatch.setattr(grouped, "MOST_COPIED", most)
     arrays, expert_NJ = inputs(rng, 37, 2, 5)
     ragged = lambda *a: dropless(*a)  # another function: not the one compiled for CPU
     assert_close(
