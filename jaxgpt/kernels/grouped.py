@@ -7,8 +7,8 @@
 
 On CPUs and GPUs XLA makes of a ragged product every expert's product with every row, so there each
 expert's rows are filled up to whole blocks, and each block is one dense product (on CPUs 2.7 to 5
-times faster; on a GPU with eight experts 0.15 of the FLOPs, by count). TPUs multiply ragged groups;
-but for the kernels' gradient, which is left to a kernel that comes with JAX.
+times faster; on a GPU with eight experts 0.15 of the FLOPs, by count). TPUs and a GPU that decodes
+multiply ragged groups; a TPU's gradient of the kernels is left to a kernel that comes with JAX.
 
 Axes besides those of STYLE.md: N tokens, J choices of a token, A = N * J, R rows, X blocks
 of C rows.
@@ -102,9 +102,10 @@ combine.defvjp(
 
 def grouped_matmul(rows_RD: Array, kernel_EDF: Array, layout: Layout) -> Array:
     """Each row times its expert's kernel; float32 on CPU, the dtype of the rows elsewhere."""
-    if platform() == "tpu":
-        return ragged_matmul(rows_RD, kernel_EDF.astype(rows_RD.dtype), layout.group_sizes_E)
     block = _block_rows(layout.row_NJ.size, len(kernel_EDF))
+    if block == 1:
+        ragged = ragged_matmul if platform() == "tpu" else jax.lax.ragged_dot
+        return ragged(rows_RD, kernel_EDF.astype(rows_RD.dtype), layout.group_sizes_E)
     rows_XCD = rows_RD.reshape(-1, block, rows_RD.shape[-1])
     out_XCF = _block_matmul(rows_XCD, kernel_EDF, layout.expert_R[::block])
     return out_XCF.reshape(len(rows_RD), -1)
@@ -204,12 +205,13 @@ def _at_once(expert_X: Array, kernel_EDF: Array) -> bool:
 
 
 def _block_rows(choices: int, num_experts: int) -> int:
-    """Rows of a block: a power of two near a part of an expert's even share; on a TPU 1.
+    """Rows of a block: a power of two near a part of an expert's even share; 1: a ragged product.
 
     Small blocks fill fewer rows, large ones read the kernel less often. Eight keeps a product of
-    one decoded token off the matrix-vector kernel (see `linear`).
+    one decoded token off the matrix-vector kernel (see `linear`). A GPU reads all experts for a
+    few rows sooner than it copies those that they visit.
     """
-    if platform() == "tpu":
-        return 1
-    parts, most = (2, 128) if platform() == "cpu" else (8, choices)
-    return max(8, min(most, 1 << (choices // (parts * num_experts)).bit_length()))
+    if platform() == "cpu":
+        return min(128, max(8, 1 << (choices // (2 * num_experts)).bit_length()))
+    share = choices // (8 * num_experts)
+    return 1 if platform() == "tpu" or share < 8 else 1 << share.bit_length()
