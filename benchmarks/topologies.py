@@ -10,12 +10,12 @@ import argparse
 import os
 
 TOPOLOGIES = ("v5e:2x4", "v6e:4x4", "v5p:4x4x8", "v5e:16x16")
-#          context, rows of a batch for each device, and the tensor axis at most
+#          context, rows of a batch for each device, loss_chunk, and the tensor axis at most
 MODELS = {
-    "gpt2-124m": (1024, 16, 1),
-    "llama-135m": (2048, 8, 1),
-    "llama-135m-moe": (2048, 8, 1),
-    "llama-8b": (2048, 2, 8),
+    "gpt2-124m": (1024, 16, 4096, 1),
+    "llama-135m": (2048, 8, 1024, 1),
+    "llama-135m-moe": (2048, 8, 1024, 1),
+    "llama-8b": (2048, 2, 1024, 8),
 }
 
 
@@ -47,15 +47,16 @@ def train(name: str, topology: str, override: list[str]) -> str:
     from jaxgpt.plan import devices, report
 
     chips = devices.topology(topology)
-    context, rows, most = MODELS[name]
+    context, rows, chunk, most = MODELS[name]
     chip = hardware.chip(chips[0])
     assert chip is not None
     fsdp, problem = _longest(topology), ""
     for tensor in (n for n in (1, 2, 4, 8) if n <= most and fsdp * n <= len(chips)):
         cfg = config.parse(config.PretrainConfig, "", [
             "--model", f"configs/model/{name}.yaml", "--model.context_length", str(context),
-            "--train.batch_size", str(rows * len(chips)), "--mesh.data", "-1", "--mesh.fsdp",
-            str(fsdp), "--mesh.tensor", str(tensor), "--fit", "auto", *override,
+            "--train.batch_size", str(rows * len(chips)), "--train.loss_chunk", str(chunk),
+            "--mesh.data", "-1", "--mesh.fsdp", str(fsdp), "--mesh.tensor", str(tensor),
+            "--fit", "auto", *override,
         ])  # fmt: skip
         try:
             cfg, step = stages.plan("pretrain", cfg, sharding.make_mesh(cfg.mesh, chips))
@@ -89,7 +90,7 @@ def sample(name: str, topology: str, _: list[str]) -> str:
     from jaxgpt.sampling.sample import SCAN_STEPS, Sampling
 
     chips = devices.topology(topology)
-    context, most = MODELS[name][::2]
+    context, *_, most = MODELS[name]
     model = config.parse(config.PretrainConfig, "", [
         "--model", f"configs/model/{name}.yaml", "--model.context_length", str(context)
     ]).model  # fmt: skip
