@@ -42,7 +42,8 @@ def enter(cfg: RunConfig) -> Path:
     file = path / "config.yaml"
     log = path / "metrics.jsonl"
     if log.exists() and log.stat().st_size:  # else nothing was trained: mistakes may be mended
-        _require_same(path, yaml.safe_load(file.read_text()), dataclasses.asdict(cfg))
+        old = _filled(yaml.safe_load(file.read_text()), _defaults(cfg))
+        _require_same(path, old, dataclasses.asdict(cfg))
     elif (
         path.is_dir()
         and not file.is_file()
@@ -161,6 +162,30 @@ def read_base(path: str | Path) -> tuple[Path, PeftConfig] | None:
         raise ValueError(f"{path}: builds on {base['path']}, which has changed since")
     settings = yaml.safe_load((Path(path) / "config.yaml").read_text())["peft"]
     return Path(base["path"]), PeftConfig(**settings)
+
+
+def _defaults(cfg: Any) -> dict[str, Any]:
+    """What the settings are that nobody gives."""
+    made = lambda value: (
+        dataclasses.asdict(value) if hasattr(value, "__dataclass_fields__") else value
+    )
+    missing, fields = dataclasses.MISSING, dataclasses.fields(cfg)
+    plain = {field.name: field.default for field in fields if field.default is not missing}
+    return plain | {
+        field.name: made(field.default_factory())
+        for field in fields
+        if field.default_factory is not missing
+    }
+
+
+def _filled(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings, with those that its version of jaxgpt did not have yet."""
+    return defaults | {
+        name: _filled(value, defaults[name])
+        if isinstance(value, dict) and isinstance(defaults.get(name), dict)
+        else value
+        for name, value in old.items()
+    }
 
 
 def _require_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

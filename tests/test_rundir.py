@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 
 from jaxgpt import checkpoint, files, rundir
 from jaxgpt.config import (
@@ -45,6 +46,22 @@ def test_another_config_is_refused_with_the_differing_keys(tmp_path):
     for part in ("seed: 0 -> 1", "optim.learning_rate: 0.001 -> 0.5", "model.rope_scaling.factor"):
         assert part in line
     assert "model.num_layers" not in line and "--run" in line
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_later_settings(tmp_path):
+    cfg = trained(tmp_path / "run", optim=OptimConfig(decay_steps=7))
+    file = tmp_path / "run" / "config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    del settings["optim"]["moments"], settings["show_batch"]
+    older = yaml.safe_dump(settings)
+    file.write_text(older)
+    rundir.enter(cfg)
+    assert "moments: float32" in file.read_text()
+    file.write_text(older)
+    with pytest.raises(ValueError, match=r"optim\.moments: float32 -> bfloat16\)"):
+        rundir.enter(replace(cfg, optim=replace(cfg.optim, moments="bfloat16")))
+    with pytest.raises(ValueError, match=r"optim\.decay_steps: 7 -> None\)"):
+        rundir.enter(replace(cfg, optim=OptimConfig()))
 
 
 def test_what_changes_no_number_may_change(tmp_path):
