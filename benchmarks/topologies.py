@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def train(name: str, topology: str, override: list[str]) -> str:
-    """The fastest setting that fits: FSDP over the longest axis of the slice.
+    """What fits with FSDP over the longest axis of the slice, and no more tensor axis than needed.
 
     Over several axes at once the TPU compiler has no reduce-scatter: it turns even an explicit
     psum_scatter into an all-reduce, of which every device keeps its part. So where one axis has
