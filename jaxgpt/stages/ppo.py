@@ -70,7 +70,8 @@ def outline(cfg: PpoConfig, params: Params) -> Stage:
         trainable="^(policy|value)/",
         loss=partial(loss, cfg),
         next_batch=lambda *_: examples.blank(*shape) | known,
-        carry={name: jnp.float32(value) for name, value in counters.items()},
+        # Of NumPy: the devices that a plan is for need not be here.
+        carry={name: np.float32(value) for name, value in counters.items()},
         after_step=partial(after_step, cfg),
         updates_per_rollout=cfg.rollout.updates,
         skips=True,

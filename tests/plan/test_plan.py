@@ -374,6 +374,24 @@ def test_a_chip_is_one_device(name, chips):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [*OTHERS, "mixture"])
+def test_every_stage_is_planned_for_devices_that_are_not_here(name):
+    pytest.importorskip("libtpu")
+    from jaxgpt.plan import devices
+
+    kind = {"kto": "dpo", "lora": "sft", "qlora": "dpo", "mixture": "pretrain"}.get(
+        name, name.split()[0]
+    )
+    model = dataclasses.replace(WIDE, model_dim=128, context_length=128, dtype="bfloat16")
+    if name == "mixture":
+        model = dataclasses.replace(model, num_experts=4, balance="bias")
+    cfg = dataclasses.replace(OTHERS.get(name, CFG), model=model, train=CFG.train)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4), devices.topology("v5e:2x4"))
+    step = compile_step(partial(stages.outline, kind), cfg, mesh)
+    assert 0 < step.memory.total < 16e9 and step.collectives
+
+
+@pytest.mark.slow
 def test_the_sampler_compiles_for_a_tpu():
     pytest.importorskip("libtpu")
     from jaxgpt.plan import devices
