@@ -42,6 +42,7 @@ def measure(kind: str, args: argparse.Namespace) -> tuple[float, float, float, i
     from jaxgpt import config, optim, peft, scoring, train, tree, weights
     from jaxgpt.kernels.platform import compiler_options
     from jaxgpt.model import gpt
+    from jaxgpt.plan import program
 
     model = config.ModelConfig(
         vocab_size=49152, context_length=CONTEXT, num_layers=args.layers, model_dim=576,
@@ -85,11 +86,7 @@ def measure(kind: str, args: argparse.Namespace) -> tuple[float, float, float, i
         .lower(state, frozen, batch)
         .compile()
     )
-    sizes = step.memory_analysis()
-    used = (
-        sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
-        - sizes.alias_size_in_bytes
-    )  # fmt: skip
+    used = program.total_bytes(step.memory_analysis(), jax.default_backend())
     num_bytes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     kernels = [
         kernel

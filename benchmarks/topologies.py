@@ -29,7 +29,6 @@ def main() -> None:
         help="settings of pretrain.py, after all else: --override --train.batch_size 8 ...",
     )  # fmt: skip
     args = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"
     for topology in args.topology:
         for model in args.model:
             for program in args.program:
@@ -122,4 +121,7 @@ def _longest(topology: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from jaxgpt import config
+
+    config.exit_cleanly(main)

@@ -125,12 +125,12 @@ class OptimConfig:
         for name in ("beta1", "beta2", "ema"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.{name}", value, "must be in [0, 1)")
-            # bfloat16 has 8 bits: an average that moves by less than 2^-8 of itself stands still.
-            # At 0.999 it would stay three times too large after the gradients fall tenfold.
-            require(
-                self.moments == "float32" or name == "ema" or value <= 0.99, f"optim.{name}", value,
-                f"must be at most 0.99 with optim.moments={self.moments}; or keep them in float32",
-            )  # fmt: skip
+        # bfloat16 has 8 bits: an average that moves by less than 2^-8 of itself stands still. At
+        # 0.999 it would stay three times too large after the gradients fall tenfold.
+        most = 1.0 if self.moments == "float32" else 0.99
+        for name in ("beta1", "beta2"):
+            value, moments = getattr(self, name), f"optim.moments={self.moments}"
+            require(value <= most, f"optim.{name}", value, f"must be at most {most} with {moments}")
         share = self.decay_fraction
         require(0 <= share <= 1, "optim.decay_fraction", share, "must be in [0, 1]")
         try:

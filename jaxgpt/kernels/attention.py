@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt.kernels import shards
 from jaxgpt.kernels.blocked_attention import blocked_attention
 from jaxgpt.kernels.chunked_attention import chunked_attention
-from jaxgpt.kernels.platform import platform
+from jaxgpt.kernels.platform import LANES, platform
 from jaxgpt.kernels.ring_attention import Ring, ring_attention
-from jaxgpt.kernels.splash_attention import LANES, splash_attention
+from jaxgpt.kernels.splash_attention import splash_attention
 from jaxgpt.types import Array
 
 LONGEST_BLOCKED = 2048  # 16 blocks: they are unrolled, and compile time grows with their number

@@ -20,10 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.kernels.platform import dot, platform, transposed
+from jaxgpt.kernels.platform import LANES, dot, lane_block, platform, transposed
 from jaxgpt.types import Array
 
-LANES = 128  # a TPU's tiles of rows are multiples of it
 MOST_COPIED = 1 << 28  # numbers; as float32, in a gradient, a gigabyte
 
 
@@ -133,11 +132,10 @@ def _ragged_backward(
     drows_RD = jax.lax.ragged_dot(g_RF, kernel_EDF.swapaxes(1, 2), group_sizes_E)
     fill = [(0, -len(rows_RD) % LANES), (0, 0)]
     rows_RD, g_RF = jnp.pad(rows_RD, fill), jnp.pad(g_RF, fill)
-    tile = next(size for size in (512, 256, LANES) if len(rows_RD) % size == 0)
+    blocks = (lane_block(len(rows_RD)), 512, 512)  # of rows, D and F
     dkernel_EDF = tgmm(
-        rows_RD.T, g_RF, group_sizes_E.astype(jnp.int32), jnp.float32, (tile, 512, 512),
-        interpret=interpret,
-    )  # fmt: skip
+        rows_RD.T, g_RF, group_sizes_E.astype(jnp.int32), jnp.float32, blocks, interpret=interpret
+    )
     return drows_RD, dkernel_EDF.astype(kernel_EDF.dtype), None
 
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from jaxgpt.types import Array
 
+LANES = 128  # a TPU's vector width: the blocks of its kernels are multiples of it
 MOST_UNROLLED = 32  # layers, on a GPU: the time to compile grows with them
 
 
@@ -62,6 +63,11 @@ def separate(saved: Any) -> Any:
     has its layers in a loop, whose passes cannot be merged.
     """
     return saved if platform() == "tpu" else jax.lax.optimization_barrier(saved)
+
+
+def lane_block(length: int) -> int:
+    """The largest block of up to 512 that divides a multiple of LANES."""
+    return next(size for size in (512, 256, LANES) if length % size == 0)
 
 
 def layer_unroll(num_layers: int, remat: bool, quantized: bool) -> int:

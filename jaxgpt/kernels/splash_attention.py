@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from jaxgpt.kernels.platform import LANES, lane_block
 from jaxgpt.types import Array
-
-LANES = 128  # a TPU's vector width: blocks are multiples of it
 
 
 def splash_attention(
@@ -59,8 +58,8 @@ def _mask(T: int, causal: bool, window: int) -> splash.Mask:
 
 
 def _block_sizes(T: int) -> splash.BlockSizes:
-    """The largest block of up to 512 that divides T, everywhere."""
-    block = next(size for size in (512, 256, LANES) if T % size == 0)
+    """The largest block everywhere."""
+    block = lane_block(T)
     return splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,

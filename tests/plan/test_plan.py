@@ -143,14 +143,17 @@ OTHERS = {
 }
 
 
+def kind_of(name: str) -> str:
+    """The stage of one of the OTHERS."""
+    kinds = {"kto": "dpo", "lora": "sft", "qlora": "dpo", "mixture": "pretrain"}
+    return kinds.get(name, name.split()[0])
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_stage_has_an_outline_that_can_be_traced(name):
-    kind = {"kto": "dpo", "lora": "sft", "qlora": "dpo", "dpo from disk": "dpo"}.get(
-        name, name.split()[0]
-    )
     cfg = dataclasses.replace(OTHERS[name], model=WIDE, train=CFG.train)
     with jax.set_mesh(mesh_of()):
-        stage = stages.outline(kind, cfg)
+        stage = stages.outline(kind_of(name), cfg)
         blank = stage.next_batch({}, {}, 0)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), blank)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 16))
@@ -379,15 +382,12 @@ def test_every_stage_is_planned_for_devices_that_are_not_here(name):
     pytest.importorskip("libtpu")
     from jaxgpt.plan import devices
 
-    kind = {"kto": "dpo", "lora": "sft", "qlora": "dpo", "mixture": "pretrain"}.get(
-        name, name.split()[0]
-    )
     model = dataclasses.replace(WIDE, model_dim=128, context_length=128, dtype="bfloat16")
     if name == "mixture":
         model = dataclasses.replace(model, num_experts=4, balance="bias")
     cfg = dataclasses.replace(OTHERS.get(name, CFG), model=model, train=CFG.train)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4), devices.topology("v5e:2x4"))
-    step = compile_step(partial(stages.outline, kind), cfg, mesh)
+    step = compile_step(partial(stages.outline, kind_of(name)), cfg, mesh)
     assert 0 < step.memory.total < 16e9 and step.collectives
 
 
