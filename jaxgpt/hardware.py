@@ -24,49 +24,54 @@ class Chip(NamedTuple):
 
 SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"  # of XLA, for CPUs
 
-# First match in device_kind wins. In jax a TPU v2 or v3 device is half a chip. Read in 2026:
+# By the whole of device_kind, of NVIDIA's without that word: an L40 is no L4, an RTX A1000 no A100,
+# and a part of a GPU (MIG), which has more words, none of them. In jax a TPU v2 or v3 device is
+# half a chip. Read in 2026:
 # TPUs: cloud.google.com/tpu/docs/v5e and its like; a link is one axis of the torus, both
 #   ways: the sheet's bidirectional bandwidth of a chip over its ports (4, or 6 of a 3D torus).
 # GPUs: NVIDIA data sheets (half of the "with sparsity" FLOP/s; GeForce: Ada and Blackwell white
 #   papers, float32 accumulation); a link is NVLink one way, or PCI Express.
 # Prices are list prices of 2025 in the United States, cloud.google.com/tpu/pricing and
 #   lambda.ai/pricing; they change, and plan.py takes --price.
-_CHIPS = (
-    ("TPU v6", Chip(918e12, 32 * 2**30, 1638e9, 200e9, 2.70)),
-    ("TPU v5 lite", Chip(197e12, 16 * 2**30, 819e9, 100e9, 1.20)),
-    ("TPU v5e", Chip(197e12, 16 * 2**30, 819e9, 100e9, 1.20)),
-    ("TPU v5", Chip(459e12, 95 * 2**30, 2765e9, 200e9, 4.20)),
-    ("TPU v4", Chip(275e12, 32 * 2**30, 1228e9, 100e9, 3.22)),
-    ("TPU v3", Chip(61.5e12, 16 * 2**30, 450e9, 82e9)),
-    ("TPU v2", Chip(22.5e12, 8 * 2**30, 350e9, 62e9)),
-    ("GB200", Chip(2500e12, 186e9, 8000e9, 900e9)),
-    ("B200", Chip(2250e12, 180e9, 8000e9, 900e9)),
-    ("H200", Chip(989.5e12, 141e9, 4800e9, 450e9)),
-    ("H100 NVL", Chip(835e12, 94e9, 3900e9, 300e9)),
-    ("H100 PCIe", Chip(756e12, 80e9, 2000e9, 64e9)),
-    ("H100", Chip(989.5e12, 80e9, 3350e9, 450e9, 2.99)),
-    ("A100-SXM4-80GB", Chip(312e12, 80e9, 2039e9, 300e9, 1.79)),
-    ("A100", Chip(312e12, 40e9, 1555e9, 300e9)),
-    ("L40S", Chip(362e12, 48e9, 864e9, 32e9)),
-    ("A10G", Chip(70e12, 24e9, 600e9, 32e9)),
-    ("A10", Chip(125e12, 24e9, 600e9, 32e9)),
-    ("L4", Chip(121e12, 24e9, 300e9, 32e9)),
-    ("RTX 5090", Chip(209.5e12, 32e9, 1792e9, 64e9)),
-    ("RTX 4090", Chip(165.2e12, 24e9, 1008e9, 32e9)),
-    ("RTX 3090", Chip(71e12, 24e9, 936e9, 32e9)),
-)
+_V5E = Chip(197e12, 16 * 2**30, 819e9, 100e9, 1.20)
+_V5P = Chip(459e12, 95 * 2**30, 2765e9, 200e9, 4.20)
+_V6E = Chip(918e12, 32 * 2**30, 1638e9, 200e9, 2.70)
+_CHIPS = {
+    "TPU v2": Chip(22.5e12, 8 * 2**30, 350e9, 62e9),
+    "TPU v3": Chip(61.5e12, 16 * 2**30, 450e9, 82e9),
+    "TPU v4": Chip(275e12, 32 * 2**30, 1228e9, 100e9, 3.22),
+    "TPU v5 lite": _V5E, "TPU v5e": _V5E,
+    "TPU v5": _V5P, "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E, "TPU v6e": _V6E,
+    "GB200": Chip(2500e12, 186e9, 8000e9, 900e9),
+    "B200": Chip(2250e12, 180e9, 8000e9, 900e9),
+    "H200": Chip(989.5e12, 141e9, 4800e9, 450e9),
+    "H200 NVL": Chip(835e12, 141e9, 4800e9, 450e9),
+    "H100 80GB HBM3": Chip(989.5e12, 80e9, 3350e9, 450e9, 2.99),
+    "H100 NVL": Chip(835e12, 94e9, 3900e9, 300e9),
+    "H100 PCIe": Chip(756e12, 80e9, 2000e9, 64e9),
+    "H20": Chip(148e12, 96e9, 4000e9, 450e9),
+    "A100-SXM4-80GB": Chip(312e12, 80e9, 2039e9, 300e9, 1.79),
+    "A100-SXM4-40GB": Chip(312e12, 40e9, 1555e9, 300e9),
+    "A100 80GB PCIe": Chip(312e12, 80e9, 1935e9, 32e9),
+    "A100-PCIE-40GB": Chip(312e12, 40e9, 1555e9, 32e9),
+    "L40S": Chip(362e12, 48e9, 864e9, 32e9),
+    "L40": Chip(181e12, 48e9, 864e9, 32e9),
+    "L4": Chip(121e12, 24e9, 300e9, 32e9),
+    "A10": Chip(125e12, 24e9, 600e9, 32e9),
+    "A10G": Chip(70e12, 24e9, 600e9, 32e9),
+    "GeForce RTX 5090": Chip(209.5e12, 32e9, 1792e9, 64e9),
+    "GeForce RTX 4090": Chip(165.2e12, 24e9, 1008e9, 32e9),
+    "GeForce RTX 3090": Chip(71e12, 24e9, 936e9, 32e9),
+}  # fmt: skip
 
 
 def peak_flops(device: Any) -> float | None:
-    """Dense bfloat16 FLOP/s of a jax.Device by its data sheet, None if it is not listed.
+    """Dense bfloat16 FLOP/s of a jax.Device by its data sheet; None if none is known of it.
 
-    A CPU has no such sheet: the best matrix product measured here, shared over the virtual
-    devices. On a busy machine that is too low, and MFU too high.
+    A CPU has no such sheet, and a peak that was measured while something else ran would be too
+    low: the share of it that a run uses could read over 100 %.
     """
-    if device.platform == "cpu":
-        import jax
-
-        return _measured_cpu_flops() / jax.local_device_count()
     sheet = _data_sheet(device)
     return sheet and sheet.flops
 
@@ -94,7 +99,7 @@ def chip(device: Any) -> Chip | None:
 
 
 def _data_sheet(device: Any) -> Chip | None:
-    return next((sheet for kind, sheet in _CHIPS if kind in device.device_kind), None)
+    return _CHIPS.get(device.device_kind.removeprefix("NVIDIA "))
 
 
 @functools.cache
