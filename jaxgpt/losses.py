@@ -2,6 +2,8 @@
 
 Every loss is given per row or per token; stages sum it and count its weight. `logprobs` are of
 whole answers: summed over their tokens, or averaged where a docstring says mean.
+
+Axes of this file: K tokens that the teacher finds likeliest.
 """
 
 import jax
@@ -111,53 +113,53 @@ def kto_kl(mismatched_ratio_B: Array) -> Array:
 # ---- distributions over the vocabulary
 
 
-def forward_kl(student_NV: Array, teacher_NV: Array) -> Array:
+def forward_kl(student_AV: Array, teacher_AV: Array) -> Array:
     """KL(teacher || student) per token, of log-probabilities: the student covers the teacher."""
-    return (jnp.exp(teacher_NV) * (teacher_NV - student_NV)).sum(-1)
+    return (jnp.exp(teacher_AV) * (teacher_AV - student_AV)).sum(-1)
 
 
-def reverse_kl(student_NV: Array, teacher_NV: Array) -> Array:
+def reverse_kl(student_AV: Array, teacher_AV: Array) -> Array:
     """KL(student || teacher) per token: the student keeps to what the teacher would do."""
-    return forward_kl(teacher_NV, student_NV)
+    return forward_kl(teacher_AV, student_AV)
 
 
-def generalized_jsd(student_NV: Array, teacher_NV: Array, beta: float) -> Array:
+def generalized_jsd(student_AV: Array, teacher_AV: Array, beta: float) -> Array:
     """beta KL(teacher || m) + (1 - beta) KL(student || m) (arXiv:2306.13649).
 
     m = beta * teacher + (1 - beta) * student. By convention beta 0 is forward KL and 1 reverse KL,
     the limits of this divided by beta or 1 - beta.
     """
     if beta == 0:
-        return forward_kl(student_NV, teacher_NV)
+        return forward_kl(student_AV, teacher_AV)
     if beta == 1:
-        return reverse_kl(student_NV, teacher_NV)
-    mixture_NV = jnp.logaddexp(jnp.log1p(-beta) + student_NV, jnp.log(beta) + teacher_NV)
-    return beta * forward_kl(mixture_NV, teacher_NV) + (1 - beta) * forward_kl(
-        mixture_NV, student_NV
+        return reverse_kl(student_AV, teacher_AV)
+    mixture_AV = jnp.logaddexp(jnp.log1p(-beta) + student_AV, jnp.log(beta) + teacher_AV)
+    return beta * forward_kl(mixture_AV, teacher_AV) + (1 - beta) * forward_kl(
+        mixture_AV, student_AV
     )
 
 
-def tempered(logits_NV: Array, temperature: float) -> Array:
+def tempered(logits_AV: Array, temperature: float) -> Array:
     """Log-probabilities of softmax(logits / temperature).
 
     A divergence of two such distributions is multiplied by temperature^2, so that its gradient
     keeps its size (arXiv:1503.02531).
     """
-    return jax.nn.log_softmax(logits_NV / temperature, axis=-1)
+    return jax.nn.log_softmax(logits_AV / temperature, axis=-1)
 
 
-def with_rest(logprobs_NV: Array, ids_NK: Array) -> Array:
-    """Log-probabilities [N, K + 1] of the tokens `ids` and of all others together.
+def with_rest(logprobs_AV: Array, ids_AK: Array) -> Array:
+    """Log-probabilities [A, K + 1] of the tokens `ids` and of all others together.
 
     A divergence between two such coarse distributions is at most that of the full ones, and equal
     if the teacher's likeliest K tokens are all it has.
     """
-    kept_NK = jnp.take_along_axis(logprobs_NV, ids_NK, axis=-1)
-    return append_rest(kept_NK)
+    kept_AK = jnp.take_along_axis(logprobs_AV, ids_AK, axis=-1)
+    return append_rest(kept_AK)
 
 
-def append_rest(kept_NK: Array) -> Array:
+def append_rest(kept_AK: Array) -> Array:
     """One more entry, log(1 - sum of the others)."""
-    total_N1 = jax.scipy.special.logsumexp(kept_NK, axis=-1, keepdims=True)
+    total_A1 = jax.scipy.special.logsumexp(kept_AK, axis=-1, keepdims=True)
     # Rounding may leave a total of exactly one, whose rest is nothing: keep its log finite.
-    return jnp.concatenate([kept_NK, log1mexp(jnp.minimum(total_N1, -1e-7))], axis=-1)
+    return jnp.concatenate([kept_AK, log1mexp(jnp.minimum(total_A1, -1e-7))], axis=-1)

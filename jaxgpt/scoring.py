@@ -94,7 +94,7 @@ def token_scores(
         hidden_BTD.reshape(-1, cfg.model_dim), gpt.head(params), targets_BT.reshape(-1),
         chunk=chunk, temperature=temperature,
     )  # fmt: skip
-    logprobs_BT, entropy_BT = (x_N.reshape(targets_BT.shape) for x_N in scores)
+    logprobs_BT, entropy_BT = (x_A.reshape(targets_BT.shape) for x_A in scores)
     return logprobs_BT, entropy_BT
 
 
@@ -142,17 +142,17 @@ def evaluate(
     }
 
 
-def by_chunks(fn: Callable[..., Array], arrays_N: tuple[Array, ...], chunk: int) -> Array:
+def by_chunks(fn: Callable[..., Array], arrays_A: tuple[Array, ...], chunk: int) -> Array:
     """fn(*arrays) on `chunk` tokens at a time; what is inside is computed again backward."""
-    num_tokens = len(arrays_N[0])
+    num_tokens = len(arrays_A[0])
     M = -(-num_tokens // chunk) if 0 < chunk < num_tokens else 1
     C = -(-num_tokens // M)
     fill = lambda x: jnp.pad(x, [(0, M * C - num_tokens)] + [(0, 0)] * (x.ndim - 1))
     # Every M-th token, so that each chunk of a batch that is cut over devices lies on all of them.
-    parts = tuple(jnp.swapaxes(fill(x).reshape(C, M, *x.shape[1:]), 0, 1) for x in arrays_N)
+    parts = tuple(jnp.swapaxes(fill(x).reshape(C, M, *x.shape[1:]), 0, 1) for x in arrays_A)
     out_MC = jax.lax.map(jax.checkpoint(lambda part: fn(*part)), parts)
-    out_N = jnp.swapaxes(out_MC, 0, 1).reshape(M * C, *out_MC.shape[2:])
-    return out_N[:num_tokens]
+    out_A = jnp.swapaxes(out_MC, 0, 1).reshape(M * C, *out_MC.shape[2:])
+    return out_A[:num_tokens]
 
 
 def precompute(

@@ -1,4 +1,21 @@
-"""The names of the few types that travel between modules."""
+"""The names of the few types that travel between modules, and the letters of their axes.
+
+An array's name ends in its axes, one capital letter each: `logits_BTV` is [B, T, V], `scale_D` is
+[D], and a 1 is an axis of length one. A scalar has no suffix.
+
+    B  rows of a batch            T  positions in a row (of queries)
+    A  all tokens, laid flat      S  positions that are looked at (keys; slots of a cache)
+    D  width of the model         F  width of a hidden layer; output channels of a kernel
+    N  query heads                K  key/value heads
+    G  query heads per key head   H  width of one head
+    V  tokens of the vocabulary   L  layers
+    E  experts                    R  rank of an adapter
+    P  answers to one prompt      C  tokens of one chunk
+    M  chunks
+
+A file that needs more letters, or one of these for something else, says so in its first lines:
+"Axes of this file: X devices along the mesh axis."
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -3,6 +3,8 @@
 A kernel is a plain array, `Int8`, `Nf4`, or `Lora` around one of these. Layers hand over whatever
 the parameter tree holds; no layer knows of quantisation or adapters. Every leaf may have leading
 axes (layers, experts), which the scan over layers takes off as it does an array's.
+
+Axes of this file: C slots of one expert; R the rank of an adapter, or rows sorted by expert.
 """
 
 from collections.abc import Callable

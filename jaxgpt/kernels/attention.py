@@ -10,6 +10,8 @@
 | elsewhere | chunked | no array of T * T, on any platform (chunked_attention.py) |
 
 Each has causal masks, windows, segments and grouped queries.
+
+Axes of this file: Q = G * T queries that share a key head.
 """
 
 from typing import Literal

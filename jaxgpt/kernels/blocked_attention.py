@@ -7,7 +7,7 @@ Three things make it fast, none of which changes the result:
   left operand (see `platform.transposed`).
 - For short sequences the probabilities are kept for the backward pass, not computed twice.
 
-Axes besides those of STYLE.md: C is the queries of a block, G query heads of `rows` each.
+Axes of this file: C the queries of a block of all G query heads that share a key head.
 """
 
 import math

@@ -5,7 +5,7 @@ needs scores [B, N, C, C] and no more; the backward pass computes them again. Ch
 may see are not visited. Both directions work on any two pieces of a row, which is what ring
 attention asks of them.
 
-Axes besides those of STYLE.md: C queries of a chunk, M keys of a chunk.
+Axes of this file: C queries of one chunk, M keys of one chunk, X chunks of queries.
 """
 
 from functools import partial

@@ -1,14 +1,12 @@
 """Cross-entropy and log-probabilities of a linear head, a chunk of tokens at a time.
 
-The logits of all tokens, [N, V], are the largest array of a small model's step. Here they exist
+The logits of all tokens, [A, V], are the largest array of a small model's step. Here they exist
 for one chunk only. The gradient of cross-entropy is linear in the incoming cotangent, so it is
 taken in the forward pass while the chunk's logits are there; log-probabilities, whose cotangent
 differs by token, are computed again in the backward pass.
 
 On a mesh every device goes through its own tokens: the head is gathered once, and its gradient is
 added up once, not with every chunk.
-
-Axes besides those of STYLE.md: N tokens, C tokens of one chunk, M chunks.
 """
 
 import math
@@ -50,7 +48,7 @@ def cross_entropy(
     """Weighted sum over tokens of the cross-entropy of softmax(hidden @ head^T) and targets.
 
     Args:
-        hidden: [N, D] or [B, T, D], and all else without D.
+        hidden: [A, D] or [B, T, D], and all else without D.
         targets: in [0, V); a token that has none takes any target and weight 0.
         z_loss: weight of (log normaliser)^2, which keeps the logits from drifting.
         label_smoothing: share of the target probability spread evenly over the vocabulary.
@@ -82,19 +80,19 @@ def _split(chunk: int, hidden: Array, *tokens: Array) -> list[Array]:
     A chunk takes every M-th token: where the batch is sharded over devices without `per_token`
     each chunk then lies on all of them, so that the scan over chunks moves nothing.
     """
-    arrays_N = [hidden.reshape(-1, hidden.shape[-1]), *(x.reshape(-1) for x in tokens)]
-    num_tokens = len(arrays_N[0])
+    arrays_A = [hidden.reshape(-1, hidden.shape[-1]), *(x.reshape(-1) for x in tokens)]
+    num_tokens = len(arrays_A[0])
     M = -(-num_tokens // chunk) if 0 < chunk < num_tokens else 1
     C = -(-num_tokens // M)
     fill = lambda x: jnp.pad(x, [(0, M * C - num_tokens)] + [(0, 0)] * (x.ndim - 1))
-    return [jnp.swapaxes(fill(x).reshape(C, M, *x.shape[1:]), 0, 1) for x in arrays_N]
+    return [jnp.swapaxes(fill(x).reshape(C, M, *x.shape[1:]), 0, 1) for x in arrays_A]
 
 
 def _join(x_MC: Array, shape: tuple[int, ...]) -> Array:
     """The inverse of `_split`."""
-    x_N = jnp.swapaxes(x_MC, 0, 1).reshape(-1, *x_MC.shape[2:])
-    count = math.prod(shape) // math.prod(x_N.shape[1:])
-    return x_N[:count].reshape(shape)
+    x_A = jnp.swapaxes(x_MC, 0, 1).reshape(-1, *x_MC.shape[2:])
+    count = math.prod(shape) // math.prod(x_A.shape[1:])
+    return x_A[:count].reshape(shape)
 
 
 class _Softmax(NamedTuple):

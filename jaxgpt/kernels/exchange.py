@@ -2,13 +2,14 @@
 
     over_devices(one_device, kernels, x_BTD, gate_BTJ, …)    # one_device sees its own tokens
         journey = plan(sizes_E)                              # its rows, sorted by expert
-        arrived_RD = send(rows_AD, journey)                  # rows for the experts that are here
-        rows_AD = fetch(done_RD, journey)                    # home, in their old order
+        arrived_RD = send(rows_ZD, journey)                  # rows for the experts that are here
+        rows_ZD = fetch(done_RD, journey)                    # home, in their old order
 
 No row is dropped: a device has room for all rows of all devices, which costs memory, but with
 ragged exchanges neither time nor bandwidth. `expert_capacity` bounds the memory, see moe.py.
 
-Axes besides those of STYLE.md: X devices along the axis, A rows that leave, R rows of room.
+Axes of this file: X devices along the axis, Z rows that leave, R rows of room, C slots of one
+expert.
 """
 
 from collections.abc import Callable
@@ -121,13 +122,13 @@ def plan(sizes_E: Array, num_rows: int) -> Journey:
 
 
 @jax.custom_vjp
-def send(rows_AD: Array, journey: Journey) -> Array:
+def send(rows_ZD: Array, journey: Journey) -> Array:
     """Rows to the devices of their experts; [R, D] with zeros where there is room left."""
-    return _move(rows_AD, journey.there, len(journey.expert_R))
+    return _move(rows_ZD, journey.there, len(journey.expert_R))
 
 
 send.defvjp(
-    lambda rows_AD, journey: (send(rows_AD, journey), journey),
+    lambda rows_ZD, journey: (send(rows_ZD, journey), journey),
     lambda journey, g_RD: (fetch(g_RD, journey), None),
 )
 
@@ -140,21 +141,21 @@ def fetch(rows_RD: Array, journey: Journey) -> Array:
 
 fetch.defvjp(
     lambda rows_RD, journey: (fetch(rows_RD, journey), journey),
-    lambda journey, g_AD: (send(g_AD, journey), None),
+    lambda journey, g_ZD: (send(g_ZD, journey), None),
 )
 
 
-def _move(rows_AD: Array, route: Route, room: int) -> Array:
+def _move(rows_ZD: Array, route: Route, room: int) -> Array:
     """A ragged exchange, of which XLA:CPU has none: there everything goes to everybody."""
     if platform() != "cpu":
-        empty = jnp.zeros((room, rows_AD.shape[1]), rows_AD.dtype)
-        return jax.lax.ragged_all_to_all(rows_AD, empty, *route, axis_name=AXIS)
-    rows_XAD = jax.lax.all_gather(rows_AD, AXIS)
+        empty = jnp.zeros((room, rows_ZD.shape[1]), rows_ZD.dtype)
+        return jax.lax.ragged_all_to_all(rows_ZD, empty, *route, axis_name=AXIS)
+    rows_XZD = jax.lax.all_gather(rows_ZD, AXIS)
     to_me = lambda x_X: jax.lax.all_to_all(x_X, AXIS, 0, 0, tiled=True)
     begin_X, start_X = to_me(route.input_offsets), to_me(route.output_offsets)
     ahead_RX = jnp.arange(room)[:, None] - start_X[None]
     from_RX = (ahead_RX >= 0) & (ahead_RX < route.recv_sizes[None])
     source_R = from_RX.argmax(1)
     index_R = begin_X[source_R] + jnp.arange(room) - start_X[source_R]
-    moved_RD = rows_XAD.at[source_R, index_R].get(mode="clip")
+    moved_RD = rows_XZD.at[source_R, index_R].get(mode="clip")
     return jnp.where(from_RX.any(1)[:, None], moved_RD, 0)

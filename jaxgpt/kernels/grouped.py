@@ -1,17 +1,17 @@
 """Matrix products in which each row has its own expert's kernel: dropless mixture of experts.
 
-    layout = group_rows(expert_NJ, num_experts)      # rows sorted by expert, once per layer
-    rows_RD = gather(x_ND, layout)
+    layout = group_rows(expert_AJ, num_experts)      # rows sorted by expert, once per layer
+    rows_RD = gather(x_AD, layout)
     rows_RF = grouped_matmul(rows_RD, kernel_EDF, layout)    # as often as an expert has matrices
-    y_ND = combine(rows_RD, gate_NJ, layout)
+    y_AD = combine(rows_RD, gate_AJ, layout)
 
 On CPUs and GPUs XLA makes of a ragged product every expert's product with every row, so there each
 expert's rows are filled up to whole blocks, and each block is one dense product (on CPUs 2.7 to 5
 times faster; on a GPU with eight experts 0.15 of the FLOPs, by count). TPUs and a GPU that decodes
 multiply ragged groups; a TPU's gradient of the kernels is left to a kernel that comes with JAX.
 
-Axes besides those of STYLE.md: N tokens, J choices of a token, A = N * J, R rows, X blocks
-of C rows.
+Axes of this file: J choices of a token, Z = A * J choices of all tokens, R rows of the layout,
+X blocks of C rows.
 """
 
 from functools import partial
@@ -29,71 +29,71 @@ MOST_COPIED = 1 << 28  # numbers; as float32, in a gradient, a gigabyte
 class Layout(NamedTuple):
     """Rows ordered by expert. A filling row belongs to no token and nobody reads it."""
 
-    row_NJ: Array  # the row of a token's j-th choice
-    choice_R: Array  # the other way: n * J + j, or N * J for a filling row
+    row_AJ: Array  # the row of a token's j-th choice
+    choice_R: Array  # the other way: a * J + j, or A * J for a filling row
     expert_R: Array  # the expert that the row visits
     group_sizes_E: Array  # rows of each expert, filling included
 
 
-def group_rows(expert_NJ: Array, num_experts: int, block: int | None = None) -> Layout:
+def group_rows(expert_AJ: Array, num_experts: int, block: int | None = None) -> Layout:
     """Sorts the tokens' choices by expert; within an expert they keep their order.
 
     Args:
         block: an expert's rows are filled up to a multiple of this; None: as its products ask.
     """
-    N, J = expert_NJ.shape
-    choices = N * J
+    A, J = expert_AJ.shape
+    choices = A * J
     block = block or _block_rows(choices, num_experts)
     # Only experts that have rows at all, at most `choices` of them, leave a block unfilled.
     rows = (choices + min(num_experts, choices) * (block - 1)) // block * block
-    expert_A = expert_NJ.reshape(-1)
-    chosen_AE = (expert_A[:, None] == jnp.arange(num_experts)[None]).astype(int)
-    rank_A = jnp.take_along_axis(jnp.cumsum(chosen_AE, axis=0), expert_A[:, None], axis=1)[:, 0] - 1
-    filled_E = -(-chosen_AE.sum(0) // block) * block
+    expert_Z = expert_AJ.reshape(-1)
+    chosen_ZE = (expert_Z[:, None] == jnp.arange(num_experts)[None]).astype(int)
+    rank_Z = jnp.take_along_axis(jnp.cumsum(chosen_ZE, axis=0), expert_Z[:, None], axis=1)[:, 0] - 1
+    filled_E = -(-chosen_ZE.sum(0) // block) * block
     ends_E = jnp.cumsum(filled_E)
-    row_A = (ends_E - filled_E)[expert_A] + rank_A
+    row_Z = (ends_E - filled_E)[expert_Z] + rank_Z
     expert_R = jnp.searchsorted(ends_E, jnp.arange(rows), side="right")
     return Layout(
-        row_NJ=row_A.reshape(N, J),
-        choice_R=jnp.full(rows, choices).at[row_A].set(jnp.arange(choices)),
+        row_AJ=row_Z.reshape(A, J),
+        choice_R=jnp.full(rows, choices).at[row_Z].set(jnp.arange(choices)),
         expert_R=jnp.minimum(expert_R, num_experts - 1),
         group_sizes_E=filled_E,
     )
 
 
 @jax.custom_vjp
-def gather(x_ND: Array, layout: Layout) -> Array:
+def gather(x_AD: Array, layout: Layout) -> Array:
     """The tokens in the layout's rows; filling rows are zero."""
-    token_R = layout.choice_R // layout.row_NJ.shape[1]
-    return x_ND.at[token_R].get(mode="fill", fill_value=0)
+    token_R = layout.choice_R // layout.row_AJ.shape[1]
+    return x_AD.at[token_R].get(mode="fill", fill_value=0)
 
 
 # Each token has J rows and knows them: adding them up is a gather too, where autodiff would
 # scatter, which is slow on CPU and adds in no fixed order on GPU.
 gather.defvjp(
-    lambda x_ND, layout: (gather(x_ND, layout), layout),
-    lambda layout, g_RD: (g_RD[layout.row_NJ].sum(1), None),
+    lambda x_AD, layout: (gather(x_AD, layout), layout),
+    lambda layout, g_RD: (g_RD[layout.row_AJ].sum(1), None),
 )
 
 
 @jax.custom_vjp
-def combine(rows_RD: Array, gate_NJ: Array, layout: Layout) -> Array:
+def combine(rows_RD: Array, gate_AJ: Array, layout: Layout) -> Array:
     """Each token's sum over its choices of gate times row."""
-    return jnp.einsum("NJD,NJ->ND", rows_RD[layout.row_NJ], gate_NJ.astype(rows_RD.dtype))
+    return jnp.einsum("AJD,AJ->AD", rows_RD[layout.row_AJ], gate_AJ.astype(rows_RD.dtype))
 
 
-def _combine_backward(saved: tuple[Array, Array, Layout], g_ND: Array) -> tuple[Array, Array, None]:
-    rows_RD, gate_NJ, layout = saved
-    gate_R = gate_NJ.reshape(-1).at[layout.choice_R].get(mode="fill", fill_value=0)
-    drows_RD = gather(g_ND, layout) * gate_R[:, None].astype(g_ND.dtype)
-    dgate_NJ = jnp.einsum("NJD,ND->NJ", rows_RD[layout.row_NJ], g_ND)
-    return drows_RD.astype(rows_RD.dtype), dgate_NJ.astype(gate_NJ.dtype), None
+def _combine_backward(saved: tuple[Array, Array, Layout], g_AD: Array) -> tuple[Array, Array, None]:
+    rows_RD, gate_AJ, layout = saved
+    gate_R = gate_AJ.reshape(-1).at[layout.choice_R].get(mode="fill", fill_value=0)
+    drows_RD = gather(g_AD, layout) * gate_R[:, None].astype(g_AD.dtype)
+    dgate_AJ = jnp.einsum("AJD,AD->AJ", rows_RD[layout.row_AJ], g_AD)
+    return drows_RD.astype(rows_RD.dtype), dgate_AJ.astype(gate_AJ.dtype), None
 
 
 combine.defvjp(
-    lambda rows_RD, gate_NJ, layout: (
-        combine(rows_RD, gate_NJ, layout),
-        (rows_RD, gate_NJ, layout),
+    lambda rows_RD, gate_AJ, layout: (
+        combine(rows_RD, gate_AJ, layout),
+        (rows_RD, gate_AJ, layout),
     ),
     _combine_backward,
 )
@@ -101,7 +101,7 @@ combine.defvjp(
 
 def grouped_matmul(rows_RD: Array, kernel_EDF: Array, layout: Layout) -> Array:
     """Each row times its expert's kernel; float32 on CPU, the dtype of the rows elsewhere."""
-    block = _block_rows(layout.row_NJ.size, len(kernel_EDF))
+    block = _block_rows(layout.row_AJ.size, len(kernel_EDF))
     if block == 1:
         ragged = ragged_matmul if platform() == "tpu" else jax.lax.ragged_dot
         return ragged(rows_RD, kernel_EDF.astype(rows_RD.dtype), layout.group_sizes_E)

@@ -3,10 +3,10 @@
 A row's few large entries would leave the others a handful of int8's steps. So rows and kernel are
 first multiplied by an orthogonal matrix, which spreads every entry over all and leaves the product
 as it was (QuaRot, arXiv:2404.00456). It is the Kronecker product of a Hadamard matrix and, where
-the size is no power of two, a cosine transform, both with random signs: A + C multiplications for
+the size is no power of two, a cosine transform, both with random signs: O + I multiplications for
 an entry, where a matrix of any other kind would take D and undo the gain.
 
-Axes besides those of STYLE.md: D = A * C.
+Axes of this file: D = O * I, the sizes of the outer and the inner matrix; P is O once more.
 """
 
 from dataclasses import dataclass
@@ -46,19 +46,19 @@ def quantize(kernel_DF: Array) -> Int8Rows:
 def dequantize(kernel: Int8Rows) -> Array:
     """The kernel [..., D, F] in float32, rotated back."""
     rows_FD = kernel.codes * kernel.scale[..., None]
-    outer_AA, inner_CC = _factors(rows_FD.shape[-1])
-    return jnp.swapaxes(_rotate(rows_FD, outer_AA.T, inner_CC.T), -1, -2)
+    outer_OO, inner_II = _factors(rows_FD.shape[-1])
+    return jnp.swapaxes(_rotate(rows_FD, outer_OO.T, inner_II.T), -1, -2)
 
 
 def product(x_BTD: Array, kernel: Int8Rows) -> Array:
     """x @ kernel over any leading axes, in float32."""
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(jnp.float32)
-    codes_ND, step_N = round_rows(_rotate(x_ND, *_factors(x_ND.shape[-1])))
-    dot = lambda rows_ND: jnp.einsum(
-        "ND,FD->NF", rows_ND, kernel.codes, preferred_element_type=jnp.int32
+    x_AD = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(jnp.float32)
+    codes_AD, step_A = round_rows(_rotate(x_AD, *_factors(x_AD.shape[-1])))
+    dot = lambda rows_AD: jnp.einsum(
+        "AD,FD->AF", rows_AD, kernel.codes, preferred_element_type=jnp.int32
     )
-    out_NF = on_rows(dot, codes_ND).astype(jnp.float32) * step_N[:, None] * kernel.scale[None]
-    return out_NF.reshape(*x_BTD.shape[:-1], -1)
+    out_AF = on_rows(dot, codes_AD).astype(jnp.float32) * step_A[:, None] * kernel.scale[None]
+    return out_AF.reshape(*x_BTD.shape[:-1], -1)
 
 
 def round_rows(x: Array) -> tuple[Array, Array]:
@@ -68,22 +68,22 @@ def round_rows(x: Array) -> tuple[Array, Array]:
     return jnp.round(x / step[..., None]).astype(jnp.int8), step
 
 
-def _rotate(x: Array, outer_AA: np.ndarray, inner_CC: np.ndarray) -> Array:
+def _rotate(x: Array, outer_OO: np.ndarray, inner_II: np.ndarray) -> Array:
     """Rows [..., D] times the Kronecker product of the two."""
-    x_NAC = x.reshape(-1, len(outer_AA), len(inner_CC)) @ inner_CC
-    return jnp.einsum("NAC,AE->NEC", x_NAC, outer_AA).reshape(x.shape)
+    x_AOI = x.reshape(-1, len(outer_OO), len(inner_II)) @ inner_II
+    return jnp.einsum("AOI,OP->API", x_AOI, outer_OO).reshape(x.shape)
 
 
 @cache
 def _factors(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Orthogonal matrices [A, A] and [C, C], the same at every call; all entries of like size."""
+    """Orthogonal matrices [O, O] and [I, I], the same at every call; all entries of like size."""
     inner = min(size & -size, LARGEST_HADAMARD)  # the largest power of two that divides size
     outer = size // inner
-    cosines_AA = scipy.fft.dct(np.eye(outer), norm="ortho")
-    hadamard_CC = scipy.linalg.hadamard(inner) / inner**0.5
+    cosines_OO = scipy.fft.dct(np.eye(outer), norm="ortho")
+    hadamard_II = scipy.linalg.hadamard(inner) / inner**0.5
     # Without the signs the mean of a row would gather in one entry.
     draw = np.random.default_rng(0).choice
-    outer_AA, inner_CC = (
-        draw([-1.0, 1.0], len(matrix))[:, None] * matrix for matrix in (cosines_AA, hadamard_CC)
+    outer_OO, inner_II = (
+        draw([-1.0, 1.0], len(matrix))[:, None] * matrix for matrix in (cosines_OO, hadamard_II)
     )
-    return outer_AA.astype(np.float32), inner_CC.astype(np.float32)
+    return outer_OO.astype(np.float32), inner_II.astype(np.float32)

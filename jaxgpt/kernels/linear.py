@@ -20,7 +20,7 @@ def linear(x_BTD: Array, kernel_DF: Array) -> Array:
     """x @ kernel over any leading axes; float32 on CPU, the dtype of x on accelerators."""
     if platform() != "cpu":
         return _gathering_linear(x_BTD, kernel_DF)
-    return on_rows(lambda x_ND: _linear(x_ND, kernel_DF), x_BTD)
+    return on_rows(lambda x_AD: _linear(x_AD, kernel_DF), x_BTD)
 
 
 def linear_by_rows(x_BTD: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
@@ -37,13 +37,13 @@ def linear_by_rows(x_BTD: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
 
 
 def on_rows(product: Callable[[Array], Array], x_BTD: Array) -> Array:
-    """product(x_ND), made for a CPU, over any leading axes of x."""
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    if len(x_ND) == 1 and x_ND.dtype != jnp.float32:
+    """product(x_AD), made for a CPU, over any leading axes of x."""
+    x_AD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    if len(x_AD) == 1 and x_AD.dtype != jnp.float32:
         # One row makes XLA:CPU widen the whole kernel for a matrix-vector product: give it two.
-        x_ND = jnp.concatenate([x_ND, jnp.zeros_like(x_ND)])
-    out_NF = product(x_ND)[: x_BTD.size // x_BTD.shape[-1]]
-    return out_NF.reshape(*x_BTD.shape[:-1], -1)
+        x_AD = jnp.concatenate([x_AD, jnp.zeros_like(x_AD)])
+    out_AF = product(x_AD)[: x_BTD.size // x_BTD.shape[-1]]
+    return out_AF.reshape(*x_BTD.shape[:-1], -1)
 
 
 @jax.custom_vjp
@@ -67,37 +67,37 @@ add_bias.defvjp(
 
 
 @jax.custom_vjp
-def _linear(x_ND: Array, kernel_DF: Array) -> Array:
-    return _forward(x_ND, kernel_DF)[0]
+def _linear(x_AD: Array, kernel_DF: Array) -> Array:
+    return _forward(x_AD, kernel_DF)[0]
 
 
-def _forward(x_ND: Array, kernel_DF: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    cast_DF = kernel_DF.astype(x_ND.dtype)
-    out_NF = jnp.einsum("ND,DF->NF", x_ND, cast_DF, preferred_element_type=jnp.float32)
+def _forward(x_AD: Array, kernel_DF: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    cast_DF = kernel_DF.astype(x_AD.dtype)
+    out_AF = jnp.einsum("AD,DF->AF", x_AD, cast_DF, preferred_element_type=jnp.float32)
     like_kernel = jnp.zeros((), kernel_DF.dtype)  # residuals must be arrays: this carries a dtype
-    return out_NF, (x_ND, cast_DF, like_kernel)
+    return out_AF, (x_AD, cast_DF, like_kernel)
 
 
-def _backward(saved: tuple[Array, Array, Array], g_NF: Array) -> tuple[Array, Array]:
-    x_ND, cast_DF, like_kernel = saved
-    g_NF = g_NF.astype(x_ND.dtype)
-    dx_ND = jnp.einsum("NF,DF->ND", g_NF, cast_DF, preferred_element_type=jnp.float32)
-    dkernel_DF = _pull(x_ND, g_NF)
-    return dx_ND.astype(x_ND.dtype), dkernel_DF.astype(like_kernel.dtype)
+def _backward(saved: tuple[Array, Array, Array], g_AF: Array) -> tuple[Array, Array]:
+    x_AD, cast_DF, like_kernel = saved
+    g_AF = g_AF.astype(x_AD.dtype)
+    dx_AD = jnp.einsum("AF,DF->AD", g_AF, cast_DF, preferred_element_type=jnp.float32)
+    dkernel_DF = _pull(x_AD, g_AF)
+    return dx_AD.astype(x_AD.dtype), dkernel_DF.astype(like_kernel.dtype)
 
 
 _linear.defvjp(_forward, _backward)
 
 
-def _pull(x_ND: Array, g_NF: Array) -> Array:
+def _pull(x_AD: Array, g_AF: Array) -> Array:
     """x^T g; whichever of the two is cheaper to turn is turned: an adapter's side is narrow."""
-    (N, D), F = x_ND.shape, g_NF.shape[1]
+    (A, D), F = x_AD.shape, g_AF.shape[1]
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    if F * (N + D) < D * N:
+    if F * (A + D) < D * A:
         # The barrier: XLA:CPU would turn the operands instead of the result, into a product of
         # bfloat16 that it does not have.
-        return jax.lax.optimization_barrier(dot("FN,ND->FD", transposed(g_NF), x_ND)).T
-    return dot("DN,NF->DF", transposed(x_ND), g_NF)
+        return jax.lax.optimization_barrier(dot("FA,AD->FD", transposed(g_AF), x_AD)).T
+    return dot("DA,AF->DF", transposed(x_AD), g_AF)
 
 
 @jax.custom_vjp

@@ -4,7 +4,7 @@ A kernel [D, F] is taken as torch's weight [F, D] and read row by row, each laye
 its own. Every 64 numbers share a scale, their largest magnitude. The scales' own mean is taken
 off, and each 256 of the rest share a second scale.
 
-Axes besides those of STYLE.md: C = D / 2 bytes of a row, S blocks, M groups of blocks.
+Axes of this file: C = D / 2 bytes of a row, S blocks, M groups of blocks.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Mixture of experts: a float32 router sends every token to its top-k expert MLPs.
 
-Letters beside those of STYLE.md: J a token's choices, C an expert's slots.
+Axes of this file: J choices of a token, Z choices of all tokens, C slots of one expert, R rows
+sorted by expert (kernels/grouped.py), S slots of all experts.
 """
 
 import math
@@ -139,30 +140,30 @@ def _dropless(
     if exchange.are_many():
         own = _dropless_on_one_device if exchange.is_needed() else _dropless
         return exchange.over_devices(partial(own, cfg), kernels, x_BTD, gate_BTJ, expert_BTJ)
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    layout = grouped.group_rows(expert_BTJ.reshape(len(x_ND), -1), cfg.num_experts)
-    rows_RD = _grouped(cfg, kernels, grouped.gather(x_ND, layout), layout)
-    out_ND = grouped.combine(rows_RD, gate_BTJ.reshape(len(x_ND), -1), layout)
-    return out_ND.reshape(x_BTD.shape)
+    x_AD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    layout = grouped.group_rows(expert_BTJ.reshape(len(x_AD), -1), cfg.num_experts)
+    rows_RD = _grouped(cfg, kernels, grouped.gather(x_AD, layout), layout)
+    out_AD = grouped.combine(rows_RD, gate_BTJ.reshape(len(x_AD), -1), layout)
+    return out_AD.reshape(x_BTD.shape)
 
 
 def _dropless_on_one_device(
     cfg: ModelConfig, kernels: dict[str, Array], x_BTD: Array, gate_BTJ: Array, expert_BTJ: Array
 ) -> Array:
     """Its tokens, for all experts, through its experts, for all tokens."""
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    leaving = grouped.group_rows(expert_BTJ.reshape(len(x_ND), -1), cfg.num_experts, block=1)
+    x_AD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    leaving = grouped.group_rows(expert_BTJ.reshape(len(x_AD), -1), cfg.num_experts, block=1)
     journey = exchange.plan(leaving.group_sizes_E, len(leaving.choice_R))
-    rows_RD = exchange.send(grouped.gather(x_ND, leaving), journey)
+    rows_RD = exchange.send(grouped.gather(x_AD, leaving), journey)
     num_here = jax.tree.leaves(kernels)[0].shape[0]
     layout = grouped.group_rows(journey.expert_R[:, None], num_here)
     unfilled_E = layout.group_sizes_E.at[-1].add(-journey.num_filling)
     layout = layout._replace(group_sizes_E=unfilled_E)
     out_RD = _grouped(cfg, kernels, grouped.gather(rows_RD, layout), layout)
     back_RD = grouped.combine(out_RD, jnp.ones((len(rows_RD), 1), out_RD.dtype), layout)
-    done_AD = exchange.fetch(back_RD, journey)
-    out_ND = grouped.combine(done_AD, gate_BTJ.reshape(len(x_ND), -1), leaving)
-    return out_ND.reshape(x_BTD.shape)
+    done_ZD = exchange.fetch(back_RD, journey)
+    out_AD = grouped.combine(done_ZD, gate_BTJ.reshape(len(x_AD), -1), leaving)
+    return out_AD.reshape(x_BTD.shape)
 
 
 def _grouped(

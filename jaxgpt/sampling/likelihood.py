@@ -2,6 +2,8 @@
 
 `score_rows` reads whole rows. `score_continuations` reads a context once for all the texts that
 may follow it, and computes the head only where a continuation is predicted.
+
+Axes of this file: R continuations, each going on from one row of the cache.
 """
 
 import itertools
@@ -152,20 +154,20 @@ def _score(
     count = targets_RC.size
     chunks = -(-count // HEAD_TOKENS)
     pad = chunks * -(-count // chunks) - count
-    hidden_MND = jnp.pad(hidden_RCD.reshape(count, -1), [(0, pad), (0, 0)])
-    hidden_MND = hidden_MND.reshape(chunks, -1, cfg.model_dim)
-    targets_MN = jnp.pad(targets_RC.reshape(-1), (0, pad)).reshape(chunks, -1)
+    hidden_MAD = jnp.pad(hidden_RCD.reshape(count, -1), [(0, pad), (0, 0)])
+    hidden_MAD = hidden_MAD.reshape(chunks, -1, cfg.model_dim)
+    targets_MA = jnp.pad(targets_RC.reshape(-1), (0, pad)).reshape(chunks, -1)
 
     def judge(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden_ND, targets_N = chunk
-        logits_NV = gpt.logits(params, hidden_ND[None])[0]
-        gold_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
-        logprobs_N = gold_N - jax.nn.logsumexp(logits_NV, axis=-1)
-        return logprobs_N, logits_NV.argmax(-1) == targets_N
+        hidden_AD, targets_A = chunk
+        logits_AV = gpt.logits(params, hidden_AD[None])[0]
+        gold_A = jnp.take_along_axis(logits_AV, targets_A[:, None], axis=-1)[:, 0]
+        logprobs_A = gold_A - jax.nn.logsumexp(logits_AV, axis=-1)
+        return logprobs_A, logits_AV.argmax(-1) == targets_A
 
-    whole = lambda x_MN: x_MN.reshape(-1)[:count].reshape(targets_RC.shape)
-    logprobs_MN, greedy_MN = jax.lax.map(judge, (hidden_MND, targets_MN))
-    return whole(logprobs_MN), whole(greedy_MN)
+    whole = lambda x_MA: x_MA.reshape(-1)[:count].reshape(targets_RC.shape)
+    logprobs_MA, greedy_MA = jax.lax.map(judge, (hidden_MAD, targets_MA))
+    return whole(logprobs_MA), whole(greedy_MA)
 
 
 def rolled(cfg: ModelConfig) -> ModelConfig:

@@ -1,4 +1,7 @@
-"""Prefill, then decode in short scans: one compiled program per shape, streaming between scans."""
+"""Prefill, then decode in short scans: one compiled program per shape, streaming between scans.
+
+Axes of this file: W tokens that are written, R rows that are still being written.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -109,8 +112,8 @@ def generate(
     if mesh is not None:
         rng_B = sharding.spread(sharding.over_rows(mesh, B), rng_B)
         compact = compact and rng_B.sharding.num_devices == 1
-    tokens_BN = np.zeros((B, num_scans * SCAN_STEPS), np.int32)
-    logprobs_BN = np.zeros(tokens_BN.shape, np.float32)
+    tokens_BW = np.zeros((B, num_scans * SCAN_STEPS), np.int32)
+    logprobs_BW = np.zeros(tokens_BW.shape, np.float32)
     prompt_R = np.arange(B)  # which prompt each row of the state continues
     done_R = np.zeros(B, bool)
     completions = [Completion([], [], False) for _ in prompts]
@@ -125,12 +128,12 @@ def generate(
     ahead = 0 if compact or platform() == "cpu" else 1
     for scan, (new_tokens, new_logprobs) in enumerate(_begun_ahead(scans(), ahead)):
         span = slice(scan * SCAN_STEPS, (scan + 1) * SCAN_STEPS)
-        tokens_BN[prompt_R, span] = sharding.whole(new_tokens)
-        logprobs_BN[prompt_R, span] = sharding.whole(new_logprobs)
-        done_R |= np.isin(tokens_BN[prompt_R, span], stop_ids).any(-1)
+        tokens_BW[prompt_R, span] = sharding.whole(new_tokens)
+        logprobs_BW[prompt_R, span] = sharding.whole(new_logprobs)
+        done_R |= np.isin(tokens_BW[prompt_R, span], stop_ids).any(-1)
         last = scan + 1 == num_scans or bool(done_R.all())
         if last or on_tokens is not None:
-            written = (tokens_BN[:, : span.stop], logprobs_BN[:, : span.stop])
+            written = (tokens_BW[:, : span.stop], logprobs_BW[:, : span.stop])
             completions = [
                 _completion(*row, set(stop_ids)) for row in zip(*written, room_B, strict=True)
             ]
@@ -258,8 +261,8 @@ def decode(
         new = DecodeState(output.cache, logits_BV, state.index_B + 1, done_B, seen_BV)  # type: ignore[arg-type]
         return new, (token_B, logprob_B)
 
-    state, (tokens_NB, logprobs_NB) = jax.lax.scan(step, state, None, length=SCAN_STEPS)
-    return state, tokens_NB.T, logprobs_NB.T
+    state, (tokens_WB, logprobs_WB) = jax.lax.scan(step, state, None, length=SCAN_STEPS)
+    return state, tokens_WB.T, logprobs_WB.T
 
 
 def draw(
@@ -326,13 +329,13 @@ def _align_right(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarr
 
 
 def _completion(
-    tokens_N: np.ndarray, logprobs_N: np.ndarray, room: int, stop_ids: set[int]
+    tokens_W: np.ndarray, logprobs_W: np.ndarray, room: int, stop_ids: set[int]
 ) -> Completion:
-    tokens = tokens_N[:room].tolist()
+    tokens = tokens_W[:room].tolist()
     length = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
     stopped = length < len(tokens)
-    end = (tokens[length], float(logprobs_N[length])) if stopped else None
-    return Completion(tokens[:length], logprobs_N[:length].tolist(), stopped, end)
+    end = (tokens[length], float(logprobs_W[length])) if stopped else None
+    return Completion(tokens[:length], logprobs_W[:length].tolist(), stopped, end)
 
 
 def _still_going(done_R: np.ndarray) -> np.ndarray | None:

@@ -237,8 +237,8 @@ def _divergence(
         "jsd": partial(losses.generalized_jsd, beta=cfg.jsd_beta),
     }[kind]
     flat = lambda array: array.reshape(-1, array.shape[-1])
-    student_ND = flat(scoring.run(cfg.model, params["policy"], batch, rng_B).hidden_BTD)
-    said = lambda params, hidden_ND: losses.tempered(gpt.logits(params, hidden_ND), temperature)
+    student_AD = flat(scoring.run(cfg.model, params["policy"], batch, rng_B).hidden_BTD)
+    said = lambda params, hidden_AD: losses.tempered(gpt.logits(params, hidden_AD), temperature)
     if cfg.top_k:
         known = (batch["teacher_ids"], batch["teacher_logprobs"])
         known = tuple(flat(jnp.swapaxes(array_BKT, 1, 2)) for array_BKT in known)
@@ -253,8 +253,8 @@ def _divergence(
         def one(student_CD: Array, *known: Array) -> Array:
             return between(said(params["policy"], student_CD), said(params["teacher"], *known))
 
-    apart_N = scoring.by_chunks(one, (student_ND, *known), cfg.train.loss_chunk)
-    return (apart_N * batch["mask"].reshape(-1)).sum()
+    apart_A = scoring.by_chunks(one, (student_AD, *known), cfg.train.loss_chunk)
+    return (apart_A * batch["mask"].reshape(-1)).sum()
 
 
 def _with_top_k(cfg: DistillConfig, teacher: Loaded, rows: Examples, name: str) -> Examples:
@@ -274,10 +274,10 @@ def _with_top_k(cfg: DistillConfig, teacher: Loaded, rows: Examples, name: str) 
             kept_CK, ids_CK = jax.lax.top_k(logprobs_CV, K)
             return jnp.stack([kept_CK, ids_CK.astype(jnp.float32)], axis=-1)
 
-        both_NK2 = scoring.by_chunks(
+        both_AK2 = scoring.by_chunks(
             one, (hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),), cfg.train.loss_chunk
         )
-        both_BKT2 = jnp.swapaxes(both_NK2.reshape(*hidden_BTD.shape[:2], K, 2), 1, 2)
+        both_BKT2 = jnp.swapaxes(both_AK2.reshape(*hidden_BTD.shape[:2], K, 2), 1, 2)
         return {
             "teacher_logprobs": both_BKT2[..., 0],
             "teacher_ids": both_BKT2[..., 1].astype(jnp.int32),
