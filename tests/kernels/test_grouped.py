@@ -80,11 +80,11 @@ def test_all_tokens_may_choose_one_expert(rng):
 def test_each_block_holds_one_expert(rng):
     _, expert_NJ = inputs(rng, 37, 2, 5)
     layout = grouped.group_rows(expert_NJ, 5)
-    np.testing.assert_array_equal(layout.expert_R[layout.row_NJ], expert_NJ)
+    np.testing.assert_array_equal(layout.expert_R[layout.row_AJ], expert_NJ)
     np.testing.assert_array_equal(
-        layout.choice_R[layout.row_NJ], jnp.arange(expert_NJ.size).reshape(expert_NJ.shape)
+        layout.choice_R[layout.row_AJ], jnp.arange(expert_NJ.size).reshape(expert_NJ.shape)
     )
-    assert len(set(layout.row_NJ.ravel().tolist())) == expert_NJ.size
+    assert len(set(layout.row_AJ.ravel().tolist())) == expert_NJ.size
 
 
 def deep(arrays, expert_NJ, remat):
