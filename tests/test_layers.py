@@ -19,7 +19,7 @@ LAYERS = (
     {"sampling", "convert", "train", "scoring"},
     {"episodes"},
     {"language_model", "rollouts", "plan"},
-    {"stages", "evals", "serve", "jaxgpt"},  # jaxgpt is the front door, jaxgpt/__init__.py
+    {"stages", "evals", "serve", "notes", "jaxgpt"},  # jaxgpt is the front door, jaxgpt/__init__.py
     {"scripts"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
