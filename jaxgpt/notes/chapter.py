@@ -164,7 +164,7 @@ def _deterministic_figures() -> Iterator[None]:
     colours = dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
     )
-    look = {
+    look: Any = {
         "svg.hashsalt": "jaxgpt", "svg.fonttype": "none", "figure.facecolor": "none",
         "axes.facecolor": "none", "savefig.facecolor": "none", "figure.figsize": (6.4, 3.4),
         "axes.spines.top": False, "axes.spines.right": False, "font.size": 10,
