@@ -215,6 +215,17 @@ def read_arrays(path: str | Path, prefix: str = "") -> dict[str, np.ndarray]:
     return _read(path, dict.fromkeys(names))
 
 
+def content(path: str | Path) -> str:
+    """sha256 of the weights in a step directory, whatever files Orbax put them into.
+
+    Empty where no hash is known: arrays over several processes, or checkpoints of old versions.
+    """
+    known = _read_index(Path(path)).get("arrays", {})
+    weights = {name: entry for name, entry in known.items() if "sha256" in entry}
+    lines = [f"{name} {weights[name]['sha256']}\n" for name in sorted(weights)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else ""
+
+
 @functools.cache
 def _orbax() -> Any:
     """Orbax, imported on first use (0.5 s) and kept from writing to the terminal."""
@@ -251,8 +262,16 @@ def _to_host(arrays: dict[str, Any]) -> dict[str, Any]:
 
 def _index(step: int, arrays: dict[str, Any], best_value: float | None) -> dict[str, Any]:
     scored = best_value is not None and math.isfinite(best_value)
-    shapes = {n: {"shape": list(a.shape), "dtype": str(a.dtype)} for n, a in arrays.items()}
-    return {"step": step, "best_value": best_value if scored else None, "arrays": shapes}
+    known = {n: {"shape": list(a.shape), "dtype": str(a.dtype)} for n, a in arrays.items()}
+    for name, array in arrays.items():
+        # Orbax's files differ from save to save; what they hold does not. Moments are no weights.
+        if isinstance(array, np.ndarray) and name.startswith(("params/", "ema/")):
+            known[name]["sha256"] = _content_hash(array)
+    return {"step": step, "best_value": best_value if scored else None, "arrays": known}
+
+
+def _content_hash(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The machine: how fast it could be, and what a repetition of the run needs to be the same."""
 
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -183,6 +184,30 @@ def environment_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
     """`jax: 0.10.2 -> 0.11.0` for all that may change the numbers of a resumed run."""
     names = [name for name in {**old, **new} if name != "command"]
     return [f"{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+
+
+def uncommitted() -> str | None:
+    """sha256 of what differs from the commit that jaxgpt runs from; empty: nothing does."""
+    if not (_git_commit() or "").endswith("+"):
+        return "" if _git_commit() else None
+    git = ["git", "-C", str(Path(__file__).parent)]
+    changes = subprocess.run([*git, "diff", "HEAD", "--binary"], capture_output=True).stdout
+    return hashlib.sha256(changes).hexdigest()
+
+
+def peak_memory() -> int | None:
+    """Bytes that this process has held at most: of its device, or on a CPU of the host."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _version(package: str) -> str | None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxgpt import episodes, files, peft, rundir, tree
+from jaxgpt import episodes, files, lineage, peft, rundir, tree
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import ModelConfig, RunConfig
 from jaxgpt.convert import chatting, hf, peft_hf, table, tokenizer_files
@@ -272,10 +272,15 @@ class LanguageModel:
         """Writes a directory that transformers (or `load`) opens; never over something else's.
 
         Low-rank changes beside their base are written as PEFT's, which opens them on that base.
+        A run's lineage goes along, with a model card (README.md).
 
         Raises:
             ValueError: the directory holds other files, or no Hugging Face family has this model.
         """
+        self._write(path, format)
+        lineage.carry(self.name, path, repr(self))
+
+    def _write(self, path: str | Path, format: str) -> None:
         if format not in ("huggingface", "jaxgpt"):
             raise ValueError(f"format={format}: must be huggingface or jaxgpt")
         if format == "huggingface" and peft.has_changes(self.params):

@@ -278,6 +278,34 @@ class Throughput:
         return measures
 
 
+class Clock:
+    """Seconds by kind; what is timed inside another kind counts for itself alone."""
+
+    def __init__(self, kind: str = "step", clock: Callable[[], float] = time.perf_counter) -> None:
+        self._kind, self._clock, self._since = kind, clock, clock()
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, kind: str) -> Iterator[None]:
+        """The time spent in here is of this kind."""
+        outer = self._turn(kind)
+        try:
+            yield
+        finally:
+            self._turn(outer)
+
+    def seconds(self) -> dict[str, float]:
+        """What every kind has taken so far."""
+        self._turn(self._kind)
+        return dict(self._seconds)
+
+    def _turn(self, kind: str) -> str:
+        now, before = self._clock(), self._kind
+        self._seconds[before] = self._seconds.get(before, 0.0) + now - self._since
+        self._kind, self._since = kind, now
+        return before
+
+
 def flops_per_token(cfg: ModelConfig, context: int) -> float:
     """Training FLOPs per token, 6·N + 12·L·H·Q·T (PaLM, arXiv:2204.02311, appendix B).
 

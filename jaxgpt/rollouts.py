@@ -114,6 +114,7 @@ class Rollouts:
         rows |= self._by_parts(partial(self.score, params), rows)
         measures = self._measures(first, rows)
         drawn = sum(sum(e.mask) for e in first)
+        measures["rollout/tokens"] = float(drawn)
         measures["speed/rollout_tokens_per_second"] = drawn / max(seconds, 1e-9)
         self._require_agreement(measures)
         if self.settings.truncated == "mask":

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from jaxgpt import files, tree
-from jaxgpt.checkpoint import Checkpoints, read_arrays
+from jaxgpt.checkpoint import Checkpoints, content, read_arrays, verify
 from jaxgpt.config import ModelConfig, PeftConfig, RopeScaling, RunConfig, to_yaml
 from jaxgpt.types import Params
 
@@ -63,6 +63,13 @@ def enter(cfg: RunConfig) -> Path:
 def write_config(cfg: RunConfig) -> None:
     """config.yaml, also where several processes write it at a time."""
     files.write(Path(cfg.run) / "config.yaml", to_yaml(cfg))
+
+
+def config_hash(path: str | Path) -> str:
+    """sha256 of the settings that decide a run's numbers, whatever the order and spelling."""
+    settings = yaml.safe_load((Path(path) / "config.yaml").read_text())
+    kept = {name: value for name, value in settings.items() if name not in FREE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def read_fit(path: str | Path, devices: dict[str, Any]) -> dict[str, Any] | None:
@@ -131,6 +138,29 @@ def fingerprint(path: str | Path) -> str:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def weights(path: str | Path, step: int | None = None) -> dict[str, Any]:
+    """What identifies a model's weights: their sha256, and of a run the step.
+
+    Args:
+        step: of a run; None: the newest intact one.
+
+    Raises:
+        ValueError: there are none, or (naming the file) they are damaged.
+    """
+    if not is_run(path):
+        return {"sha256": fingerprint(path)}
+    checkpoints = Checkpoints(Path(path) / "checkpoints")
+    found = checkpoints.latest_valid() if step is None else step
+    if found is None:
+        raise ValueError(f"{path}: has no intact checkpoint; train it first")
+    directory = checkpoints.directory / str(found)
+    if step is not None:
+        if not directory.is_dir():
+            raise ValueError(f"{directory}: is gone")
+        verify(directory)
+    return {"step": found, "sha256": content(directory) or fingerprint(path)}
 
 
 def write_base(cfg: RunConfig) -> None:

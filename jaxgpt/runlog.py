@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import jax
 
-from jaxgpt import files, hardware, metrics
+from jaxgpt import files, hardware, lineage, metrics
 from jaxgpt.config import RunConfig
 from jaxgpt.types import Array, Report
 
@@ -35,6 +35,8 @@ class RunLog:
         self._flushed = time.perf_counter()
         self._held_out: tuple[int, dict[str, float]] = (-1, {})
         self._rollout: list[str] = []
+        self.clock = metrics.Clock()
+        self._session = lineage.Session(lineage.now(), start, start)
         peak = hardware.peak_flops(jax.devices()[0])
         self.throughput = metrics.Throughput(
             metrics.flops_per_token(cfg.model, cfg.model.context_length),
@@ -56,15 +58,24 @@ class RunLog:
     def __exit__(self, *_: Any) -> None:
         if self._writes:
             self._progress.close()
+            if self._session.stop > self._start:
+                self.note(self._session.stop)
 
     def write(self, text: str) -> None:
         """A line for the person who watches."""
         if self._writes:
             self._progress.write(text)
 
+    def note(self, done: int) -> None:
+        """Writes what has been spent so far into the run's lineage.json, as of `done` updates."""
+        self._session.stop, self._session.seconds = done, self.clock.seconds()
+        if self._writes:
+            lineage.note(self._directory, self._session)
+
     def step(self, done: int, measures: Mapping[str, Array], tokens: int) -> None:
         """Metrics of update number `done`, counted from 1, and the tokens it read."""
         self._pending.append((done, measures, tokens))
+        self._session.count("step", tokens)
         first = done == self._start + 1  # which shows at once that all has compiled
         stale = time.perf_counter() - self._flushed > FLUSH_SECONDS
         if first or stale or self._due(done):
@@ -124,6 +135,7 @@ class RunLog:
         if self._writes:
             self._progress.note(report.measures)
         self._rollout = report.texts
+        self._session.count("rollout", int(report.measures.get("rollout/tokens", 0)))
 
     def samples(self, done: int, texts: Sequence[str]) -> None:
         """Texts written by the model after `done` updates, and some of the last rollout."""

@@ -173,11 +173,15 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
         params = everything(average, frozen, state.carry)
         heap.give_back()  # of the step's memory, and below of the evaluation's
         if evaluates:
-            log.held_out(done, evaluates(params))
+            with log.clock("evaluation"):
+                log.held_out(done, evaluates(params))
         if samples:
-            log.samples(done, sample(params) if sample else [])
+            with log.clock("sampling"):
+                log.samples(done, sample(params) if sample else [])
         if saves:
-            checkpoints.save(done, state, meta, log.held_out_loss(done))
+            with log.clock("saving"):
+                checkpoints.save(done, state, meta, log.held_out_loss(done))
+                log.note(done)
         heap.give_back()
 
     try:
@@ -195,20 +199,23 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
                 begins = stage.updates_per_rollout and step % updates == 0
                 if begins:
                     log.flush()  # so that the time of a rollout is its own
-                with log.throughput.paused() if begins else contextlib.nullcontext():
+                paused = log.throughput.paused() if begins else contextlib.nullcontext()
+                with paused, log.clock("rollout" if begins else "data"):
                     batch = next_batch(state, frozen, step)
                 if report := batch.pop("report", None):
                     log.rollout(step + 1, report)  # of the first update, lest a resume repeat it
-                state, measures = step_fn(state, frozen, batch)
-                # All processes save the same step, at which a rollout is used up.
-                stopping = vote(stop.is_set()) and (step + 1) % updates == 0
-                log.step(step + 1, measures, math.prod(batch["tokens"].shape))
+                with log.clock("compile" if step == start else "step"):
+                    state, measures = step_fn(state, frozen, batch)
+                    # All processes save the same step, at which a rollout is used up.
+                    stopping = vote(stop.is_set()) and (step + 1) % updates == 0
+                    log.step(step + 1, measures, math.prod(batch["tokens"].shape))
                 with log.throughput.paused():
                     between_steps(step + 1, state, stopping)
                 if stopping:
                     log.write(f"stopped and saved at step {step + 1}; the same command goes on")
                     break
-            checkpoints.wait()
+            with log.clock("saving"):
+                checkpoints.wait()
     except Diverged as error:
         checkpoints.wait()
         good = checkpoints.steps()[-1:] or ["none"]

@@ -5,11 +5,12 @@ The last line of the output is one JSON object: measures, their standard errors,
 
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import config
+from jaxgpt import config, files
 from jaxgpt.config import EvaluateConfig
 
 
@@ -24,10 +25,14 @@ def main() -> None:
     hardware.use_compilation_cache()
     lm = jaxgpt.load(cfg.checkpoint, dtype=cfg.dtype)
     print(lm)
-    output = Path(cfg.output) if cfg.output else None
+    output, of_run = Path(cfg.output) if cfg.output else None, False
     if output is None and rundir.is_run(cfg.checkpoint):
-        output = Path(cfg.checkpoint) / "evals" / evals.results_name(lm, cfg)
+        output, of_run = Path(cfg.checkpoint) / "evals" / evals.results_name(lm, cfg), True
     measures = evals.evaluate(lm, cfg, output)
+    if of_run and output:
+        about = {"data": cfg.data, "command": shlex.join(["python", *sys.argv])}
+        plain = {name: _plain(value) for name, value in measures.items()}
+        files.write(output.with_suffix(".json"), json.dumps(plain | about, indent=1))
     for name, value in measures.items():
         if isinstance(value, float) and not name.endswith("_stderr"):
             print(f"{name:>16} {value:.4f} ± {measures[f'{name}_stderr']:.4f}")

@@ -1,6 +1,9 @@
 """Eight virtual CPU devices, strict shapes, warnings as errors."""
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -10,12 +13,19 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
-from jaxgpt import hardware
+from jaxgpt import config, hardware
 from jaxgpt.config import ModelConfig
 
 hardware.keep_collectives_in_order()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).parents[1]
+CACHE = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
 
 
 @pytest.fixture
@@ -30,3 +40,27 @@ def tiny() -> ModelConfig:
 @pytest.fixture
 def rng() -> jax.Array:
     return jax.random.key(0)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs a script's main in this process: (exit status, standard output, standard error)."""
+    before = {name: getattr(jax.config, name) for name in CACHE}
+    monkeypatch.chdir(tmp_path)
+
+    def call(script: str, *args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *args])
+        file = importlib.util.spec_from_file_location("script", ROOT / "scripts" / script)
+        module = importlib.util.module_from_spec(file)
+        file.loader.exec_module(module)
+        code = 0
+        try:
+            config.exit_cleanly(module.main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    jax.config.update(CACHE[0], str(tmp_path / "cache"))
+    yield call
+    for name, value in before.items():
+        jax.config.update(name, value)

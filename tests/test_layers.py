@@ -15,11 +15,14 @@ LAYERS = (
     {"kernels"},
     {"hardware", "heap", "processes"},
     {"weights", "losses", "policy_losses", "optim", "sharding", "metrics", "checkpoint", "data"},
-    {"model", "peft", "rundir", "runlog", "report", "tasks"},
+    {"model", "peft", "rundir", "tasks"},
+    {"lineage"},
+    {"runlog", "report"},
     {"sampling", "convert", "train", "scoring"},
     {"episodes"},
     {"language_model", "rollouts", "plan"},
-    {"stages", "evals", "serve", "notes", "jaxgpt"},  # jaxgpt is the front door, jaxgpt/__init__.py
+    # jaxgpt is the front door, jaxgpt/__init__.py
+    {"stages", "evals", "serve", "notes", "life", "jaxgpt"},
     {"scripts"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -5,6 +5,7 @@ are held out follows from a hash of the operands, the same for every task: no st
 held-out problem.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -49,6 +50,15 @@ def problems(held_out: bool) -> Iterator[Problem]:
     every = [Problem(a, s, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1) for s in "+-"]
     possible = [p for p in every if p.answer >= 0 and p.held_out == held_out]
     return iter(sorted(possible, key=lambda p: _draw(2**32, "order", *p)))
+
+
+def everyday(held_out: bool) -> Iterator[Problem | Product]:
+    """What an assistant is asked: two sums for every product, as long as there are sums."""
+    sums, products = problems(held_out), expressions.products(held_out)
+    for first in sums:
+        yield first
+        yield from itertools.islice(sums, 1)
+        yield from itertools.islice(products, 1)
 
 
 def question(problem: Problem | Chain | Product) -> str:
@@ -160,6 +170,15 @@ def _mostly_hasty(problem: Problem) -> list[Message]:
     return [_says("assistant", style(problem))]
 
 
+def _assisting(
+    problem: Problem | Product, answer: Callable[[Problem], list[Message]]
+) -> list[Message]:
+    """Sums are answered at once, products by the calculator."""
+    if isinstance(problem, Product):
+        return _with_call(problem, str(problem.answer))
+    return answer(problem)
+
+
 def _with_call(problem: Problem | Product, answer: str) -> list[Message]:
     return [
         _says("assistant", f"calculator({problem})"),
@@ -177,6 +196,8 @@ DIALOGUES: dict[str, Callable[..., list[Message]]] = {
     "multi-step-answer": lambda chain: [_says("assistant", str(chain.answer))],
     "products": lambda product: [_says("assistant", str(product.answer))],
     "products-calculator": lambda product: _with_call(product, str(product.answer)),
+    "assistant": lambda problem: _assisting(problem, lambda p: [_says("assistant", concise(p))]),
+    "assistant-styles": lambda problem: _assisting(problem, _both_styles),
 }
 # Whose problems are not those of `problems`.
 PROBLEMS: dict[str, Callable[[bool], Iterator]] = {
@@ -184,6 +205,8 @@ PROBLEMS: dict[str, Callable[[bool], Iterator]] = {
     "multi-step-answer": expressions.chains,
     "products": expressions.products,
     "products-calculator": expressions.products,
+    "assistant": everyday,
+    "assistant-styles": everyday,
 }
 PREFERENCES: dict[str, Callable[[Problem], tuple[str, str]]] = {
     "arithmetic-correct": lambda problem: (concise(problem), wrong(problem)),

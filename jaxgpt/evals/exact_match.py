@@ -83,16 +83,19 @@ def score(
         asked = {row: items[row // cfg.samples].messages for row in samples}
         written = queries.play(lm, asked, samples, cfg.tools, settings, cfg.batch_tokens, cfg.seed)
     else:
-        written = queries.write(lm, samples, settings, stop, cfg.batch_tokens, cfg.seed)
+        texts_of = queries.write(lm, samples, settings, stop, cfg.batch_tokens, cfg.seed)
+        written = ((row, (text, 0)) for row, text in texts_of)
     judge = judges.Judge(cfg.reward_model, "reward_model") if cfg.reward_model else None
-    texts: dict[int, dict[int, str]] = {}
-    for row, text in written:
+    texts: dict[int, dict[int, tuple[str, int]]] = {}
+    for row, answer in written:
         number, sample = divmod(row, cfg.samples)
         mine = texts.setdefault(number, {})
-        mine[sample] = text
+        mine[sample] = answer
         if len(mine) == cfg.samples:
-            item, answers = items[number], [mine[sample] for sample in range(cfg.samples)]
+            item, answers = items[number], [mine[sample][0] for sample in range(cfg.samples)]
             found = _judge(item, answers) | {"truncated": len(prompts[number]) > room}
+            if cfg.tools:
+                found["calls"] = [mine[sample][1] for sample in range(cfg.samples)]
             if judge is not None:
                 found["rewards"] = _rewards(judge, item, answers, cfg.batch_tokens)
             yield number, found
@@ -104,6 +107,9 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:
     for name, key in (("exact_match", "stated"), ("flexible_match", "last")):
         shares = [sum(a == r["answer"] for a in r[key]) / len(r[key]) for r in results]
         measures |= statistics.mean(name, shares)
+    if all("calls" in r for r in results):
+        used = [sum(calls > 0 for calls in r["calls"]) / len(r["calls"]) for r in results]
+        measures |= statistics.mean("called_tool", used)
     samples = len(results[0]["last"])
     if samples > 1:
         right = [sum(a == r["answer"] for a in r["last"]) for r in results]

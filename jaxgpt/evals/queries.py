@@ -132,15 +132,16 @@ def play(
     settings: Sampling,
     batch_tokens: int,
     seed: int = 0,
-) -> Iterator[tuple[int, str]]:
-    """`write` for conversations in which the model may call tools: its last turn.
+) -> Iterator[tuple[int, tuple[str, int]]]:
+    """`write` for conversations in which the model may call tools: its last turn, and how many
+    calls it made.
 
     Args:
         prompts: the same as tokens; one that leaves no room is answered by nothing.
     """
     room = prompt_room(lm, settings)
     order = sorted(asked, key=lambda n: -len(prompts[n]))
-    yield from ((n, "") for n in order if len(prompts[n]) > room)
+    yield from ((n, ("", 0)) for n in order if len(prompts[n]) > room)
     order = [n for n in order if len(prompts[n]) <= room]
     while order:
         # Tools make a conversation longer by what they give and by the turns that follow.
@@ -149,7 +150,8 @@ def play(
         batch, order = order[:size], order[size:]
         environments = [Question(asked[n], names=tools) for n in batch]
         for n, episode in zip(batch, lm.play(environments, settings, seed, batch), strict=True):
-            yield n, episode.messages[-1]["content"]
+            calls = sum(message["role"] == "tool" for message in episode.messages)
+            yield n, (episode.messages[-1]["content"], calls)
 
 
 def prompt_room(lm: LanguageModel, settings: Sampling) -> int:

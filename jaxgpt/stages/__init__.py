@@ -15,6 +15,7 @@ from jaxgpt import (
     files,
     hardware,
     heap,
+    lineage,
     metrics,
     peft,
     processes,
@@ -109,9 +110,12 @@ def launch(name: str, cfg: RunConfig) -> None:
             batch.pop("report", None)
             print(show.describe(batch, start.tokenizer))
             return
+        if jax.process_index() == 0:
+            lineage.begin(name, cfg)
         # Nothing here holds on to the stage: its parameters would stay beside the trained ones.
         train.fit(_build(name, cfg, start, mesh), cfg, mesh, sampler(cfg, start))
     if jax.process_index() == 0:
+        lineage.complete(cfg)
         print(summary(run, report.write_report(run)))
 
 

@@ -112,4 +112,5 @@ TASKS: dict[str, Task] = {
     "multi-step": _embedded(synthetic.is_correct, name="multi-step"),
     "products": _embedded(synthetic.is_correct, name="products"),
     "products-calculator": _embedded(synthetic.is_correct, "calculator", name="products"),
+    "assistant": _embedded(synthetic.is_correct, "calculator", name="assistant"),
 }

@@ -1,0 +1,1 @@
+"""What is made of run directories: listings, comparisons, sweeps, lives and their cards."""
