@@ -42,7 +42,7 @@ def jobs(
     """Every combination as a command of its own; the same sweep always names the same folders.
 
     Args:
-        grid: `KEY=A,B` each; a value may be a YAML list in brackets.
+        grid: `KEY=A,B` each, or `KEY=[…]` with a YAML list of the values.
         more: settings that all runs have, as on a command line.
 
     Raises:
@@ -101,7 +101,7 @@ def as_lines(todo: Sequence[Job]) -> list[str]:
 
 def _axis(entry: str) -> tuple[str, list[str]]:
     name, equals, text = entry.partition("=")
-    values = yaml.safe_load(f"[{text}]") if text.startswith("[") else text.split(",")
+    values = yaml.safe_load(text) if text.startswith("[") else text.split(",")
     if not (name and equals and text and all(str(value) for value in values)):
         raise ValueError(f"grid={entry}: must be KEY=A,B such as optim.learning_rate=1e-3,3e-3")
     return name, [str(value) for value in values]
