@@ -3,6 +3,7 @@
 The last line of the output is one JSON object: measures, their standard errors, the count.
 """
 
+import glob
 import json
 import math
 import shlex
@@ -19,7 +20,7 @@ def main() -> None:
     import jaxgpt
     from jaxgpt import evals, hardware, rundir
 
-    if not evals.is_embedded(cfg) and not Path(cfg.data).exists():
+    if not evals.is_embedded(cfg) and not (Path(cfg.data).exists() or glob.glob(cfg.data)):
         raise ValueError(f"data={cfg.data}: does not exist")
 
     hardware.use_compilation_cache()

@@ -67,14 +67,20 @@ class RolloutConfig:
 class TaskConfig:
     """The problems that a policy practises on."""
 
-    path: str = "arithmetic"
+    path: list[str] | str = "arithmetic"
     """Embedded task (arithmetic, arithmetic-concise, arithmetic-calculator, multi-step, products,
-    products-calculator), or a JSONL, JSON or Parquet file or Hub data set of {question, answer}."""
+    products-calculator), or {question, answer} in JSONL, JSON or Parquet: a file (also packed) or
+    several, a folder, a glob or a Hub data set."""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """Which column holds what, where its name does not say it: {"answer": "result"} reads the
+    column result as the answer; {"notes": null} leaves the column notes out."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """Who speaks in a prompt of messages, where a role's name does not say it."""
     tools: list[str] = field(default_factory=list)
     """Tools that may be called: [calculator]; empty: those that the embedded task offers."""
     split: str = "train"
     """Split of a Hub data set."""
-    val_path: str = ""
+    val_path: list[str] | str = ""
     """Held-out rows; empty: one in ten of path. Embedded tasks hold out by themselves."""
     template: str = ""
     """chatml, llama3, plain or a Jinja file; empty: the model's own, else chatml, or plain where

@@ -13,9 +13,11 @@ from jaxgpt.config.model import ModelConfig
 class DataConfig:
     """The text to train on."""
 
-    path: str = ""
-    """Token directory (prepare_data.py), .bin file, or plain text file or folder;
-    empty: the source code of Python's standard library."""
+    path: list[str] | str = ""
+    """Token directory (prepare_data.py), .bin file, or text: a file or several, a folder, a glob,
+    JSONL, JSON or Parquet; empty: the source code of Python's standard library."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """{"text": "body"}: the column of JSONL, JSON and Parquet that holds the text; empty: text."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Several token directories with their weights, instead of path."""
     tokenizer: str = ""
@@ -30,6 +32,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least("data", self, vocab_size=1)
+        require(
+            not self.columns.keys() - {"text"}, "data.columns", self.columns, "only text is read"
+        )
         require(
             0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must be in (0, 1)"
         )

@@ -12,13 +12,19 @@ from jaxgpt.config.run import OptimConfig, RunConfig, SampleConfig
 class ConversationConfig:
     """Conversations, or answers to prefer."""
 
-    path: str = ""
-    """JSONL, JSON or Parquet file (or its .gz), Hub data set, or embedded task; empty: arithmetic.
-    The formats are told by their columns: messages, conversations, instruction, prompt, question,
-    chosen."""
+    path: list[str] | str = ""
+    """JSONL, JSON or Parquet file (also packed), several, a folder, a glob, a Hub data set, or an
+    embedded task; empty: arithmetic. The formats are told by their columns: messages,
+    conversations, instruction, prompt, question, chosen."""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """Which column holds what, where its name does not say it: {"prompt": "task"} reads the column
+    task as the prompt; {"notes": null} leaves the column notes out."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """Who speaks, where a role's name does not say it: {"oracle": "assistant"}. Known are system,
+    user, assistant, tool, tool_call, and the usual names for them."""
     split: str = "train"
     """Split of a Hub data set."""
-    val_path: str = ""
+    val_path: list[str] | str = ""
     """Held-out rows; empty: every n-th row of path. Embedded tasks hold out by themselves."""
     val_fraction: float = 0.05
     """Share of path that is held out where there is no val_path."""

@@ -2,39 +2,50 @@
 
 messages                       OpenAI: [{"role": …, "content": …}]
 conversations                  ShareGPT: [{"from": "human", "value": …}]
-instruction, input, output     Alpaca
+conversation                   pairs: [{"human": …, "assistant": …}], or texts by turns
+instruction, input, output     Alpaca; Dolly says context for input; either may have a history
 prompt, completion             or response; the prompt is text or messages
 question, answer               GSM8K; its <<48/2=24>> may become calls of a calculator
 "\\n\\nHuman: …\\n\\nAssistant: …"   HH-RLHF transcripts, wherever a conversation may stand
 
-Preferences have `chosen` and `rejected` beside their prompt, or as two whole conversations; single
-answers that are good or bad (KTO) have a `label`.
+Preferences have `chosen` and `rejected` beside their prompt, or as two whole conversations, or
+response_0, response_1 and better_response_id; single answers that are good or bad (KTO) have a
+`label`. Which columns hold these is in columns.py, and can be said (data.columns, data.roles).
+Every field of a message stays with it.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from jaxgpt.data import documents
+from jaxgpt.config.checks import nearest
+from jaxgpt.data import rows
+from jaxgpt.data.columns import KNOWN, Columns, Row
+from jaxgpt.data.rows import Paths
 
-Message = dict[str, Any]  # role, content and, from OpenAI, tool_calls
+Message = dict[str, Any]  # role, content and whatever else the data says of it
 T = TypeVar("T")
 
-ROLES = {
-    "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool",
-    "function": "tool", "bot": "assistant", "model": "assistant",
-}  # fmt: skip
+ROLE, CONTENT = ("role", "from", "speaker"), ("content", "value", "text")
+# A turn without a role may hold a question and its answer.
+SIDES = {
+    "system": "system",
+    **dict.fromkeys(("user", "human", "input", "prompt", "instruction", "question"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "output", "response", "answer"), "assistant"),
+}
 # How a message's parts are written, by their type; as Qwen's models write them.
 PARTS = {
     "text": "{}",
     "reasoning": "<think>\n{}\n</think>\n\n",
     "tool_call": "<tool_call>\n{}\n</tool_call>\n",
 }
-KNOWN = ("system", "developer", "user", "assistant", "tool")
 CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
-TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")
+CALL_TAGS = re.compile(r"^\s*<[a-z_]+>|</[a-z_]+>\s*$")
+TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant): ?")
+OPENS = re.compile(r"\n\n(Human|Assistant):|\s*Human:.*\n\nAssistant:", re.DOTALL)
+GOOD = {"true", "1", "yes", "good", "desirable", "chosen", "positive", "+1"}
+BAD = {"false", "0", "no", "bad", "undesirable", "rejected", "negative", "-1"}
 
 
 class Dialogue(NamedTuple):
@@ -66,37 +77,39 @@ class Rated(NamedTuple):
     tools: Sequence[dict[str, Any]] = ()
 
 
-def dialogues(path: str, split: str = "train") -> Iterator[Dialogue]:
-    """The conversations of a file or a Hub data set; of preferences, the chosen ones."""
-    return _read(path, split, _dialogue)
+class Asked(NamedTuple):
+    """A question whose answer a rule can judge."""
+
+    prompt: list[Message]
+    answer: str
+    place: str
 
 
-def preferences(path: str, split: str = "train") -> Iterator[Preference]:
-    """The pairs of a file or a Hub data set."""
-    return _read(path, split, _preference)
+def dialogues(
+    paths: Paths, split: str = "train", columns: Columns | None = None
+) -> Iterator[Dialogue]:
+    """The conversations of files or a Hub data set; of preferences, the chosen ones."""
+    return _read(paths, split, columns, _dialogue)
 
 
-def ratings(path: str, split: str = "train") -> Iterator[Rated]:
+def preferences(
+    paths: Paths, split: str = "train", columns: Columns | None = None
+) -> Iterator[Preference]:
+    """The pairs of files or a Hub data set."""
+    return _read(paths, split, columns, _preference)
+
+
+def ratings(paths: Paths, split: str = "train", columns: Columns | None = None) -> Iterator[Rated]:
     """Answers with a label; a pair gives two of them."""
-    for found in _read(path, split, _ratings):
+    for found in _read(paths, split, columns, _ratings):
         yield from found
 
 
-def rows(path: str, split: str = "train") -> Iterator[tuple[Any, str]]:
-    """Every row of a JSONL, JSON or Parquet file (or its .gz) or Hub data set, with its place.
-
-    A Hub data set that has several parts is named with one of them: openai/gsm8k:main.
-    """
-    file = Path(path)
-    if not file.exists():
-        repository = path.partition(":")[0]
-        if not documents.HUB_NAME.fullmatch(repository) or file.suffix in documents.TABLES:
-            raise ValueError(f"data.path={path}: no such file, embedded task or Hub data set")
-        yield from _hub_rows(path, split)
-    elif Path(file.stem if file.suffix in documents.PACKED else file).suffix == ".parquet":
-        yield from _parquet_rows(file)
-    else:
-        yield from _json_rows(file)
+def questions(
+    paths: Paths, split: str = "train", columns: Columns | None = None
+) -> Iterator[Asked]:
+    """Prompts and their right answers, which are text or numbers."""
+    return _read(paths, split, columns, _asked)
 
 
 def transcript(text: str, place: str) -> list[Message]:
@@ -111,17 +124,6 @@ def transcript(text: str, place: str) -> list[Message]:
     ]
 
 
-def question_and_answer(row: Any, place: str) -> tuple[str, str]:
-    """The two texts of a row such as GSM8K's."""
-    question, answer = (
-        row.get(name) if isinstance(row, dict) else None for name in ("question", "answer")
-    )
-    for text in (question, answer):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{place}: must have question and answer, both of them text")
-    return str(question), str(answer)
-
-
 def with_calls(dialogue: Dialogue) -> Dialogue:
     """The same conversation, in which every <<48/2=24>> is a turn that calls the calculator.
 
@@ -130,7 +132,7 @@ def with_calls(dialogue: Dialogue) -> Dialogue:
     """
     messages: list[Message] = []
     for message in dialogue.messages:
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not isinstance(message["content"], str):
             messages.append(message)
             continue
         *parts, rest = CALL.split(message["content"])
@@ -142,119 +144,306 @@ def with_calls(dialogue: Dialogue) -> Dialogue:
     return dialogue._replace(messages=messages)
 
 
-def _read(path: str, split: str, parse: Callable[[dict[str, Any], str], T]) -> Iterator[T]:
-    for row, place in rows(path, split):
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: must be an object, not {type(row).__name__}")
-        yield parse(row, place)
-
-
-def _dialogue(row: dict[str, Any], place: str) -> Dialogue:
-    if "chosen" in row and "rejected" in row:
-        pair = _preference(row, place)
-        return Dialogue(pair.prompt + pair.chosen, place, pair.tools)
-    if "question" in row and "answer" in row:
-        question, answer = question_and_answer(row, place)
-        return Dialogue([_says("user", question), _says("assistant", answer)], place)
-    prompt = _prompt(row, place)
-    answer = next((row[n] for n in ("output", "completion", "response") if row.get(n)), None)
-    messages = prompt if answer is None else prompt + _messages(answer, place, "assistant")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{place}: nothing is said by the assistant")
-    return Dialogue(messages, place, _tools(row, place))
-
-
-def _tools(row: dict[str, Any], place: str) -> list[dict[str, Any]]:
-    """A list of JSON schemas, which some data sets hold as text."""
-    tools = row.get("tools") or []
+def _read(
+    paths: Paths, split: str, columns: Columns | None, parse: Callable[[Row], T]
+) -> Iterator[T]:
+    """What `parse` makes of every row; then what was read of them is said on stderr."""
+    columns = columns or Columns()
     try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: tools is no JSON: {error}") from None
+        for values, place in rows.read(paths, split):
+            row = columns.open(values, place)
+            try:
+                found = parse(row)
+            except RecursionError:
+                raise ValueError(f"{place}: holds objects too deep in each other") from None
+            columns.close(row, _texts(found))
+            yield found
+    except ValueError:
+        columns.require_mapped()  # which would be the reason
+        raise
+    columns.require_mapped()
+    columns.report(", ".join(rows.names(paths)))
+
+
+def _texts(found: Any) -> Iterator[str]:
+    """All that is said in what was read of a row."""
+    if isinstance(found, dict):
+        yield str(found.get("content"))
+    elif isinstance(found, (list, tuple)):
+        for part in found:
+            yield from _texts(part)
+
+
+def _dialogue(row: Row) -> Dialogue:
+    if row.has("chosen") and row.has("rejected"):
+        pair = _preference(row)
+        return Dialogue(pair.prompt + pair.chosen, row.place, pair.tools)
+    messages = _prompt(row)
+    if not messages:
+        raise ValueError(f"{row.place}: nothing is asked {row.holds}")
+    if messages[-1]["role"] != "assistant":
+        messages = messages + _answer(row)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"{row.place}: nothing is said by the assistant {row.holds}")
+    return Dialogue(messages, row.place, _tools(row))
+
+
+def _answer(row: Row) -> list[Message]:
+    answer, thought = row.take("answer"), row.take("reasoning")
+    if answer is None:
+        return []
+    said = _messages(_as_text(answer), row, "assistant")
+    if thought is not None and len(said) == 1:
+        said[0]["reasoning_content"] = _text(thought, row.place)
+    return said
+
+
+def _asked(row: Row) -> Asked:
+    prompt, answer = _prompt(row), row.take("answer", "answer", "solution")
+    if not any(message["role"] == "user" for message in prompt):
+        raise ValueError(f"{row.place}: asks no question {row.holds}")
+    answer = _as_text(answer)
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(f"{row.place}: answer must be text or a number, not {answer!r:.40}")
+    return Asked(prompt, answer.strip(), row.place)
+
+
+def _as_text(answer: Any) -> Any:
+    """7 and 7.0 are "7"; what is no number stays."""
+    if isinstance(answer, float) and answer.is_integer():
+        return f"{answer:.0f}"
+    return (
+        f"{answer}" if isinstance(answer, (int, float)) and answer not in (True, False) else answer
+    )
+
+
+def _tools(row: Row) -> list[dict[str, Any]]:
+    """A list of JSON schemas, which some data sets hold as text."""
+    tools = _from_json(row.take("tools") or [], "tools", row.place)
+    tools = [tools] if isinstance(tools, dict) else tools
+    if isinstance(tools, list):
+        tools = [_from_json(tool, "tools", row.place) for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{place}: tools must be a list of objects, not {tools!r:.40}")
+        raise ValueError(f"{row.place}: tools must be a list of objects, not {tools!r:.40}")
     return tools
 
 
-def _preference(row: dict[str, Any], place: str) -> Preference:
-    if "chosen" not in row or "rejected" not in row:
-        raise ValueError(f"{place}: needs chosen and rejected (it holds: {', '.join(row)})")
-    chosen, rejected = (_messages(row[n], place, "assistant") for n in ("chosen", "rejected"))
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if len(chosen) == 1 and len(rejected) == 1:
-        prompt = _prompt(row, place)
-    else:  # whole conversations; what they share is the prompt
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    if not prompt:
-        raise ValueError(f"{place}: chosen and rejected must be two answers to one prompt")
-    found = (row.get(key) for key in ("score_chosen", "score_rejected"))
-    scores = [float(score) for score in found if score is not None]
-    margin = row.get("margin", scores[0] - scores[1] if len(scores) == 2 else 0.0)
-    return Preference(prompt, chosen, rejected, float(margin), place, _tools(row, place))
+def _from_json(value: Any, name: str, place: str) -> Any:
+    """What a text holds that is JSON; another value is itself."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{place}: {name} is no JSON ({error}): {value!r:.40}") from None
 
 
-def _ratings(row: dict[str, Any], place: str) -> list[Rated]:
-    if "label" not in row:
-        pair = _preference(row, place)
-        return [
-            Rated(pair.prompt, pair.chosen, True, place, pair.tools),
-            Rated(pair.prompt, pair.rejected, False, place, pair.tools),
-        ]
-    if not isinstance(row["label"], (bool, int)):
-        raise ValueError(f"{place}: label must be true or false, not {row['label']!r}")
-    messages, _, tools = _dialogue(row, place)
-    return [Rated(messages[:-1], messages[-1:], bool(row["label"]), place, tools)]
-
-
-def _prompt(row: dict[str, Any], place: str) -> list[Message]:
-    """Everything before the answer."""
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for name in ("messages", "conversations", "prompt", "text"):
-        if row.get(name):
-            return system + _messages(row[name], place, "user")
-    if row.get("instruction"):
-        parts = [_text(row[name], place) for name in ("instruction", "input") if row.get(name)]
-        return [*system, {"role": "user", "content": "\n\n".join(parts)}]
-    raise ValueError(
-        f"{place}: no messages, conversations, prompt or instruction (it holds: {', '.join(row)})"
+def _preference(row: Row) -> Preference:
+    prompt = _prompt(row)
+    chosen, rejected = _two_answers(row, prompt)
+    if not prompt or any(answer[0]["role"] != "assistant" for answer in (chosen, rejected)):
+        # Whole conversations; what they share, but for the last message, is the prompt.
+        shared, most = 0, min(len(chosen), len(rejected)) - 1
+        while shared < most and chosen[shared] == rejected[shared]:
+            shared += 1
+        before = [m for m in prompt if m["role"] == "system" and m not in chosen[:shared]]
+        prompt, chosen, rejected = before + chosen[:shared], chosen[shared:], rejected[shared:]
+    if not any(message["role"] != "system" for message in prompt):
+        raise ValueError(f"{row.place}: chosen and rejected must be two answers to one prompt")
+    margin, scores = (
+        row.number("margin"),
+        [row.number(f"score_{n}") for n in ("chosen", "rejected")],
     )
+    if margin is None:
+        margin = 0.0 if None in scores else scores[0] - scores[1]  # type: ignore[operator]
+    return Preference(prompt, chosen, rejected, margin, row.place, _tools(row))
+
+
+def _two_answers(row: Row, prompt: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The better and the worse one; the better may be the end of what stands in the prompt."""
+    if row.has("chosen") or not row.has("response_0"):
+        # ms-swift has the chosen answer where fine-tuning has its only one.
+        worse, better = row.take("rejected"), row.take("chosen")
+        if better is None and worse is not None and prompt and prompt[-1]["role"] == "assistant":
+            better = [prompt.pop()]
+        elif better is None:
+            better = _as_text(row.take("answer"))
+    else:
+        both, number = [row.take(f"response_{n}") for n in (0, 1)], row.number("better_response_id")
+        if number not in (0, 1):
+            raise ValueError(f"{row.place}: better_response_id must be 0 or 1, not {number}")
+        better, worse = both[int(number)], both[1 - int(number)]
+    if isinstance(prompt := row.look("prompt"), str) and prompt.rstrip().endswith("Assistant:"):
+        # The blank after "Assistant:" is no part of the answer.
+        better, worse = (a.lstrip() if isinstance(a, str) else a for a in (better, worse))
+    if better is None or worse is None:
+        raise ValueError(f"{row.place}: needs chosen and rejected {row.holds}")
+    return _messages(better, row, "assistant"), _messages(worse, row, "assistant")
+
+
+def _ratings(row: Row) -> list[Rated]:
+    if not row.has("label"):
+        pair = _preference(row)
+        return [
+            Rated(pair.prompt, pair.chosen, True, row.place, pair.tools),
+            Rated(pair.prompt, pair.rejected, False, row.place, pair.tools),
+        ]
+    label = row.take("label")
+    said = f"{label:g}" if isinstance(label, float) else str(label).strip().lower()
+    if said not in GOOD | BAD:
+        raise ValueError(f"{row.place}: label must be true or false, not {label!r:.40}")
+    messages, _, tools = _dialogue(row)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(f"{row.place}: must be a prompt and an answer to it")
+    return [Rated(messages[:-1], messages[-1:], said in GOOD, row.place, tools)]
+
+
+def _prompt(row: Row) -> list[Message]:
+    """Everything before the answer: what the system says, a history, and what is asked."""
+    messages, name = row.take("messages") if _has_messages(row) else None, "messages"
+    if messages is None:
+        name = "prompt" if row.has("prompt") else "text"
+        messages = row.take(name)
+    elif isinstance(messages, str) and not OPENS.match(messages):
+        messages = _from_json(messages, name, row.place)
+    said = [] if messages is None else _messages(messages, row, "user", name == "messages")
+    if said and said[-1] == {"role": "assistant", "content": ""} and len(said) > 1:
+        said.pop()  # a transcript that ends in "Assistant:", where the answer begins
+    more = [_text(v, row.place) for n in ("input", "context") if (v := row.take(n)) is not None]
+    first = next((message for message in said if message["role"] == "user"), None)
+    if more and first is None:
+        said.append(_says("user", "\n\n".join(more)))
+    elif more and first is not None:
+        first["content"] = "\n\n".join([first["content"], *more])
+    history = row.take("history")
+    before = [] if history is None else _messages(history, row, "user", True)
+    start = 1 if said and said[0]["role"] in ("system", "developer") else 0
+    system = None if start else row.take("system")
+    opening = [] if system is None else [_says("system", _text(system, row.place))]
+    return opening + said[:start] + before + said[start:]
+
+
+def _has_messages(row: Row) -> bool:
+    """Whether the row's messages are its prompt; a column that the user named goes before them."""
+    if not row.has("messages") or (
+        "prompt" in row.columns.own and "messages" not in row.columns.own
+    ):
+        return False
+    value = row.look("messages")
+    return not isinstance(value, str) or value.lstrip().startswith("[") or bool(OPENS.match(value))
 
 
 def _says(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _messages(value: Any, place: str, role: str) -> list[Message]:
-    """Text by `role`, a transcript, one message, or a list of messages."""
+def _messages(value: Any, row: Row, role: str, turns: bool = False) -> list[Message]:
+    """Text by `role`, a transcript, one message, or a list of messages.
+
+    Args:
+        turns: the items of a list may be texts, of the user and the assistant by turns, or pairs.
+    """
     if isinstance(value, str):
-        if TRANSCRIPT.match(value):
-            return transcript(value, place)
-        return [{"role": role, "content": _text(value, place)}]
+        return transcript(value, row.place) if OPENS.match(value) else [_says(role, value)]
     if isinstance(value, dict):
-        return [_message(value, place)]
+        value = [value]
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{place}: a conversation must be text or a list, not {value!r:.40}")
-    return [_message(message, place) for message in value]
+        raise ValueError(f"{row.place}: a conversation must be text or a list, not {value!r:.40}")
+    found: list[Message] = []
+    calling = False  # the turn before was nothing but a call
+    for number, turn in enumerate(value):
+        if turns and isinstance(turn, str):
+            found.append(_says(("user", "assistant")[number % 2], turn))
+        elif turns and isinstance(turn, list) and len(turn) == 2:
+            said = {"user": turn[0], "assistant": turn[1]}
+            found += _sides(said, row.place)
+        elif not isinstance(turn, dict):
+            raise ValueError(f"{row.place}: a message must be an object, not {turn!r:.40}")
+        elif _speaker(turn, row) == "tool_call":
+            calls = _calls(_content(turn), row.place)
+            if calling:  # several calls at one time
+                found[-1]["tool_calls"] += calls
+            else:
+                rest = {key: turn[key] for key in turn if key not in (*ROLE, *CONTENT)}
+                found.append(_says("assistant", "") | {"tool_calls": calls} | rest)
+            calling = True
+            continue
+        elif _speaker(turn, row):
+            found.append(_message(turn, row))
+        else:
+            found += _sides(turn, row.place)
+        calling = False
+    return found
 
 
-def _message(message: Any, place: str) -> Message:
-    if not isinstance(message, dict):
-        raise ValueError(f"{place}: a message must be an object, not {message!r:.40}")
-    said = str(message.get("role", message.get("from")))
-    role = ROLES.get(said, said)
-    if role not in KNOWN:
-        raise ValueError(f"{place}: {role!r} is no role; use {', '.join(KNOWN)}")
-    content = message.get("content", message.get("value"))
-    calls = message.get("tool_calls")
+def _speaker(turn: dict[str, Any], row: Row) -> str:
+    """One of KNOWN; empty where the turn names nobody."""
+    said = next((turn[key] for key in ROLE if turn.get(key) is not None), None)
+    if said is None:
+        return ""
+    role = row.columns.roles.get(str(said).strip().lower())
+    if role is None:
+        setting = row.columns.setting
+        advice = f', or say whose it is with --{setting}.roles \'{{"{said}": "user"}}\''
+        raise ValueError(
+            f"{row.place}: {said!r:.40} is no role{nearest(str(said), row.columns.roles)}; use "
+            f"{', '.join(KNOWN)}{advice if setting else ''}"
+        )
+    return role
+
+
+def _sides(turn: dict[str, Any], place: str) -> list[Message]:
+    """A turn such as {"human": …, "assistant": …}, which holds a question and its answer."""
+    said = [_says(SIDES[k], _text(v, place)) for k, v in turn.items() if k in SIDES]
+    if not said or any(value and key not in SIDES for key, value in turn.items()):
+        raise ValueError(f"{place}: a message needs role and content, not {turn!r:.60}")
+    return sorted(said, key=lambda message: ("system", "user", "assistant").index(message["role"]))
+
+
+def _content(turn: dict[str, Any]) -> Any:
+    return next((turn[key] for key in CONTENT if turn.get(key) is not None), None)
+
+
+def _message(turn: dict[str, Any], row: Row) -> Message:
+    """The turn with the names that templates know; its other fields stay as they are."""
+    role, content = _speaker(turn, row), _content(turn)
+    named = {next(key for key in ROLE if turn.get(key) is not None)}
+    named |= {next((key for key in CONTENT if key in turn), "content")}
+    rest = {key: value for key, value in turn.items() if key not in named}
+    calls = _from_json(rest.get("tool_calls"), "tool_calls", row.place)
+    if rest.get("function_call"):  # OpenAI's older form
+        calls = [*(calls or []), *_calls(rest.pop("function_call"), row.place)]
     if calls:
-        return {"role": role, "content": content or "", "tool_calls": calls}
-    return {"role": role, "content": _text(content, place)}
+        rest["tool_calls"] = calls
+    if role == "tool" and not isinstance(content, (str, type(None))) and not _is_parts(content):
+        content = json.dumps(content, ensure_ascii=False)
+    silent = content is None and (calls or rest.get("reasoning_content") or rest.get("thinking"))
+    return {"role": role, "content": None if silent else _text(content, row.place), **rest}
+
+
+def _calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """The calls of a turn that is nothing else, as OpenAI writes them."""
+    if isinstance(value, str):
+        value = _from_json(CALL_TAGS.sub("", value), "a function call", place)
+    found = []
+    for call in value if isinstance(value, list) else [value]:
+        said = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(said, dict) or not isinstance(said.get("name"), str):
+            raise ValueError(
+                f'{place}: a function call must be {{"name": …, "arguments": …}}, not {call!r:.60}'
+            )
+        name, arguments = said["name"], said.get("arguments", said.get("parameters", {}))
+        ids = {"id": call["id"]} if "id" in call else {}
+        found.append(
+            {**ids, "type": "function", "function": {"name": name, "arguments": arguments}}
+        )
+    return found
+
+
+def _is_parts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(p, dict) for p in value)
 
 
 def _text(value: Any, place: str) -> str:
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+    if _is_parts(value):
         value = "".join(_part(part, place) for part in value)
     if not isinstance(value, str):
         raise ValueError(f"{place}: a message's content must be text, not {value!r:.40}")
@@ -269,54 +458,3 @@ def _part(part: dict[str, Any], place: str) -> str:
             f"{place}: a message's part must be text of type {', '.join(PARTS)}, not {part!r:.60}"
         )
     return PARTS[kind].format(text)
-
-
-def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
-    text = documents.read_text(file)
-    if text.lstrip().startswith("["):
-        for number, row in enumerate(_parse(text, str(file)), 1):
-            yield row, f"{file}, item {number}"
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield _parse(line, f"{file}, line {number}"), f"{file}, line {number}"
-
-
-def _parse(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{place}: not JSON ({error})") from None
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[Any, str]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(file)
-    except pa.ArrowException as error:
-        raise ValueError(f"{file}: not a Parquet file ({error})") from None
-    number = 0
-    for batch in table.iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield (
-                {name: value for name, value in row.items() if value is not None},
-                (f"{file}, row {number}"),
-            )
-
-
-def _hub_rows(name: str, split: str) -> Iterator[tuple[Any, str]]:
-    from datasets import load_dataset
-
-    repository, _, part = name.partition(":")
-    try:
-        loaded = load_dataset(repository, part or None, split=split)
-    except Exception as error:  # no network, no such data set, no permission: dozens of kinds
-        raise ValueError(
-            f"data.path={name}: no such file or embedded task, and the Hub does not give a data "
-            f"set of that name ({type(error).__name__}: {error})"
-        ) from None
-    for number, row in enumerate(loaded, 1):
-        yield row, f"{name}, row {number}"

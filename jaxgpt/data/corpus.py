@@ -14,14 +14,15 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from jaxgpt import files
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.datasets import MANIFEST
-from jaxgpt.data.documents import Corpus, Piece, read_text
+from jaxgpt.data.documents import Advice, Corpus, Piece
+from jaxgpt.data.rows import Paths, names, read_text
 from jaxgpt.data.tokenizer import Tokenizer
 
 __all__ = ["Corpus", "Piece", "prepare", "read_text", "sample", "write_tokens"]
@@ -33,26 +34,38 @@ CHUNK = 1 << 22  # characters encoded at a time, enough to keep all threads busy
 TRAINING_CHARACTERS = 1 << 23  # a BPE is learned from; more hardly changes it
 
 
-def is_tokens(path: str | Path) -> bool:
+# What pretraining offers against text that cannot be read as it is.
+TRAINING = Advice(
+    ", or prepare it with scripts/prepare_data.py --errors replace",
+    'choose with --data.columns \'{"text": "NAME"}\'',
+)
+
+
+def is_tokens(path: Paths | Path) -> TypeGuard[str | Path]:
     """Whether a path holds tokens already: ours, nanoGPT's or llm.c's."""
+    if not isinstance(path, (str, Path)):
+        return False
     path = Path(path)
     return (path / MANIFEST).is_file() or path.suffix == ".bin" or (path / "train.bin").is_file()
 
 
 def prepare(
-    path: str | Path,
+    path: Paths | Path,
     out_dir: str | Path,
     tokenizer: str = "",
     vocab_size: int = 2048,
     val_fraction: float = 0.1,
+    column: str = "text",
 ) -> Path:
     """Token files for any `--data.path`: the path itself, or out_dir after tokenising its text.
 
     An empty path is Python's standard library; an empty tokenizer is our BPE trained on the text.
     """
-    if is_tokens(path):
-        return Path(path)
-    out_dir, corpus = Path(out_dir), Corpus((str(path),) if str(path) else (), val_fraction)
+    inputs = tuple(names(str(path) if isinstance(path, Path) else path))
+    if len(inputs) == 1 and is_tokens(inputs[0]):
+        return Path(inputs[0])
+    out_dir = Path(out_dir)
+    corpus = Corpus(inputs, val_fraction, column=column, advice=TRAINING)
     name = tokenizer or f"BPE of {vocab_size} ids, trained on the text"
     source = corpus.describe()
     if tokenizer:
@@ -120,6 +133,7 @@ def write_tokens(
     files.write(out_dir / PROGRESS, json.dumps(progress, indent=1))
     for _ in _fill_shards(corpus, tokenizer, out_dir, progress):
         files.write(out_dir / PROGRESS, json.dumps(progress, indent=1))
+    corpus.found.report(corpus.column)
     return _finish(out_dir, progress)
 
 

@@ -1,39 +1,25 @@
-"""Text in: files, folders, JSONL, JSON, Parquet, Hub data sets, Python's own standard library.
+"""Text in: files, folders, JSONL, JSON, Parquet, Hub data sets, Python's own standard library."""
 
-Text files are UTF-8. A byte-order mark is dropped and line ends become "\\n". Invalid UTF-8 is an
-error with its place, or becomes U+FFFD with errors="replace"; a NUL byte is always an error,
-because it means that the file is no text.
-"""
-
-import bz2
-import codecs
 import functools
-import gzip
 import hashlib
-import io
-import itertools
-import json
 import os
 import re
+import sys
 import sysconfig
 import tokenize
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-Errors = Literal["strict", "replace"]
+from jaxgpt.config.checks import nearest
+from jaxgpt.data import rows
+from jaxgpt.data.rows import BLOCK, TABLES, Errors, kind, read_blocks
 
-TABLES = {".jsonl", ".ndjson", ".json", ".parquet"}
 TEXTS = {
     ".txt", ".text", ".md", ".rst", ".tex", ".html", ".csv", ".py", ".pyi", ".c", ".h", ".cc",
     ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql", ".yaml", ".toml",
 }  # fmt: skip
-PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open}
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_SECONDS = 20
-BLOCK = 1 << 20  # bytes read, and characters encoded, at a time
 LONGEST_BLOCK = 16 * BLOCK
 WORD_END = re.compile(r"[^\W\d_](?=[ \n])")
 WORD_SEARCH = 1 << 14  # characters at a block's end in which to look for it
@@ -53,6 +39,35 @@ class Piece(NamedTuple):
     ends: bool  # a document (or its part in this split) ends here
 
 
+class Advice(NamedTuple):
+    """What the command at hand offers against text that cannot be read as it is."""
+
+    errors: str = ", or put U+FFFD in such places with --errors replace"
+    column: str = "choose with --column"
+
+
+PREPARING = Advice()
+
+
+@dataclass
+class Found:
+    """What there was in the rows of the last reading."""
+
+    rows: int = 0
+    empty: int = 0
+    columns: dict[str, None] = field(default_factory=dict)
+
+    def report(self, column: str) -> None:
+        """Prints how many rows had text, and which columns were not read."""
+        if self.rows:
+            others = ", ".join(name for name in self.columns if name != column)
+            print(
+                f"{self.rows:,} rows, {self.empty:,} dropped without text; columns read: {column}"
+                + (f"; not read: {others}" if others else ""),
+                file=sys.stderr,
+            )
+
+
 @dataclass(frozen=True)
 class Corpus:
     """What to read and how; reading it twice gives the same pieces."""
@@ -63,6 +78,8 @@ class Corpus:
     column: str = "text"  # of JSONL, JSON, Parquet and Hub rows
     hub_split: str = "train"
     hub_config: str = ""
+    advice: Advice = PREPARING
+    found: Found = field(default_factory=Found, compare=False)
 
     def describe(self) -> dict[str, Any]:
         """What decides the pieces, with a hash of every file's bytes."""
@@ -71,7 +88,7 @@ class Corpus:
             if isinstance(file, Path):
                 digest.update(_sha256(file))
             else:  # the Hub's text is not here to be hashed, but its revision is a hash
-                names = (file, self.hub_config, self.hub_split, _hub_revision(file))
+                names = (file, self.hub_config, self.hub_split, rows.hub_revision(file))
                 digest.update(":".join(names).encode())
         return {
             "inputs": list(self.inputs) or ["Python's standard library"],
@@ -88,13 +105,14 @@ class Corpus:
         return sum(file.stat().st_size for file in self._files() if isinstance(file, Path))
 
     def pieces(self) -> Iterator[Piece]:
-        """All text in order.
+        """All text in order; `found` then tells what there was besides.
 
         Held out is every n-th document (n = 1 / val_fraction), or, of few text files, the end of
         each. A corpus of one text file has no document ends: nothing follows it.
         """
+        self.found.__init__()
         files = self._files()
-        texts = [file for file in files if isinstance(file, Path) and _kind(file) not in TABLES]
+        texts = [file for file in files if isinstance(file, Path) and kind(file) not in TABLES]
         cut = len(texts) * self.val_fraction < FEWEST_HELD_OUT
         number = 0
         for file in files:
@@ -110,63 +128,54 @@ class Corpus:
         """The files of all inputs, folders opened, in sorted order; a Hub name stays a string."""
         if not self.inputs:
             return list(python_files())
-        return [file for name in self.inputs for file in _expand(name)]
+        return [file for name in self.inputs for file in rows.find(name, TABLES | TEXTS)]
 
     def _cut_file(self, path: Path, ends: bool) -> Iterator[Piece]:
         """A text file whose last characters are held out; the two parts are tokenised apart."""
-        size = sum(map(len, read_blocks(path, self.errors)))
+        size = sum(map(len, self._blocks(path)))
         left = int(size * (1 - self.val_fraction))
         for start, stop, held_out in ((0, left, False), (left, size, True)):
-            blocks = _at_word_ends(_clip(read_blocks(path, self.errors), start, stop))
+            blocks = _at_word_ends(_clip(self._blocks(path), start, stop))
             yield from _pieces(blocks, held_out, ends)
 
     def _documents(self, file: Path | str) -> Iterator[Iterable[str]]:
         """Every document as its blocks."""
         if isinstance(file, Path) and not self.inputs:
             yield [_python_text(file)]
-        elif isinstance(file, Path) and _kind(file) not in TABLES:
-            yield _at_word_ends(read_blocks(file, self.errors))
+        elif isinstance(file, Path) and kind(file) not in TABLES:
+            yield _at_word_ends(self._blocks(file))
         else:
-            rows = (
-                _table_rows(file, self.column, self.errors)
-                if isinstance(file, Path)
-                else _hub_rows(file, self.hub_config, self.hub_split)
-            )
-            for number, row in enumerate(rows, 1):
-                yield [_cell(row, self.column, f"{file}, row {number}", self.errors)]
+            for row, place in self._rows(file):
+                yield [self._text(row, place)]
 
+    def _blocks(self, file: Path) -> Iterator[str]:
+        return read_blocks(file, self.errors, self.advice.errors)
 
-def read_text(path: str | Path, errors: Errors = "strict") -> str:
-    """A whole text file.
+    def _rows(self, file: Path | str) -> Iterator[tuple[Any, str]]:
+        if isinstance(file, Path):
+            if kind(file) == ".parquet":  # of which only the text is read
+                self.found.columns.update(dict.fromkeys(rows.parquet(file).schema_arrow.names))
+            return rows.file_rows(file, self.hub_split, self.errors, self.column)
+        name, _, part = file.partition(":")
+        part, revision = self.hub_config or part, rows.hub_revision(name)
+        found = rows.hub_rows(name, part, self.hub_split, revision)
+        return ((row, f"{file}, row {number}") for number, row in found)
 
-    Raises:
-        ValueError: empty, not UTF-8 (with the byte's offset), or binary.
-    """
-    text = "".join(read_blocks(Path(path), errors))
-    if not text:
-        raise ValueError(f"{path}: the file is empty")
-    return text
-
-
-def read_blocks(path: Path, errors: Errors = "strict") -> Iterator[str]:
-    """A text file in stretches of about a million characters, decoded as the module says."""
-    utf8 = codecs.getincrementaldecoder("utf-8-sig")(errors)
-    newlines = io.IncrementalNewlineDecoder(utf8, translate=True)
-    offset = 0
-    for block in itertools.chain(_bytes(path), [b""]):
-        if b"\0" in block:
+    def _text(self, row: Any, place: str) -> str:
+        """The text of a row, which is counted; null is no text."""
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: must be an object, not {type(row).__name__}")
+        text = row.get(self.column, 0)
+        if not isinstance(text, (str, type(None))):
+            what = "no such column" if self.column not in row else f"not {text!r:.40}"
             raise ValueError(
-                f"{path}: byte {offset + block.index(0)} is NUL: this is a binary file, not text"
+                f"{place}: needs text in column {self.column!r}, {what} (it holds: "
+                f"{', '.join(row)}){nearest(self.column, row)}; {self.advice.column}"
             )
-        waiting = len(utf8.getstate()[0])
-        try:
-            yield newlines.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}: byte {offset - waiting + error.start} is not UTF-8 ({error.reason}); "
-                "repair the file, or put U+FFFD in such places with --errors replace"
-            ) from None
-        offset += len(block)
+        self.found.rows += 1
+        self.found.empty += not text
+        self.found.columns.update(dict.fromkeys(row))
+        return text or ""
 
 
 @functools.cache
@@ -177,27 +186,6 @@ def python_files() -> tuple[Path, ...]:
         folders[:] = [name for name in folders if not LEAVE_OUT.fullmatch(name)]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     return tuple(sorted(file for file in found if _python_text(file)))
-
-
-def _expand(name: str) -> list[Path | str]:
-    path = Path(name)
-    if path.is_file():
-        if not path.stat().st_size:
-            raise ValueError(f"{name}: the file is empty")
-        return [path]
-    if path.is_dir():
-        found = sorted(f for f in path.rglob("*") if f.is_file() and _kind(f) in TABLES | TEXTS)
-        if not found:
-            raise ValueError(f"{name}: the folder holds no text, JSONL, JSON or Parquet files")
-        return list(found)
-    if HUB_NAME.fullmatch(name) and _kind(path) not in TABLES | TEXTS:
-        return [name]
-    raise ValueError(f"{name}: no such file or folder")
-
-
-def _kind(path: Path) -> str:
-    """The suffix that says what is inside, under any compression."""
-    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
 def _sha256(path: Path) -> bytes:
@@ -248,16 +236,6 @@ def _clip(blocks: Iterable[str], start: int, stop: int) -> Iterator[str]:
         first += len(block)
 
 
-def _bytes(path: Path) -> Iterator[bytes]:
-    opener = PACKED.get(path.suffix, open)
-    try:
-        with opener(path, "rb") as file:
-            while block := file.read(BLOCK):
-                yield block
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged archive ({error})") from None
-
-
 def _python_text(path: Path) -> str:
     """A source file by its own coding cookie; empty where that fails."""
     try:
@@ -265,89 +243,3 @@ def _python_text(path: Path) -> str:
             return file.read()
     except (SyntaxError, UnicodeDecodeError):  # an unknown cookie, or bytes that belie it
         return ""
-
-
-def _table_rows(path: Path, column: str, errors: Errors) -> Iterator[Any]:
-    if _kind(path) == ".parquet":
-        yield from _parquet_rows(path, column)
-    elif _kind(path) == ".json":
-        rows = _json(read_text(path, errors), str(path))
-        if not isinstance(rows, list):
-            raise ValueError(f"{path}: must hold a list of objects; one object a line is JSONL")
-        yield from rows
-    else:
-        left = ""
-        lines: list[str] = []
-        number = 0
-        for block in itertools.chain(read_blocks(path, errors), ["\n"]):
-            *lines, left = (left + block).split("\n")
-            for line in lines:
-                number += 1
-                if line.strip():
-                    yield _json(line, f"{path}, line {number}")
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{place}: not JSON ({error})") from None
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: not a Parquet file ({error})") from None
-    known = file.schema_arrow.names
-    for batch in file.iter_batches(columns=[column] if column in known else known):
-        yield from batch.to_pylist()
-
-
-@functools.cache
-def _hub_revision(name: str) -> str:
-    """The data set's present commit, so that a continued run reads what the first one read."""
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.HfApi().dataset_info(name, timeout=HUB_SECONDS).sha or ""
-    except Exception as error:  # no network, no such data set, no permission: dozens of kinds
-        raise ValueError(
-            f"{name}: no such file or folder, and the Hub does not give a data set of that name "
-            f"({type(error).__name__}: {error})"
-        ) from None
-
-
-def _hub_rows(name: str, config: str, split: str) -> Iterator[Any]:
-    """Rows of a Hub data set as they arrive."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        yield from load_dataset(
-            name, config or None, split=split, revision=_hub_revision(name), streaming=True
-        )
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"{name}: cannot be read from the Hub ({error})") from None
-
-
-def _cell(row: Any, column: str, place: str, errors: Errors) -> str:
-    text = row.get(column) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(
-            f"{place}: has no text in column {column!r} (it holds: {found}); choose with --column"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        if errors == "strict":
-            raise ValueError(
-                f"{place}: holds half a surrogate pair, which is not Unicode text; "
-                "repair it, or put U+FFFD there with --errors replace"
-            ) from None
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

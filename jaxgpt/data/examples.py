@@ -9,9 +9,11 @@ from typing import TypeVar
 import numpy as np
 
 from jaxgpt.config import ConversationConfig
-from jaxgpt.data import datasets, packing
+from jaxgpt.data import datasets, packing, rows
 from jaxgpt.data.chat import Encoded, Format
+from jaxgpt.data.columns import Columns
 from jaxgpt.data.datasets import Rows, Source
+from jaxgpt.data.rows import Paths
 
 T = TypeVar("T")
 Item = tuple[Sequence[Encoded], ...]  # the sequences of a row, each of one or several examples
@@ -124,25 +126,28 @@ class Examples:
 
 def split(
     cfg: ConversationConfig,
-    read: Callable[[str, str], Iterable[T]],
+    read: Callable[[Paths, str, Columns], Iterable[T]],
     embedded: Callable[[str, bool], list[T]],
     tasks: Iterable[str],
 ) -> tuple[list[T], list[T]]:
     """Training and held-out rows of `data.path`.
 
     Args:
-        read: (path or Hub name, split) -> rows.
+        read: (paths or Hub name, split, columns) -> rows.
         embedded: (task, held out) -> rows of one of `tasks`, of which the first is the default.
     """
+    columns = lambda: Columns(cfg.columns, cfg.roles)
     path = cfg.path or next(iter(tasks))
-    if path in tasks:
+    if isinstance(path, str) and path in tasks:
         return embedded(path, False), embedded(path, True)
-    rows = list(read(path, cfg.split))
+    rows.require("data.path", path, tasks)
+    found = list(read(path, cfg.split, columns()))
     if cfg.val_path:
-        return rows, list(read(cfg.val_path, cfg.split))
-    every = max(round(1 / cfg.val_fraction), 2) if cfg.val_fraction else len(rows) + 1
-    held_out = rows[every - 1 :: every]
-    return [row for number, row in enumerate(rows, 1) if number % every], held_out
+        rows.require("data.val_path", cfg.val_path)
+        return found, list(read(cfg.val_path, cfg.split, columns()))
+    every = max(round(1 / cfg.val_fraction), 2) if cfg.val_fraction else len(found) + 1
+    held_out = found[every - 1 :: every]
+    return [row for number, row in enumerate(found, 1) if number % every], held_out
 
 
 def fill(sequence: Sequence[Encoded], width: int) -> Rows:

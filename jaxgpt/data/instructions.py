@@ -22,9 +22,7 @@ def dialogues(cfg: ChatDataConfig) -> tuple[list[Dialogue], list[Dialogue]]:
         return [], []
     read = conversations.dialogues
     if cfg.calls == "turns":
-        read = lambda path, split: map(
-            conversations.with_calls, conversations.dialogues(path, split)
-        )
+        read = lambda *where: map(conversations.with_calls, conversations.dialogues(*where))
     return examples.split(cfg, read, synthetic.dialogues, synthetic.DIALOGUES)
 
 

@@ -25,10 +25,9 @@ def pairs(cfg: ConversationConfig, form: Format, width: int, batch_size: int, se
     Raises:
         ValueError: nothing to train on, or no answer whose end is a target.
     """
-    read: Callable[[str, str], list[Preference]] = lambda path, split: list(
-        conversations.preferences(path, split)
+    found = examples.split(
+        cfg, conversations.preferences, synthetic.preferences, synthetic.PREFERENCES
     )
-    found = examples.split(cfg, read, synthetic.preferences, synthetic.PREFERENCES)
 
     def lay_out(part: Sequence[Preference], tally: Tally) -> tuple[list[Item], dict]:
         kept = _encoded(part, lambda pair: _pair(cfg, pair, form, width, tally))
@@ -46,10 +45,7 @@ def ratings(
     Beside every answer stands its prompt with the answer to another one: the mismatched pairs by
     which KTO estimates how far the policy has moved.
     """
-    read: Callable[[str, str], list[Rated]] = lambda path, split: list(
-        conversations.ratings(path, split)
-    )
-    found = examples.split(cfg, read, synthetic.ratings, synthetic.PREFERENCES)
+    found = examples.split(cfg, conversations.ratings, synthetic.ratings, synthetic.PREFERENCES)
 
     def lay_out(part: Sequence[Rated], tally: Tally) -> tuple[list[Item], dict]:
         # Half the data away, so that no two answers to one prompt meet.

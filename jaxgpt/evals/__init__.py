@@ -83,7 +83,7 @@ def _question(lm: LanguageModel, cfg: EvaluateConfig) -> dict[str, Any]:
     return {
         **settings,
         **judge,
-        "data": cfg.data if is_embedded(cfg) else records.digest(Path(cfg.data)),
+        "data": cfg.data if is_embedded(cfg) else records.digest(cfg.data),
         "weights": train.fingerprint(lm.params),
         "tokenizer": lm.tokenizer.fingerprint,
     }

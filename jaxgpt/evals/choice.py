@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.config import EvaluateConfig
+from jaxgpt.data import rows
 from jaxgpt.evals import queries, records, statistics
 from jaxgpt.evals.statistics import Measures
 from jaxgpt.language_model import LanguageModel
@@ -48,7 +49,7 @@ def read_hellaswag(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[I
     """JSONL, or text with six lines an item: context, number of the right ending, four endings."""
     if ".txt" not in path.suffixes:
         return read(hellaswag, lm, cfg, path)
-    lines = records.read_text(path).rstrip("\n").split("\n")
+    lines = rows.read_text(path).rstrip("\n").split("\n")
     items = []
     for start in range(0, len(lines), 6):
         context, label, *endings = lines[start : start + 6]

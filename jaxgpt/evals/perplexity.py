@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.config import EvaluateConfig
-from jaxgpt.evals import records, statistics
+from jaxgpt.data import rows
+from jaxgpt.evals import statistics
 from jaxgpt.evals.statistics import Measures
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.sampling import likelihood
@@ -28,7 +29,7 @@ class Item(NamedTuple):
 
 def read(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Item]:
     """The windows of the whole file, as LanguageModel.perplexity describes them."""
-    text = records.read_text(path)
+    text = rows.read_text(path)
     tokens = [*lm.begin_ids, *lm.tokenizer.encode(text)]
     words_per_byte = len(re.findall(r"\S+", text)) / len(text.encode())
     items = []

@@ -1,50 +1,17 @@
 """Data files of evaluations, and the file in which the results of single items are kept."""
 
-import bz2
-import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file, unpacked if it ends in .gz or .bz2.
-
-    Raises:
-        ValueError: it is empty, damaged or not UTF-8 (naming the place).
-        OSError: it cannot be read.
-    """
-    if path.is_dir():
-        raise ValueError(f"data={path}: is a directory; name a file")
-    try:
-        with OPENERS.get(path.suffix, open)(path, "rb") as file:
-            content = file.read()
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"data={path}, line {line}: not UTF-8 ({error.reason})") from None
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"data={path}: damaged ({error})") from None
-    if not text.strip():
-        raise ValueError(f"data={path}: is empty")
-    return text
+from jaxgpt.data import rows
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, or of a JSON list, each with its place for error messages."""
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        rows = [
-            (f"data={path}, entry {n}", row) for n, row in enumerate(_parse(text, str(path)), 1)
-        ]
-    else:
-        places = ((f"data={path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1))
-        rows = ((place, _parse(line, place)) for place, line in places if line.strip())
-    for place, row in rows:
+    """The objects of a file, or of a folder's or a glob's, each with its place for messages."""
+    for row, place in rows.read(str(path)):
         if not isinstance(row, dict):
             raise ValueError(f"{place}: must be an object such as {{…}}")
         yield place, row
@@ -124,14 +91,11 @@ class Results:
             self._file.flush()
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _parse(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not JSON ({error})") from None
+def digest(name: str) -> str:
+    """sha256 of the bytes of all files that are read."""
+    files = [file for file in rows.find(name, rows.TABLES) if isinstance(file, Path)]
+    hashes = []
+    for file in files:
+        with file.open("rb") as opened:
+            hashes.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -23,7 +23,8 @@ from jaxgpt.types import Array, Batch, Carry, Metrics, Params
 
 def build(cfg: GrpoConfig, start: Loaded) -> Stage:
     """Trains the network on its own answers to a task's problems."""
-    task = tasks.find(cfg.data.path, cfg.data.val_path, cfg.data.split, cfg.data.tools)
+    data = cfg.data
+    task = tasks.find(data.path, data.val_path, data.split, data.tools, data.columns, data.roles)
     if cfg.data.format_weight:
         task = tasks.with_format(task, cfg.data.format_weight)
     writer = Writer(cfg.model, chatting.chat_format(start), start.stop_ids)

@@ -30,7 +30,8 @@ KL_GAIN = 0.5  # of the adaptive weight: by at most a tenth, since the error is 
 
 def build(cfg: PpoConfig, start: Loaded) -> Stage:
     """Trains the network and its value network on its own answers to a task's problems."""
-    task = tasks.find(cfg.data.path, cfg.data.val_path, cfg.data.split, cfg.data.tools)
+    data = cfg.data
+    task = tasks.find(data.path, data.val_path, data.split, data.tools, data.columns, data.roles)
     if cfg.data.format_weight:
         task = tasks.with_format(task, cfg.data.format_weight)
     writer = Writer(cfg.model, chatting.chat_format(start), start.stop_ids)

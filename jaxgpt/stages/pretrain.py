@@ -13,9 +13,10 @@ import numpy as np
 from jaxgpt import processes, scoring, sharding
 from jaxgpt.config import DataConfig, ModelConfig, PretrainConfig
 from jaxgpt.convert.load import Loaded
-from jaxgpt.data import corpus, datasets
+from jaxgpt.data import corpus, datasets, rows
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.datasets import Rows, Source
+from jaxgpt.data.rows import Paths
 from jaxgpt.train import Stage
 from jaxgpt.types import Array, Batch, Carry, CarryFn, Metrics, Params
 
@@ -46,11 +47,13 @@ def begin(cfg: PretrainConfig) -> Loaded:
     return Loaded(model, None, tokenizer)
 
 
-def _tokenise(path: str, directory: str | Path, tokenizer: str, data: DataConfig) -> None:
+def _tokenise(path: Paths, directory: str | Path, tokenizer: str, data: DataConfig) -> None:
+    column = data.columns.get("text", "text")
     try:
-        corpus.prepare(path, directory, tokenizer, data.vocab_size, data.val_fraction)
+        corpus.prepare(path, directory, tokenizer, data.vocab_size, data.val_fraction, column)
     except ValueError as error:
-        if str(error).startswith(path):  # of a file that the user named, not of another setting
+        # Of a file that the user named, not of another setting.
+        if str(error).startswith(tuple(rows.names(path))):
             raise ValueError(f"data.path={error}; give a text file or folder") from None
         raise
 

@@ -1,13 +1,16 @@
 """Problems whose answers a rule can judge, by name: what reinforcement learning trains on."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxgpt.data import conversations, synthetic
+from jaxgpt.data import rows as data
 from jaxgpt.data.chat import Message
+from jaxgpt.data.columns import Columns
+from jaxgpt.data.rows import Paths
 from jaxgpt.tasks import verify
 from jaxgpt.tasks.environment import Environment, Question
 from jaxgpt.tasks.tools import check
@@ -31,33 +34,45 @@ class Task(NamedTuple):
 class Row(NamedTuple):
     """A question of a file and its right answer."""
 
-    question: str
+    prompt: Sequence[Message]
     answer: str
+
+    @property
+    def question(self) -> str:
+        """What the user asks, in one text."""
+        return "\n\n".join(str(m["content"]) for m in self.prompt if m["role"] == "user")
 
 
 def find(
-    name: str, held_out_path: str = "", split: str = "train", tools: Sequence[str] = ()
+    name: Paths,
+    held_out_path: Paths = "",
+    split: str = "train",
+    tools: Sequence[str] = (),
+    columns: Mapping[str, str | None] | None = None,
+    roles: Mapping[str, str] | None = None,
 ) -> Task:
-    """A task of TASKS, or the {question, answer} rows of a file or a Hub data set.
+    """A task of TASKS, or questions and answers of files or a Hub data set.
 
     Args:
-        held_out_path: the rows that are held out; without it, one in HELD_OUT of the file's.
+        held_out_path: the rows that are held out; without it, one in HELD_OUT of the files'.
         tools: what may be called; empty: what the task itself offers.
+        columns: which column of the files holds what, where its name does not say it.
+        roles: who speaks, where a role's name does not say it.
 
     Raises:
         ValueError: no such task, file or tool, or rows of another form.
     """
     at_hand = check(tools)
-    if name in TASKS:
+    if isinstance(name, str) and name in TASKS:
         return TASKS[name]._replace(tools=at_hand or TASKS[name].tools)
-    if not Path(name).exists() and "/" not in name:
-        raise ValueError(f"data.path={name}: no such file, and not one of {', '.join(TASKS)}")
-    rows = read_rows(name, split)
+    data.require("data.path", name, TASKS)
+    rows = read_rows(name, split, Columns(columns, roles))
     if held_out_path:
-        splits = {False: rows, True: read_rows(held_out_path, split)}
+        data.require("data.val_path", held_out_path)
+        splits = {False: rows, True: read_rows(held_out_path, split, Columns(columns, roles))}
     else:
         splits = {side: [row for row in rows if _held_out(row) == side] for side in (False, True)}
-    return Task(splits.__getitem__, lambda row: asks(row.question), _right, at_hand)
+    return Task(splits.__getitem__, lambda row: list(row.prompt), _right, at_hand)
 
 
 def with_format(task: Task, weight: float) -> Task:
@@ -69,15 +84,31 @@ def with_format(task: Task, weight: float) -> Task:
     )
 
 
-def read_rows(path: str, split: str = "train") -> list[Row]:
-    """Questions and answers; an answer that states a number after #### is that number."""
-    found = []
-    for row, place in conversations.rows(path, split):
-        question, answer = conversations.question_and_answer(row, place)
-        final = verify.final_answer(answer) if "####" in answer else answer.strip()
-        if final is None:
+def read_rows(paths: Paths, split: str = "train", columns: Columns | None = None) -> list[Row]:
+    """Questions and answers; of a worked answer, what it states: 7 of `#### 7` or `\\boxed{7}`.
+
+    A warning names the share of answers that state nothing and that no reply can equal.
+
+    Raises:
+        ValueError: a row of another form, or no answer that a reply can equal.
+    """
+    found, worked = [], []
+    for prompt, answer, place in conversations.questions(paths, split, columns):
+        final = verify.expected(answer)
+        if not final:
             raise ValueError(f"{place}: nothing stands after the answer's ####")
-        found.append(Row(question, final))
+        if verify.is_worked(final):
+            worked.append(place)
+        found.append(Row(prompt, final))
+    if worked:
+        said = (
+            f"{len(worked):,} of {len(found):,} answers, the first at {worked[0]}, are worked out "
+            "and state no result after ####, so no reply can equal them and earn a reward; end "
+            "them in a line such as #### 7"
+        )
+        if len(worked) == len(found):
+            raise ValueError(f"data.path: {said}")
+        print(f"warning: {said}", file=sys.stderr)
     return found
 
 

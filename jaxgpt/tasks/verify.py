@@ -8,6 +8,7 @@ from jaxgpt.tasks import calculator
 # Digits are ASCII, or 3 could be written in forty scripts. The minus of 3-4 is no sign.
 NUMBER = r"(?:(?<![0-9.)])-)?\$?[0-9][0-9,]*(?:\.[0-9]+)?"
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+LONGEST_ANSWER = 12  # words of an answer that a reply may be expected to give as it is
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -32,14 +33,30 @@ def plain(number: str) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    """What a text gives as its answer: inside <answer>, else after ####, else its last number."""
+    """The answer of a text: inside <answer>, after ####, in \\boxed{}, or its last number."""
     if "<answer>" in text:
         inside = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
         return inside or None
     if "####" in text:
         line = text.rpartition("####")[2].strip().partition("\n")[0].strip()
         return line if value(line) is not None else stated(f"####{line}") or line or None
+    if "\\boxed{" in text:
+        return _boxed(text.rpartition("\\boxed{")[2]).strip() or None
     return last_number(text)
+
+
+def expected(text: str) -> str | None:
+    """The answer that a data set's text states: after ####, in <answer> or in \\boxed{}, else all.
+
+    None if nothing stands there.
+    """
+    stating = any(mark in text for mark in ("####", "<answer>", "\\boxed{"))
+    return final_answer(text) if stating else text.strip()
+
+
+def is_worked(answer: str) -> bool:
+    """Whether it has many words or lines, which no reply can be expected to repeat."""
+    return value(answer) is None and ("\n" in answer or len(answer.split()) > LONGEST_ANSWER)
 
 
 def value(text: str) -> Fraction | None:
@@ -61,8 +78,12 @@ def same(answer: str | None, expected: str) -> bool:
 
 
 def accuracy(text: str, expected: str) -> float:
-    """1 if the text's answer equals what is expected, else 0."""
-    return float(same(final_answer(text), expected))
+    """1 if the text's answer equals what is expected, else 0.
+
+    Where words are expected, the whole text may be them.
+    """
+    words = value(expected) is None
+    return float(same(final_answer(text), expected) or (words and same(text, expected)))
 
 
 def well_formed(text: str) -> float:
@@ -70,3 +91,13 @@ def well_formed(text: str) -> float:
     found = THOUGHT.fullmatch(text)
     once = all(text.count(tag) == 1 for tag in TAGS)
     return float(found is not None and once and bool(found[1].strip() and found[2].strip()))
+
+
+def _boxed(text: str) -> str:
+    """Up to the brace that closes: {1}{2}} of \\boxed{\\frac{1}{2}}."""
+    depth = 1
+    for index, character in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if not depth:
+            return text[:index]
+    return text

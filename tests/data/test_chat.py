@@ -270,7 +270,7 @@ def test_every_shape_of_preference_is_read(name: str, tmp_path: Path) -> None:
     [
         ("{", "line 2: not JSON"),
         ("[1]", "line 2: must be an object"),
-        ('{"question": "Q"}', "line 2: no messages"),
+        ('{"question": "Q"}', "line 2: nothing is said"),
         ('{"messages": [{"role": "poet", "content": "Q"}]}', "line 2: 'poet' is no role"),
         ('{"messages": [{"role": "user", "content": 3}]}', "line 2: a message's content"),
         ('{"prompt": "Q"}', "line 2: nothing is said by the assistant"),

@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from jaxgpt.data import documents
-from jaxgpt.data.documents import Corpus, read_text
+from jaxgpt.data import documents, rows
+from jaxgpt.data.documents import Corpus
+from jaxgpt.data.rows import read_text
 
 
 def texts(*inputs, held_out=None, **options):
@@ -23,8 +24,8 @@ def texts(*inputs, held_out=None, **options):
     return found + [text] * bool(text)
 
 
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def jsonl(path, table):
+    path.write_text("".join(json.dumps(row) + "\n" for row in table))
     return path
 
 
@@ -33,10 +34,10 @@ def test_byte_order_mark_and_line_ends_are_normalised(tmp_path):
     assert read_text(tmp_path / "a.txt") == "é\nb\nc\n"
 
 
-@pytest.mark.parametrize("before", [b"", "é".encode(), b"x" * documents.BLOCK, b"x" * 1048575])
+@pytest.mark.parametrize("before", [b"", "é".encode(), b"x" * rows.BLOCK, b"x" * 1048575])
 def test_invalid_utf8_is_reported_with_its_place(tmp_path, before):
     (tmp_path / "a.txt").write_bytes(before + b"\xc3(more")
-    with pytest.raises(ValueError, match=rf"a\.txt: byte {len(before)} is not UTF-8.*replace"):
+    with pytest.raises(ValueError, match=rf"a\.txt: byte {len(before)} is not UTF-8.*iconv"):
         read_text(tmp_path / "a.txt")
     assert read_text(tmp_path / "a.txt", "replace") == before.decode() + "\ufffd(more"
 
@@ -85,8 +86,7 @@ def test_of_few_files_the_end_of_each_is_held_out(tmp_path):
 
 
 def test_of_many_documents_every_tenth_is_held_out(tmp_path):
-    rows = [{"text": f"row {n}"} for n in range(35)]
-    jsonl(tmp_path / "a.jsonl", rows)
+    jsonl(tmp_path / "a.jsonl", [{"text": f"row {n}"} for n in range(35)])
     assert texts(tmp_path / "a.jsonl", held_out=True) == ["row 9", "row 19", "row 29"]
     assert len(texts(tmp_path / "a.jsonl", held_out=False)) == 32
 
@@ -102,14 +102,16 @@ def test_tables_give_the_same_documents_in_every_format(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    rows = [{"id": n, "body": f"text\r\n{n} é\u2028x"} for n in range(12)]
-    jsonl(tmp_path / "a.jsonl", rows)
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    table = [{"id": n, "body": f"text\r\n{n} é\u2028x"} for n in range(12)]
+    jsonl(tmp_path / "a.jsonl", table)
+    (tmp_path / "a.json").write_text(json.dumps(table))
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "a.parquet")
     found = [texts(tmp_path / f"a.{kind}", column="body") for kind in ("jsonl", "json", "parquet")]
-    assert found == [[row["body"] for row in rows]] * 3
+    assert found == [[row["body"] for row in table]] * 3
     for kind in ("jsonl", "json", "parquet"):
-        with pytest.raises(ValueError, match=r"row 1.*'text'.*id, body.*--column"):
+        with pytest.raises(
+            ValueError, match=r" 1: needs text in column 'text'.*id, body.*--column"
+        ):
             texts(tmp_path / f"a.{kind}")
 
 
@@ -117,9 +119,9 @@ def test_tables_give_the_same_documents_in_every_format(tmp_path):
     ("content", "message"),
     [
         ('{"text": "a"}\n\n{oops\n', "line 3: not JSON"),
-        ('{"text": 5}\n', "row 1: has no text"),
-        ('{"text": "a\\ud83d"}\n', "row 1: holds half a surrogate"),
-        ("[1]\n", "row 1: has no text"),
+        ('{"text": 5}\n', "line 1: needs text in column 'text', not 5"),
+        ('{"text": "a\\ud83d"}\n', "line 1: holds half a surrogate"),
+        ('"text"\n"text"\n', "line 1: must be an object, not str"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, content, message):
@@ -129,7 +131,7 @@ def test_bad_rows_are_named(tmp_path, content, message):
 
 
 def test_long_files_are_cut_where_tokenizers_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "BLOCK", 100)
+    monkeypatch.setattr(rows, "BLOCK", 100)
     text = "Some words, 12 3!\nmore\n\n   words;\n" * 100
     (tmp_path / "a.txt").write_text(text)
     pieces = [p.text for p in Corpus((str(tmp_path / "a.txt"),)).pieces() if not p.held_out]
@@ -138,7 +140,7 @@ def test_long_files_are_cut_where_tokenizers_cut(tmp_path, monkeypatch):
 
 
 def test_text_without_line_breaks_stays_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "BLOCK", 100)
+    monkeypatch.setattr(rows, "BLOCK", 100)
     monkeypatch.setattr(documents, "LONGEST_BLOCK", 500)
     (tmp_path / "a.txt").write_text("x" * 9000)
     assert max(map(len, texts(tmp_path / "a.txt"))) == 9000

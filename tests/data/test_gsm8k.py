@@ -53,16 +53,22 @@ def test_what_the_tool_said_is_no_target(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("row", [{"question": "a", "answer": ""}, {"question": 1, "answer": "b"}])
-def test_a_bad_row_is_named(row: dict, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="line 1: must have question and answer"):
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "a", "answer": ""}, "nothing is said by the assistant"),
+        ({"question": 1, "answer": "b"}, "a conversation must be text or a list, not 1"),
+    ],
+)
+def test_a_bad_row_is_named(row: dict, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"line 1: {reason}"):
         read(tmp_path, row)
 
 
 def test_a_part_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(name, part, split):
+    def load_dataset(name, part, split, **_):
         asked.append((name, part, split))
         return [ROW]
 

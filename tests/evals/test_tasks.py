@@ -359,7 +359,7 @@ def test_rows_may_be_packed(tmp_path):
 
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}\n'))
-    assert list(records.read_rows(path)) == [(f"data={path}, line 1", {"a": 1})]
+    assert list(records.read_rows(path)) == [(f"{path}, line 1", {"a": 1})]
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="damaged"):
         list(records.read_rows(path))

@@ -86,10 +86,12 @@ def test_rows_of_a_file(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a"}, "line 1: must have question and answer"),
-        ({"question": "a", "answer": 7}, "line 1: must have question and answer"),
+        ({"question": "a"}, "line 1: answer must be text or a number, not None"),
+        ({"question": "a", "answer": [7]}, r"line 1: answer must be text or a number, not \[7\]"),
+        ({"question": "a", "answer": True}, "line 1: answer must be text or a number, not True"),
+        ({"question": 7, "answer": "a"}, "line 1: a conversation must be text or a list, not 7"),
         ({"question": "a", "answer": "x ####"}, "nothing stands after"),
-        ([1], "line 1: must have question and answer"),
+        ([1], "must hold objects or a list of them"),
     ],
 )
 def test_bad_rows_are_named_with_their_place(row, message: str, tmp_path) -> None:
@@ -110,7 +112,7 @@ def test_a_task_may_be_given_other_tools() -> None:
 
 def test_an_unknown_task_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"data\.path=chess: no such file, and not one of arithmetic"
+        ValueError, match=r"data\.path=chess: no such file or folder, and not one of arithmetic"
     ):
         tasks.find("chess")
 
