@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import losses, sharding
+from jaxgpt import kernels, losses, sharding
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.examples import Examples
-from jaxgpt.kernels import cross_entropy
 from jaxgpt.model import gpt
 from jaxgpt.model.moe import RouterStats
 from jaxgpt.types import Array, Batch, Carry, Metrics, Params
@@ -56,7 +55,7 @@ def next_token_loss(
     """
     output = run(cfg, params, batch, rng_B, carry)
     mask_BT = batch["mask"].astype(jnp.float32)
-    result = cross_entropy.cross_entropy(
+    result = kernels.cross_entropy(
         output.hidden_BTD, gpt.head(params), batch["targets"], mask_BT, **options
     )
     weight = mask_BT.sum()
@@ -74,7 +73,7 @@ def answer_logprobs(
 ) -> tuple[Array, Array]:
     """log p of the targets of every row where `mask` is set, and how many those are."""
     hidden_BTD = run(cfg, params, batch).hidden_BTD
-    logprobs_BT = cross_entropy.token_logprobs(
+    logprobs_BT, _ = kernels.logprobs_and_entropy(
         hidden_BTD, gpt.head(params), batch["targets"], chunk=chunk
     )
     return losses.sequence_logprobs(logprobs_BT, batch["mask"])
@@ -90,7 +89,7 @@ def token_scores(
         hidden_BTD: what `run` makes of the batch.
     """
     targets_BT = batch["targets"]
-    scores = cross_entropy.logprobs_and_entropy(
+    scores = kernels.logprobs_and_entropy(
         hidden_BTD.reshape(-1, cfg.model_dim), gpt.head(params), targets_BT.reshape(-1),
         chunk=chunk, temperature=temperature,
     )  # fmt: skip

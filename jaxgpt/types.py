@@ -37,6 +37,15 @@ class Report(NamedTuple):
     warning: str = ""
 
 
+class CrossEntropy(NamedTuple):
+    """Sums over tokens, each times its weight. Only `loss` carries a gradient."""
+
+    loss: Array  # what is trained: nll, smoothed if asked, plus z_loss * z
+    nll: Array  # -log p(target)
+    z: Array  # (log of the softmax's normaliser)^2
+    correct: Array  # 1 where no logit is larger than the target's
+
+
 # (params, batch, rng_B) -> (loss sum, weight, metrics). `params` has one entry per network, and
 # `carry`. There is one random key per row, so that a row draws the same numbers wherever it is.
 LossFn = Callable[[Params, Batch, Array], tuple[Array, Array, Metrics]]

@@ -14,13 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import tree
+from jaxgpt import kernels, tree
 from jaxgpt.kernels import grouped, int8, nf4
 from jaxgpt.kernels.int8 import Int8Rows
-from jaxgpt.kernels.linear import linear, linear_by_rows
 from jaxgpt.kernels.nf4 import Nf4
-from jaxgpt.kernels.placement import whole
-from jaxgpt.kernels.platform import accumulator_dtype, dot, platform
+from jaxgpt.kernels.platform import accumulator_dtype, dot
 from jaxgpt.types import Array, Params
 
 
@@ -72,22 +70,24 @@ def matmul(x: Array, kernel: Kernel | Int8Rows | Transposed) -> Array:
     if isinstance(kernel, Int8Rows):
         return int8.product(x, kernel)
     if isinstance(kernel, Transposed):
-        return linear_by_rows(x, kernel.rows, accumulator_dtype(x.dtype))
-    return _apply(linear, lambda y_F, y: y_F.reshape((1,) * (y.ndim - 1) + y_F.shape), x, kernel)
+        return kernels.linear_by_rows(x, kernel.rows, accumulator_dtype(x.dtype))
+    return _apply(
+        kernels.linear, lambda y_F, y: y_F.reshape((1,) * (y.ndim - 1) + y_F.shape), x, kernel
+    )
 
 
 def scores(x: Array, kernel: Kernel | Int8Rows | Transposed) -> Array:
     """`matmul` in float32: a bfloat16 product of accelerators would round scores of 30 to 1/8."""
     if isinstance(kernel, Transposed):
-        return linear_by_rows(x, kernel.rows, jnp.float32)
-    if platform() == "cpu" or not isinstance(kernel, jax.Array):
-        return matmul(x, kernel).astype(jnp.float32)
-    return jnp.matmul(x, whole(kernel.astype(x.dtype)), preferred_element_type=jnp.float32)
+        return kernels.linear_by_rows(x, kernel.rows, jnp.float32)
+    if isinstance(kernel, jax.Array):
+        return kernels.scores(x, kernel)
+    return matmul(x, kernel).astype(jnp.float32)
 
 
 def grouped_matmul(rows_RD: Array, kernel: Kernel, layout: grouped.Layout) -> Array:
     """Each row times the kernel of its expert, of the kernels [E, D, F]."""
-    product = lambda rows_RD, kernel_EDF: grouped.grouped_matmul(rows_RD, kernel_EDF, layout)
+    product = lambda rows_RD, kernel_EDF: kernels.grouped_matmul(rows_RD, kernel_EDF, layout)
     return _apply(product, lambda y_EF, _: y_EF[layout.expert_R], rows_RD, kernel)
 
 
@@ -208,7 +208,7 @@ def _low_rank(product: Callable[[Array, Array], Array], x: Array, kernel: Lora) 
     """(x @ a) @ b, which costs R / D of x @ w and never builds a @ b."""
     if kernel.rng is not None:
         x = _drop(x, kernel.rng, kernel.dropout)
-    if product is linear and kernel.a.ndim == 3:
+    if product is kernels.linear and kernel.a.ndim == 3:
         a_BDR, b_BRF = kernel.a.astype(x.dtype), kernel.b.astype(x.dtype)
         low_BTR = dot("BTD,BDR->BTR", x, a_BDR).astype(x.dtype)
         return dot("BTR,BRF->BTF", low_BTR, b_BRF)

@@ -17,6 +17,13 @@ from jaxgpt.config import EvaluateConfig
 
 def main() -> None:
     cfg = config.parse(EvaluateConfig, __doc__ or "", config.join_lists(sys.argv[1:], "--tools"))
+    from jaxgpt import kernels
+
+    with kernels.use(cfg.kernels):
+        evaluate(cfg)
+
+
+def evaluate(cfg: EvaluateConfig) -> None:
     import jaxgpt
     from jaxgpt import evals, hardware, rundir
 

@@ -12,6 +12,13 @@ def main() -> None:
         __doc__,
         config.join_lists(sys.argv[1:], "--prompt", "--stop", "--tools", "--adapter"),
     )
+    from jaxgpt import kernels
+
+    with kernels.use(cfg.kernels):
+        write(cfg)
+
+
+def write(cfg: config.WriteConfig) -> None:
     from jaxgpt import hardware, language_model
     from jaxgpt.sampling.sample import Sampling
     from jaxgpt.tasks import tools

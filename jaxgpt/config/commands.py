@@ -71,6 +71,8 @@ class WriteConfig:
     """Compute type; null: the one that the model was trained with."""
     quantize: Literal["int8"] | None = None
     """int8 reads a quarter of float32's bytes per token; null: the weights as they are."""
+    kernels: Literal["fast", "plain"] = "fast"
+    """plain: compute every operation by its equation in jaxgpt/kernels/__init__.py, slowly."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ class EvaluateConfig:
     """Positions computed at a time, padding included."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; null: the model's own."""
+    kernels: Literal["fast", "plain"] = "fast"
+    """plain: compute every operation by its equation in jaxgpt/kernels/__init__.py, slowly."""
 
     def __post_init__(self) -> None:
         for name, least in (

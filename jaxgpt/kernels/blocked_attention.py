@@ -44,21 +44,19 @@ class _Block(NamedTuple):
 
     start: int
     stop: int
-    first: int  # key
-    end: int  # of the keys
+    first: int  # the first key; the last one stands with the last query
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blocked_attention(
     q_BTNH: Array,
     k_BSKH: Array,
     v_BSKH: Array,
     segments_BT: Array | None,
-    causal: bool,
     window: int,
 ) -> Array:
-    """Self-attention as `attention.attention` defines it."""
-    return _forward(q_BTNH, k_BSKH, v_BSKH, segments_BT, causal, window)[0]
+    """Self-attention as `kernels.attention` defines it."""
+    return _forward(q_BTNH, k_BSKH, v_BSKH, segments_BT, window)[0]
 
 
 def _forward(
@@ -66,7 +64,6 @@ def _forward(
     k_BSKH: Array,
     v_BSKH: Array,
     segments_BT: Array | None,
-    causal: bool,
     window: int,
 ) -> tuple[Array, _Saved]:
     B, T, N, H = q_BTNH.shape
@@ -75,13 +72,13 @@ def _forward(
     k_BKSH, v_BKSH = _heads_first(k_BSKH), _heads_first(v_BSKH)
     v_BKHS = transposed(v_BKSH)
     outs, probs, maxima, totals = [], [], [], []
-    for block in _blocks(T, causal, window):
-        scores_BKSC = _scores(q_BKGTH, k_BKSH, segments_BT, block, causal, window)
+    for block in _blocks(T, window):
+        scores_BKSC = _scores(q_BKGTH, k_BKSH, segments_BT, block, window)
         max_BK1C = scores_BKSC.max(-2, keepdims=True)
         exp_BKSC = jnp.exp(scores_BKSC - max_BK1C)
         total_BK1C = exp_BKSC.sum(-2, keepdims=True)
         probs_BKSC = exp_BKSC.astype(q_BTNH.dtype)
-        seen_BKHS = v_BKHS[..., block.first : block.end]
+        seen_BKHS = v_BKHS[..., block.first : block.stop]
         out_BKHC = _dot("BKHS,BKSC->BKHC", seen_BKHS, probs_BKSC) / total_BK1C
         outs.append(out_BKHC.reshape(B, K, H, N // K, block.stop - block.start))
         probs.append(probs_BKSC)
@@ -94,7 +91,7 @@ def _forward(
 
 
 def _backward(
-    causal: bool, window: int, saved: _Saved, g_BTNH: Array
+    window: int, saved: _Saved, g_BTNH: Array
 ) -> tuple[Array, Array, Array, Array | None]:
     q_BKGTH, k_BKSH, v_BKSH, segments_BT, out_BTNH, *_ = saved
     B, K, G, T, H = q_BKGTH.shape
@@ -104,12 +101,12 @@ def _backward(
     delta_BTN = (g_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32)).sum(-1)
     delta_BKGT = delta_BTN.reshape(B, T, K, G).transpose(0, 2, 3, 1)
     k_BKHS = transposed(k_BKSH)
-    blocks = _blocks(T, causal, window)
+    blocks = _blocks(T, window)
     dqs, dks, dvs = [], [], []
     for i, block in enumerate(blocks):
-        seen = slice(block.first, block.end)
+        seen = slice(block.first, block.stop)
         if saved.probs is None:
-            scores_BKSC = _scores(q_BKGTH, k_BKSH, segments_BT, block, causal, window)
+            scores_BKSC = _scores(q_BKGTH, k_BKSH, segments_BT, block, window)
             probs_BKSC = jnp.exp(scores_BKSC - saved.max[i]).astype(dtype)
         else:
             probs_BKSC = saved.probs[i]
@@ -149,15 +146,14 @@ def _heads_first(x_BTNH: Array) -> Array:
     return jax.lax.optimization_barrier(tiles).reshape(B, N, T, H)
 
 
-def _blocks(T: int, causal: bool, window: int) -> list[_Block]:
+def _blocks(T: int, window: int) -> list[_Block]:
     """Blocks of queries; the keys of a window begin and end where some block does."""
     rows = 64 if T <= 256 else 128
     blocks = []
     for start in range(0, T, rows):
         stop = min(start + rows, T)
         first = max(0, start - window + 1) // rows * rows if window else 0
-        end = min(T, -(-(stop + window - 1) // rows) * rows) if window else T
-        blocks.append(_Block(start, stop, first, stop if causal else end))
+        blocks.append(_Block(start, stop, first))
     return blocks
 
 
@@ -172,34 +168,31 @@ def _scores(
     k_BKSH: Array,
     segments_BT: Array | None,
     block: _Block,
-    causal: bool,
     window: int,
 ) -> Array:
     """Scaled, masked scores of a block's queries against the keys they can see, keys first."""
-    start, stop, first, end = block
+    start, stop, first = block
     B, K, G, _, H = q_BKGTH.shape
-    scores_BKSC = _dot("BKSH,BKCH->BKSC", k_BKSH[:, :, first:end], _queries(q_BKGTH, block))
-    allowed_BST = jnp.ones((1, end - first, stop - start), bool)
-    ahead_ST = jnp.arange(start, stop)[None] - jnp.arange(first, end)[:, None]
-    if causal:
-        allowed_BST &= (ahead_ST >= 0)[None]
+    scores_BKSC = _dot("BKSH,BKCH->BKSC", k_BKSH[:, :, first:stop], _queries(q_BKGTH, block))
+    ahead_ST = jnp.arange(start, stop)[None] - jnp.arange(first, stop)[:, None]
+    allowed_BST = (ahead_ST >= 0)[None]
     if window:
-        allowed_BST &= (jnp.abs(ahead_ST) < window)[None]
+        allowed_BST &= (ahead_ST < window)[None]
     if segments_BT is not None:
-        allowed_BST &= segments_BT[:, first:end, None] == segments_BT[:, None, start:stop]
-    split_BKSGT = (scores_BKSC * H**-0.5).reshape(B, K, end - first, G, stop - start)
+        allowed_BST &= segments_BT[:, first:stop, None] == segments_BT[:, None, start:stop]
+    split_BKSGT = (scores_BKSC * H**-0.5).reshape(B, K, stop - first, G, stop - start)
     split_BKSGT = jnp.where(allowed_BST[:, None, :, None], split_BKSGT, -1e30)
     return split_BKSGT.reshape(scores_BKSC.shape)
 
 
 def _sum_over_blocks(blocks: list[_Block], parts: list[Array]) -> Array:
     """Adds up arrays, each over the keys that its block sees."""
-    edges = sorted({edge for block in blocks for edge in (block.first, block.end)})
+    edges = sorted({edge for block in blocks for edge in (block.first, block.stop)})
     spans = [
         sum(
             part[:, :, low - block.first : high - block.first]
             for block, part in zip(blocks, parts, strict=True)
-            if block.first <= low and high <= block.end
+            if block.first <= low and high <= block.stop
         )
         for low, high in pairwise(edges)
     ]

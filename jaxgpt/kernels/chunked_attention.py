@@ -27,17 +27,16 @@ class Piece(NamedTuple):
     segments_BT: Array | None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_attention(
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKH: Array,
     segments_BT: Array | None,
-    causal: bool,
     window: int,
 ) -> Array:
-    """Self-attention as `attention.attention` defines it."""
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, causal, window)[0]
+    """Self-attention as `kernels.attention` defines it."""
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)[0]
 
 
 def _forward(
@@ -45,24 +44,23 @@ def _forward(
     k_BTKH: Array,
     v_BTKH: Array,
     segments_BT: Array | None,
-    causal: bool,
     window: int,
 ) -> tuple[Array, tuple]:
-    q_BKGTH, k_BKTH, v_BKTH, piece = _whole_chunks(q_BTNH, k_BTKH, v_BTKH, segments_BT, causal)
-    out_BKGTH, norm_BKGT = attend(q_BKGTH, k_BKTH, v_BKTH, piece, piece, causal, window)
+    q_BKGTH, k_BKTH, v_BKTH, piece = _whole_chunks(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    out_BKGTH, norm_BKGT = attend(q_BKGTH, k_BKTH, v_BKTH, piece, piece, window)
     out_BTNH = tokens_first(out_BKGTH)[:, : q_BTNH.shape[1]].astype(q_BTNH.dtype)
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, norm_BKGT)
 
 
-def _backward(causal: bool, window: int, saved: tuple, g_BTNH: Array) -> tuple:
+def _backward(window: int, saved: tuple, g_BTNH: Array) -> tuple:
     q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, norm_BKGT = saved
     T, K, dtype = q_BTNH.shape[1], k_BTKH.shape[2], q_BTNH.dtype
-    q_BKGTH, k_BKTH, v_BKTH, piece = _whole_chunks(q_BTNH, k_BTKH, v_BTKH, segments_BT, causal)
+    q_BKGTH, k_BKTH, v_BKTH, piece = _whole_chunks(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     more = [(0, 0), (0, -T % chunk_size(T)), (0, 0), (0, 0)]
     g_BKGTH, out_BKGTH = (heads_first(jnp.pad(x, more), K) for x in (g_BTNH, out_BTNH))
     delta_BKGT = deltas(g_BKGTH, out_BKGTH)
     dq_BKGTH, dk_BKTH, dv_BKTH = pull(
-        q_BKGTH, k_BKTH, v_BKTH, piece, piece, causal, window, g_BKGTH, norm_BKGT, delta_BKGT
+        q_BKGTH, k_BKTH, v_BKTH, piece, piece, window, g_BKGTH, norm_BKGT, delta_BKGT
     )
     dk_BTKH, dv_BTKH = (x.swapaxes(1, 2)[:, :T].astype(dtype) for x in (dk_BKTH, dv_BKTH))
     return tokens_first(dq_BKGTH)[:, :T].astype(dtype), dk_BTKH, dv_BTKH, None
@@ -77,7 +75,6 @@ def attend(
     v_BKSH: Array,
     queries: Piece,
     keys: Piece,
-    causal: bool,
     window: int,
 ) -> tuple[Array, Array]:
     """softmax(scores) v of one piece against another, and the log of the softmax's normaliser.
@@ -92,8 +89,8 @@ def attend(
 
         def see(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             out_BKGCH, max_BKGC, total_BKGC = state
-            scores_BKGCM = _scores(q_BKGCH, _take(k_BKSH, j, M, 2), i, j, queries, keys, causal,
-                                   window)  # fmt: skip
+            k_BKMH = _take(k_BKSH, j, M, 2)
+            scores_BKGCM = _scores(q_BKGCH, k_BKMH, i, j, queries, keys, window)
             new_max_BKGC = jnp.maximum(max_BKGC, scores_BKGCM.max(-1))
             exp_BKGCM = jnp.exp(scores_BKGCM - new_max_BKGC[..., None])
             shrink_BKGC = jnp.exp(max_BKGC - new_max_BKGC)
@@ -111,7 +108,7 @@ def attend(
             jnp.full((B, K, G, C), HIDDEN, jnp.float32),
             jnp.zeros((B, K, G, C), jnp.float32),
         )
-        first, end = _visible(i, C, M, k_BKSH.shape[2], queries, keys, causal, window)
+        first, end = _visible(i, C, M, k_BKSH.shape[2], queries, keys, window)
         out_BKGCH, max_BKGC, total_BKGC = jax.lax.fori_loop(first, end, see, nothing)
         some_BKGC = jnp.where(total_BKGC > 0, total_BKGC, 1)
         return out_BKGCH / some_BKGC[..., None], max_BKGC + jnp.log(some_BKGC)
@@ -138,7 +135,6 @@ def pull(
     v_BKSH: Array,
     queries: Piece,
     keys: Piece,
-    causal: bool,
     window: int,
     g_BKGTH: Array,
     norm_BKGT: Array,
@@ -159,7 +155,7 @@ def pull(
         def see(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq_BKGCH, dk_BKSH, dv_BKSH = state
             k_BKMH, v_BKMH = _take(k_BKSH, j, M, 2), _take(v_BKSH, j, M, 2)
-            scores_BKGCM = _scores(q_BKGCH, k_BKMH, i, j, queries, keys, causal, window)
+            scores_BKGCM = _scores(q_BKGCH, k_BKMH, i, j, queries, keys, window)
             probs_BKGCM = jnp.exp(scores_BKGCM - norm_BKGC1)
             dprobs_BKGCM = _dot("BKGCH,BKMH->BKGCM", g_BKGCH, v_BKMH)
             dscores_BKGCM = probs_BKGCM * (dprobs_BKGCM - delta_BKGC1) * q_BKGTH.shape[-1] ** -0.5
@@ -169,7 +165,7 @@ def pull(
             dv_BKSH = _add(dv_BKSH, _dot("BKGCM,BKGCH->BKMH", probs_BKGCM, g_BKGCH), j)
             return dq_BKGCH, dk_BKSH, dv_BKSH
 
-        first, end = _visible(i, C, M, k_BKSH.shape[2], queries, keys, causal, window)
+        first, end = _visible(i, C, M, k_BKSH.shape[2], queries, keys, window)
         start = (jnp.zeros(q_BKGCH.shape, jnp.float32), *total)
         dq_BKGCH, dk_BKSH, dv_BKSH = jax.lax.fori_loop(first, end, see, start)
         return (dk_BKSH, dv_BKSH), dq_BKGCH
@@ -201,14 +197,12 @@ def chunk_size(length: int) -> int:
 
 
 def _whole_chunks(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, causal: bool
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None
 ) -> tuple[Array, Array, Array, Piece]:
     """Heads first, filled up to whole chunks of tokens that no real query sees."""
     T = q_BTNH.shape[1]
     fill = -T % chunk_size(T)
     if fill:
-        if segments_BT is None and not causal:
-            segments_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
         more = [(0, 0), (0, fill), (0, 0), (0, 0)]
         q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, more) for x in (q_BTNH, k_BTKH, v_BTKH))
         if segments_BT is not None:
@@ -224,7 +218,6 @@ def _scores(
     j: Array,
     queries: Piece,
     keys: Piece,
-    causal: bool,
     window: int,
 ) -> Array:
     """Scaled scores of query chunk i against key chunk j, HIDDEN where masked."""
@@ -233,11 +226,9 @@ def _scores(
     ahead_CM = (queries.first + i * C + jnp.arange(C))[:, None] - (
         keys.first + j * M + jnp.arange(M)
     )[None]  # by how much the query is further on than the key
-    allowed_BCM = jnp.ones((1, C, M), bool)
-    if causal:
-        allowed_BCM &= (ahead_CM >= 0)[None]
+    allowed_BCM = (ahead_CM >= 0)[None]
     if window:
-        allowed_BCM &= (jnp.abs(ahead_CM) < window)[None]
+        allowed_BCM &= (ahead_CM < window)[None]
     if queries.segments_BT is not None and keys.segments_BT is not None:
         own_BC, their_BM = _take(queries.segments_BT, i, C, 1), _take(keys.segments_BT, j, M, 1)
         allowed_BCM &= own_BC[:, :, None] == their_BM[:, None]
@@ -245,19 +236,13 @@ def _scores(
 
 
 def _visible(
-    i: Array, C: int, M: int, S: int, queries: Piece, keys: Piece, causal: bool, window: int
+    i: Array, C: int, M: int, S: int, queries: Piece, keys: Piece, window: int
 ) -> tuple[Array, Array]:
     """The chunks of keys, from the first to before the end, of which chunk i may see something."""
     lowest = queries.first + i * C - keys.first  # as the keys' piece counts
     highest = lowest + C - 1
-    first, end = jnp.int32(0), jnp.int32(S // M)
-    if window:
-        first = jnp.maximum(0, (lowest - window + 1) // M)
-    if window and not causal:
-        highest = highest + window - 1
-    if window or causal:
-        end = jnp.clip(highest // M + 1, 0, S // M)
-    return jnp.int32(first), jnp.int32(end)
+    first = jnp.maximum(0, (lowest - window + 1) // M) if window else 0
+    return jnp.int32(first), jnp.int32(jnp.clip(highest // M + 1, 0, S // M))
 
 
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)

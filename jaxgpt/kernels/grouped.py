@@ -212,4 +212,4 @@ def _block_rows(choices: int, num_experts: int) -> int:
     if platform() == "cpu":
         return min(128, max(8, 1 << (choices // (2 * num_experts)).bit_length()))
     share = choices // (8 * num_experts)
-    return 1 if platform() == "tpu" or share < 8 else 1 << share.bit_length()
+    return 1 << share.bit_length() if platform() == "gpu" and share >= 8 else 1

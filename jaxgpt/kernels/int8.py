@@ -18,7 +18,7 @@ import numpy as np
 import scipy.fft
 import scipy.linalg
 
-from jaxgpt.kernels.linear import on_rows
+from jaxgpt.kernels.fast_linear import on_rows
 from jaxgpt.types import Array
 
 LARGEST = 127

@@ -1,5 +1,6 @@
 """Where the program will run, and what that means for how it is written and compiled."""
 
+import contextlib
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
@@ -14,12 +15,26 @@ LANES = 128  # a TPU's vector width: the blocks of its kernels are multiples of 
 MOST_UNROLLED = 32  # layers, on a GPU: the time to compile grows with them
 
 
-def platform() -> str:
-    """ "cpu", "gpu" or "tpu": that of the ambient mesh (`jax.set_mesh`), else JAX's default.
+# What `use` asks for. JAX keeps the programs of each value apart, as it does for its own contexts.
+_asked = jax.make_user_context("fast")
 
-    Asked while tracing. A mesh may name devices that are not here (ahead-of-time compilation for
-    a TPU slice on a CPU machine), so it comes first.
+
+def use(kernels: str) -> contextlib.AbstractContextManager:
+    """A context in which programs are written with "plain" equations, the "fast" ones, or as for
+    another platform: "cpu", "gpu" or "tpu", to look at its program, not to run it.
     """
+    return _asked(kernels)
+
+
+def platform() -> str:
+    """ "plain", if `use` asks for it; else "cpu", "gpu" or "tpu", for which programs are written.
+
+    That is the platform of the ambient mesh (`jax.set_mesh`), else JAX's default. Asked while
+    tracing. A mesh may name devices that are not here (ahead-of-time compilation for a TPU slice on
+    a CPU machine), so it comes first.
+    """
+    if _asked.value != "fast":
+        return _asked.value
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)

@@ -26,18 +26,17 @@ class Ring(NamedTuple):
     size: int
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def ring_attention(
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKH: Array,
     segments_BT: Array | None,
-    causal: bool,
     window: int,
     ring: Ring,
 ) -> Array:
-    """Self-attention as `attention.attention` defines it, on one device's positions."""
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, causal, window, ring)[0]
+    """Self-attention as `kernels.attention` defines it, on one device's positions."""
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, ring)[0]
 
 
 def _forward(
@@ -45,15 +44,14 @@ def _forward(
     k_BTKH: Array,
     v_BTKH: Array,
     segments_BT: Array | None,
-    causal: bool,
     window: int,
     ring: Ring,
 ) -> tuple[Array, tuple]:
     _check(q_BTNH.shape[1], ring)
-    q, k, v = (_pair(x, causal, ring) for x in (q_BTNH, k_BTKH, v_BTKH))
+    q, k, v = (_pair(x, ring) for x in (q_BTNH, k_BTKH, v_BTKH))
     q = [heads_first(x, k_BTKH.shape[2]) for x in q]
     k, v = ([x.swapaxes(1, 2) for x in pieces] for pieces in (k, v))
-    segments = None if segments_BT is None else _pair(segments_BT, causal, ring)
+    segments = None if segments_BT is None else _pair(segments_BT, ring)
     queries = _pieces(k, segments, 0, ring)
 
     def meet(keys: list[Piece], k: list[Array], v: list[Array]) -> list[Any]:
@@ -61,8 +59,7 @@ def _forward(
         found = []
         for own, q_BKGTH in zip(queries, q, strict=True):
             parts = [
-                attend(q_BKGTH, k[n], v[n], own, piece, causal, window)
-                for n, piece in enumerate(keys)
+                attend(q_BKGTH, k[n], v[n], own, piece, window) for n, piece in enumerate(keys)
             ]
             found.append(parts[0] if len(parts) == 1 else merge(*parts))
         return found
@@ -81,10 +78,10 @@ def _forward(
     return _unpair([tokens_first(out) for out in outs], ring), saved
 
 
-def _backward(causal: bool, window: int, ring: Ring, saved: tuple, g_BTNH: Array) -> tuple:
+def _backward(window: int, ring: Ring, saved: tuple, g_BTNH: Array) -> tuple:
     q, k, v, segments, outs, norms = saved
     dtype = g_BTNH.dtype
-    g = [heads_first(x, k[0].shape[1]) for x in _pair(g_BTNH, causal, ring)]
+    g = [heads_first(x, k[0].shape[1]) for x in _pair(g_BTNH, ring)]
     delta = [chunks.deltas(*pair) for pair in zip(g, outs, strict=True)]
     queries = _pieces(k, segments, 0, ring)
     zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, jnp.float32))
@@ -93,9 +90,7 @@ def _backward(causal: bool, window: int, ring: Ring, saved: tuple, g_BTNH: Array
         dq, (k, v, segments, dk, dv) = state
         for n, piece in enumerate(_pieces(k, segments, distance, ring)):
             for m, own in enumerate(queries):
-                changes = pull(
-                    q[m], k[n], v[n], own, piece, causal, window, g[m], norms[m], delta[m]
-                )
+                changes = pull(q[m], k[n], v[n], own, piece, window, g[m], norms[m], delta[m])
                 places = ((dq, m), (dk, n), (dv, n))
                 dq, dk, dv = (
                     [x + change if i == index else x for i, x in enumerate(total)]
@@ -124,12 +119,12 @@ def _check(length: int, ring: Ring) -> None:
         )
 
 
-def _pair(x: Array, causal: bool, ring: Ring) -> list[Array]:
+def _pair(x: Array, ring: Ring) -> list[Array]:
     """From consecutive positions [B, T, ...] to a piece of the front and its match of the end.
 
     Counted in pieces, device i holds 2i and 2i + 1 and gets i and 2 size - 1 - i.
     """
-    if not causal or x.shape[1] % 2:
+    if x.shape[1] % 2:
         return [x]
     even, odd = (
         jax.lax.ppermute(half, ring.axis, ways)

@@ -17,27 +17,24 @@ def splash_attention(
     k_BTKH: Array,
     v_BTKH: Array,
     segments_BT: Array | None,
-    causal: bool,
     window: int,
     interpret: bool = False,
 ) -> Array:
-    """Self-attention as `attention.attention` defines it.
+    """Self-attention as `kernels.attention` defines it.
 
     Args:
         interpret: runs the kernel's own program on any platform, slowly.
     """
     _, T, N, H = q_BTNH.shape
     fill = -T % LANES
-    if fill:  # keys behind the end: a causal query never sees them, others by their segment
-        if segments_BT is None and not causal:
-            segments_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
+    if fill:  # keys behind the end: no query sees what comes after it
         q_BTNH, k_BTKH, v_BTKH = (
             jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH)
         )
         if segments_BT is not None:
             segments_BT = jnp.pad(segments_BT, ((0, 0), (0, fill)), constant_values=-1)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([_mask(T + fill, causal, window)] * N),
+        splash.MultiHeadMask([_mask(T + fill, window)] * N),
         block_sizes=_block_sizes(T + fill),
         head_shards=1,
         q_seq_shards=1,
@@ -51,10 +48,10 @@ def splash_attention(
     return out_BNTH.swapaxes(1, 2)[:, :T].astype(q_BTNH.dtype)
 
 
-def _mask(T: int, causal: bool, window: int) -> splash.Mask:
+def _mask(T: int, window: int) -> splash.Mask:
     if window:
-        return splash.LocalMask((T, T), (window - 1, 0 if causal else window - 1), 0)
-    return splash.CausalMask((T, T)) if causal else splash.FullMask((T, T))
+        return splash.LocalMask((T, T), (window - 1, 0), 0)
+    return splash.CausalMask((T, T))
 
 
 def _block_sizes(T: int) -> splash.BlockSizes:

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxgpt import kernels
 from jaxgpt.config import ModelConfig
-from jaxgpt.kernels.attention import attention, cached_attention
 from jaxgpt.kernels.placement import by_columns
 from jaxgpt.kernels.platform import accumulator_dtype
 from jaxgpt.model.layers import Linear, RMSNorm, residual_std, rotate
@@ -85,15 +85,10 @@ class Attention(nn.Module):
             write = partial(_write, place=place, length=inputs.length)
             cache = (write(cache[0], k_BTKH), write(cache[1], v_BTKH))
         if cache is None or inputs.mask_BTS is None:
-            out_BTNH = attention(
-                q_BTNH,
-                k_BTKH,
-                v_BTKH,
-                segments_BT=inputs.segments_BT,
-                window=cfg.sliding_window or 0,
-            )
+            window = cfg.sliding_window or 0
+            out_BTNH = kernels.attention(q_BTNH, k_BTKH, v_BTKH, inputs.segments_BT, window)
         else:
-            out_BTNH = cached_attention(q_BTNH, *_read(cache, place), inputs.mask_BTS)
+            out_BTNH = kernels.cached_attention(q_BTNH, *_read(cache, place), inputs.mask_BTS)
 
         out_BTF = by_columns(out_BTNH.reshape(*x_BTD.shape[:2], -1))
         output = Linear(

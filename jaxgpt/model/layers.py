@@ -6,10 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import weights
+from jaxgpt import kernels, weights
 from jaxgpt.config import ModelConfig, RopeScaling
-from jaxgpt.kernels import norm
-from jaxgpt.kernels.linear import add_bias
 from jaxgpt.types import Array
 
 INIT_STD = 0.02  # GPT-2
@@ -44,7 +42,7 @@ class Linear(nn.Module):
         y = weights.matmul(x.astype(self.dtype), kernel_DF)
         if self.use_bias:
             bias_F = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = add_bias(y, bias_F)
+            y = kernels.add_bias(y, bias_F)
         return y
 
 
@@ -61,7 +59,7 @@ class LayerNorm(nn.Module):
         bias_D = (
             self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.use_bias else None
         )
-        return norm.layer_norm(x, scale_D, bias_D, self.eps, self.dtype)
+        return kernels.layer_norm(x, scale_D, bias_D, self.eps, self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -73,7 +71,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return norm.rms_norm(x, scale_D, self.eps, self.dtype)
+        return kernels.rms_norm(x, scale_D, self.eps, self.dtype)
 
 
 def make_norm(cfg: ModelConfig, name: str) -> nn.Module:

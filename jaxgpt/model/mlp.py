@@ -4,15 +4,15 @@ from functools import partial
 
 import flax.linen as nn
 
+from jaxgpt import kernels
 from jaxgpt.config import ModelConfig
-from jaxgpt.kernels import activation
 from jaxgpt.model.layers import INIT_STD, Linear, residual_std
 from jaxgpt.types import Array
 
 
 def activate(cfg: ModelConfig, x: Array) -> Array:
     """The config's activation, returned in the compute type."""
-    return getattr(activation, cfg.activation)(x, cfg.dtype)
+    return getattr(kernels, cfg.activation)(x, cfg.dtype)
 
 
 class Mlp(nn.Module):

@@ -15,6 +15,7 @@ from jaxgpt import (
     files,
     hardware,
     heap,
+    kernels,
     lineage,
     metrics,
     peft,
@@ -87,7 +88,7 @@ def launch(name: str, cfg: RunConfig) -> None:
     shows, cfg = cfg.show_batch, dataclasses.replace(cfg, show_batch=False)
     with processes.first_process_first("run"):
         run = rundir.enter(cfg)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), kernels.use(cfg.kernels):
         start = _begin(name, cfg)  # all processes together: Orbax lets them wait for each other
         sharding.check_model(start.config, mesh)
         with processes.first_process_first("files"):

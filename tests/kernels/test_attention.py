@@ -1,5 +1,6 @@
-"""Attention against a plain softmax over the full score matrix."""
+"""Every fast attention against the equation: a softmax over all scores."""
 
+import inspect
 import math
 import re
 from functools import partial
@@ -11,28 +12,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import scoring, sharding
+from jaxgpt import kernels, scoring, sharding
 from jaxgpt.config import MeshConfig, ModelConfig
-from jaxgpt.kernels import blocked_attention, chunked_attention
-from jaxgpt.kernels.attention import (
-    _attention,
-    _dot_product_attention,
-    attention,
-    cached_attention,
-)
+from jaxgpt.kernels import attention, blocked_attention, cached_attention, chunked_attention
+from jaxgpt.kernels.fast_attention import _all_scores
 from jaxgpt.kernels.platform import accumulator_dtype
 from jaxgpt.kernels.splash_attention import splash_attention
 from jaxgpt.model import gpt
 
-
-def plain_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
-    """Every score, in float32, with repeated keys and values."""
-    q_BTNH, k_BSKH, v_BSKH = (x.astype(jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH))
-    groups = q_BTNH.shape[2] // k_BSKH.shape[2]
-    k_BSNH, v_BSNH = (jnp.repeat(x, groups, axis=2) for x in (k_BSKH, v_BSKH))
-    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / np.sqrt(q_BTNH.shape[-1])
-    weights_BNTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf))
-    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+plain_attention = inspect.unwrap(kernels.attention)
 
 
 def inputs(rng, B, T, N, K, H, dtype=jnp.float32):
@@ -41,16 +29,6 @@ def inputs(rng, B, T, N, K, H, dtype=jnp.float32):
     return [
         jax.random.normal(r, shape).astype(dtype) for r, shape in zip(rngs, shapes, strict=True)
     ]
-
-
-def mask_of(T, causal=True, segments_BT=None, window=0):
-    ahead_TS = jnp.arange(T)[:, None] - jnp.arange(T)[None]
-    mask_BTS = (ahead_TS >= 0 if causal else jnp.ones((T, T), bool))[None]
-    if window:
-        mask_BTS = mask_BTS & (jnp.abs(ahead_TS) < window)[None]
-    if segments_BT is not None:
-        mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None])
-    return mask_BTS
 
 
 def segments(rng, T):
@@ -62,14 +40,11 @@ def value_and_gradients(function, q, k, v, g):
     return out, *pull(g.astype(out.dtype))
 
 
-def assert_matches_plain(
-    arrays, causal=True, segments_BT=None, window=0, tolerance=1e-5, kernel=None
-):
+def assert_matches_plain(arrays, segments_BT=None, window=0, tolerance=1e-5, kernel=attention):
     q, k, v, g = arrays
-    mask_BTS = mask_of(q.shape[1], causal, segments_BT, window)
-    kernel = kernel or _attention
-    fast = lambda q, k, v: kernel(q, k, v, segments_BT, causal, window)
-    plain = lambda q, k, v: plain_attention(q, k, v, mask_BTS)
+    fast = lambda q, k, v: kernel(q, k, v, segments_BT, window)
+    float32 = lambda *arrays: (x.astype(jnp.float32) for x in arrays)
+    plain = lambda q, k, v: plain_attention(*float32(q, k, v), segments_BT, window)
     got = jax.jit(lambda *a: value_and_gradients(fast, *a))(q, k, v, g)
     want = jax.jit(lambda *a: value_and_gradients(plain, *a))(q, k, v, g)
     assert got[0].dtype == q.dtype
@@ -84,17 +59,16 @@ def test_blocks_of_any_length_match_plain(rng, T):
     assert_matches_plain(inputs(rng, 2, T, 2, 2, 16))
 
 
-@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("with_segments", [True, False])
-def test_grouped_queries_and_masks_match_plain(rng, causal, with_segments):
+def test_grouped_queries_and_masks_match_plain(rng, with_segments):
     segments_BT = jnp.sort(jax.random.randint(rng, (2, 150), 0, 4)) if with_segments else None
-    assert_matches_plain(inputs(rng, 2, 150, 6, 2, 16), causal, segments_BT)
+    assert_matches_plain(inputs(rng, 2, 150, 6, 2, 16), segments_BT)
 
 
 def test_recomputed_probabilities_match_plain(rng, monkeypatch):
     monkeypatch.setattr(blocked_attention, "LONGEST_KEPT", 0)
     segments_BT = jnp.sort(jax.random.randint(rng, (2, 150), 0, 4))
-    assert_matches_plain(inputs(rng, 2, 150, 4, 2, 16), True, segments_BT)
+    assert_matches_plain(inputs(rng, 2, 150, 4, 2, 16), segments_BT)
 
 
 # Some bf16 products compile and then have no kernel at run time: every shape must also run.
@@ -124,7 +98,7 @@ def test_attention_is_the_same_on_eight_devices(rng):
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     arrays = inputs(rng, 4, 70, 4, 2, 16)
     segments_BT = jnp.sort(jax.random.randint(rng, (4, 70), 0, 3))
-    fast = lambda q, k, v, s: attention(q, k, v, segments_BT=s)
+    fast = lambda q, k, v, s: attention(q, k, v, s)
     step = jax.jit(lambda q, k, v, g, s: value_and_gradients(
         lambda *a: fast(*a, s), q, k, v, g
     ))  # fmt: skip
@@ -146,56 +120,52 @@ def test_cached_attention_matches_plain(rng, dtype, tolerance, T):
     mask_BTS = jnp.arange(20)[None, None] < lengths_BT[:, :, None]
     cache = (x.swapaxes(1, 2).astype(accumulator_dtype(dtype)) for x in (k, v))  # as init_cache
     got = cached_attention(q, *cache, mask_BTS)
-    want = plain_attention(q, k, v, mask_BTS)
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    want = inspect.unwrap(cached_attention)(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask_BTS)
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=tolerance)
 
 
 @pytest.mark.parametrize(
-    ("T", "causal", "window", "with_segments"),
+    ("T", "window", "with_segments"),
     [
-        (300, False, 150, True),
-        (150, True, 70, True),
-        pytest.param(70, True, 1, False, marks=pytest.mark.slow),
+        (300, 150, True),
+        (150, 70, True),
+        pytest.param(70, 1, False, marks=pytest.mark.slow),
     ],
 )
-def test_blocks_with_windows_and_masks_match_plain(rng, T, causal, window, with_segments):
+def test_blocks_with_windows_and_masks_match_plain(rng, T, window, with_segments):
     segments_BT = segments(rng, T) if with_segments else None
-    assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), causal, segments_BT, window)
+    assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), segments_BT, window)
 
 
 @pytest.mark.parametrize(
-    ("T", "causal", "window", "with_segments"),
+    ("T", "window", "with_segments"),
     [
-        (101, True, 40, True),
-        (67, False, 0, False),
-        pytest.param(96, True, 0, True, marks=pytest.mark.slow),
-        pytest.param(101, False, 40, True, marks=pytest.mark.slow),
+        (101, 40, True),
+        (67, 0, False),
+        pytest.param(96, 0, True, marks=pytest.mark.slow),
     ],
 )
-def test_chunks_match_plain(rng, monkeypatch, T, causal, window, with_segments):
+def test_chunks_match_plain(rng, monkeypatch, T, window, with_segments):
     monkeypatch.setattr(chunked_attention, "CHUNK", 32)
     segments_BT = segments(rng, T) if with_segments else None
     kernel = chunked_attention.chunked_attention
-    assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), causal, segments_BT, window, kernel=kernel)
+    assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), segments_BT, window, kernel=kernel)
 
 
 @pytest.mark.parametrize(
-    ("T", "causal", "window", "with_segments"),
+    ("T", "window", "with_segments"),
     [
-        (64, True, 0, True),
-        pytest.param(64, True, 20, True, marks=pytest.mark.slow),
-        pytest.param(36, True, 0, False, marks=pytest.mark.slow),  # nine to a device: no halves
-        pytest.param(32, False, 0, True, marks=pytest.mark.slow),
+        (64, 0, True),
+        pytest.param(64, 20, True, marks=pytest.mark.slow),
+        pytest.param(36, 0, False, marks=pytest.mark.slow),  # nine to a device: no halves
     ],
 )
-def test_positions_cut_over_devices_match_plain(rng, T, causal, window, with_segments):
+def test_positions_cut_over_devices_match_plain(rng, T, window, with_segments):
     mesh = sharding.make_mesh(MeshConfig(data=1, tensor=2, context=4))
     segments_BT = segments(rng, T) if with_segments else None
-    kernel = lambda q, k, v, segments_BT, causal, window: attention(
-        q, k, v, segments_BT=segments_BT, causal=causal, window=window
-    )
     with jax.set_mesh(mesh):
-        assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), causal, segments_BT, window, kernel=kernel)
+        assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), segments_BT, window)
 
 
 def test_devices_that_hold_a_long_odd_number_of_positions_are_refused(rng):
@@ -206,20 +176,19 @@ def test_devices_that_hold_a_long_odd_number_of_positions_are_refused(rng):
 
 
 @pytest.mark.parametrize(
-    ("T", "causal", "window"),
-    [(200, True, 70), pytest.param(130, False, 0, marks=pytest.mark.slow)],
+    ("T", "window", "with_segments"),
+    [(200, 70, True), pytest.param(130, 0, False, marks=pytest.mark.slow)],
 )
-def test_splash_attention_as_interpreted_matches_plain(rng, T, causal, window):
-    segments_BT = segments(rng, T) if causal else None
+def test_splash_attention_as_interpreted_matches_plain(rng, T, window, with_segments):
+    segments_BT = segments(rng, T) if with_segments else None
     kernel = partial(splash_attention, interpret=True)
-    assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), causal, segments_BT, window, kernel=kernel)
+    assert_matches_plain(inputs(rng, 2, T, 4, 2, 8), segments_BT, window, kernel=kernel)
 
 
-@pytest.mark.parametrize(("causal", "window"), [(True, 0), (True, 9), (False, 9)])
-def test_what_xla_and_cudnn_are_asked_for_matches_plain(rng, causal, window):
-    kernel = lambda *args: _dot_product_attention(*args, "xla")
+@pytest.mark.parametrize("window", [0, 9])
+def test_what_xla_and_cudnn_are_asked_for_matches_plain(rng, window):
     arrays = inputs(rng, 2, 40, 4, 2, 8)
-    assert_matches_plain(arrays, causal, segments(rng, 40), window, kernel=kernel)
+    assert_matches_plain(arrays, segments(rng, 40), window, kernel=_all_scores("xla"))
 
 
 def test_32k_tokens_train_without_an_array_of_their_square(rng):

@@ -1,5 +1,6 @@
-"""Cross-entropy and log-probabilities against a log-softmax over all logits."""
+"""Cross-entropy and log-probabilities a chunk at a time, against their equations."""
 
+import inspect
 import re
 from functools import partial
 
@@ -10,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.kernels.cross_entropy import cross_entropy, logprobs_and_entropy, token_logprobs
+from jaxgpt.kernels import cross_entropy, logprobs_and_entropy, use
 
 N, D, V = 48, 16, 40
 
@@ -28,12 +29,14 @@ def arrays(rng):
     )
 
 
-def plain_cross_entropy(hidden_ND, head_VD, targets_N, weights_N, z_loss=0.0, smoothing=0.0):
-    logits_NV = hidden_ND @ head_VD.T
-    log_normaliser_N = jnp.log(jnp.exp(logits_NV).sum(-1))
-    goal_NV = (1 - smoothing) * jax.nn.one_hot(targets_N, V) + smoothing / V
-    loss_N = -(goal_NV * (logits_NV - log_normaliser_N[:, None])).sum(-1)
-    return (weights_N * (loss_N + z_loss * log_normaliser_N**2)).sum()
+def plain_cross_entropy(hidden, head, targets, weights, z_loss=0.0, smoothing=0.0):
+    equation = inspect.unwrap(cross_entropy)
+    options = dict(z_loss=z_loss, label_smoothing=smoothing)
+    return equation(hidden, head, targets, weights, **options).loss
+
+
+def token_logprobs(*arrays, **options):
+    return logprobs_and_entropy(*arrays, **options)[0]
 
 
 def loss_and_gradients(hidden, head, targets, weights, **options):
@@ -145,11 +148,8 @@ def test_loss_is_the_same_on_eight_devices(arrays, name, chunk):
 def test_logprobs_and_entropy_match_plain(arrays, chunk, temperature):
     hidden, head, targets, weights = arrays
 
-    def plain(hidden, head):
-        logprobs_NV = jax.nn.log_softmax(hidden @ head.T / temperature)
-        logprob_N = logprobs_NV[jnp.arange(N), targets]
-        return logprob_N, -(jnp.exp(logprobs_NV) * logprobs_NV).sum(-1)
-
+    equation = inspect.unwrap(logprobs_and_entropy)
+    plain = lambda *a: equation(*a, targets, temperature=temperature)
     fast = lambda *a: logprobs_and_entropy(*a, targets, chunk=chunk, temperature=temperature)
     got, pull = jax.vjp(fast, hidden, head)
     want, plain_pull = jax.vjp(plain, hidden, head)
@@ -164,10 +164,10 @@ def test_token_logprobs_sum_to_the_loss(arrays):
 
 
 @pytest.mark.parametrize("chunk", [0, 11])
-def test_a_gpu_fills_the_head_up_and_finds_the_same(arrays, chunk, monkeypatch):
-    monkeypatch.setattr("jaxgpt.kernels.cross_entropy.platform", lambda: "gpu")
-    test_cross_entropy_matches_plain(arrays, chunk, 0.1, 0.2)
-    test_reported_sums_match_plain(arrays, chunk)
-    test_logprobs_and_entropy_match_plain(arrays, chunk, 0.7)
-    text = jax.jit(partial(loss_and_gradients, chunk=chunk)).lower(*arrays).as_text()
+def test_a_gpu_fills_the_head_up_and_finds_the_same(arrays, chunk):
+    with use("gpu"):
+        test_cross_entropy_matches_plain(arrays, chunk, 0.1, 0.2)
+        test_reported_sums_match_plain(arrays, chunk)
+        test_logprobs_and_entropy_match_plain(arrays, chunk, 0.7)
+        text = jax.jit(partial(loss_and_gradients, chunk=chunk)).lower(*arrays).as_text()
     assert "x128xf32>" in text and "x40xf32>" not in text  # no logits of 40 columns

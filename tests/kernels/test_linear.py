@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.kernels.linear import add_bias, linear, linear_by_rows
+from jaxgpt.kernels import add_bias, linear, linear_by_rows, use
 
 
 def inputs(rng, dtype=jnp.float32, width=40):
@@ -85,13 +85,13 @@ def test_linear_is_the_same_on_eight_devices(rng, kernel_spec):
         np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("where", ["cpu", "gpu"])
+@pytest.mark.parametrize("where", ["cpu", "gpu", "tpu", "plain"])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_kernels_with_outputs_first_multiply_alike(rng, where, rows, monkeypatch):
-    monkeypatch.setattr("jaxgpt.kernels.linear.platform", lambda: where)
+def test_kernels_with_outputs_first_multiply_alike(rng, where, rows):
     x_BTD, kernel_DF, _ = inputs(rng)
     x_BTD = x_BTD[:1, :rows]
-    got = linear_by_rows(x_BTD, kernel_DF.T, jnp.float32)
+    with use(where):
+        got = linear_by_rows(x_BTD, kernel_DF.T, jnp.float32)
     np.testing.assert_allclose(got, x_BTD @ kernel_DF, rtol=1e-5, atol=1e-5)
 
 

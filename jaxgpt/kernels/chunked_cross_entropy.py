@@ -20,19 +20,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt.kernels.placement import add_up, head_spec, per_token, scatter
 from jaxgpt.kernels.platform import platform, transposed
-from jaxgpt.types import Array
+from jaxgpt.types import Array, CrossEntropy
 
 Axes = tuple[str, ...]  # of the mesh, over which the tokens are cut
 TILE = 128  # a GPU multiplies by GPT-2's 50,257 rows at 0.4 of the speed that 50,304 have
-
-
-class CrossEntropy(NamedTuple):
-    """Sums over tokens, each times its weight. Only `loss` carries a gradient."""
-
-    loss: Array  # what is trained: nll, smoothed if asked, plus z_loss * z
-    nll: Array  # -log p(target)
-    z: Array  # (log of the softmax's normaliser)^2
-    correct: Array  # 1 where no logit is larger than the target's
 
 
 def cross_entropy(
@@ -45,32 +36,16 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     chunk: int = 1024,
 ) -> CrossEntropy:
-    """Weighted sum over tokens of the cross-entropy of softmax(hidden @ head^T) and targets.
-
-    Args:
-        hidden: [A, D] or [B, T, D], and all else without D.
-        targets: in [0, V); a token that has none takes any target and weight 0.
-        z_loss: weight of (log normaliser)^2, which keeps the logits from drifting.
-        label_smoothing: share of the target probability spread evenly over the vocabulary.
-        chunk: tokens of a device whose logits exist at one time; 0: all.
-    """
+    """`kernels.cross_entropy`, `chunk` tokens of every device at a time."""
     weights = weights.astype(jnp.float32)
     return _cross_entropy(hidden, head_VD, targets, weights, z_loss, label_smoothing, chunk)
-
-
-def token_logprobs(
-    hidden: Array, head_VD: Array, targets: Array, *, chunk: int = 1024,
-    temperature: float = 1.0,
-) -> Array:  # fmt: skip
-    """log p(target) of every token under softmax(hidden @ head^T / temperature), float32."""
-    return logprobs_and_entropy(hidden, head_VD, targets, chunk=chunk, temperature=temperature)[0]
 
 
 def logprobs_and_entropy(
     hidden: Array, head_VD: Array, targets: Array, *, chunk: int = 1024,
     temperature: float = 1.0,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """log p(target) and the entropy of the whole distribution, at every token, float32."""
+    """`kernels.logprobs_and_entropy`, `chunk` tokens of every device at a time."""
     return _logprobs_and_entropy(hidden, head_VD, targets, temperature, chunk)
 
 

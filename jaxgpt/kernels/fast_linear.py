@@ -1,7 +1,9 @@
 """x @ kernel in the compute dtype, with backward passes of its own.
 
-On a CPU it keeps XLA's fast products. On accelerators it keeps only the kernel as it is stored,
-cut over devices: autodiff would keep the copy that was cast and gathered, for every layer.
+The gradients of out = x @ W are dx = g @ W^T and dW = x^T @ g, where g is the gradient of out.
+On a CPU these are written as products that XLA has fast programs for. On accelerators the
+backward pass reads W as it is stored, cut over devices: autodiff would keep the copy that was
+cast and gathered, for every layer.
 """
 
 from collections.abc import Callable
@@ -16,24 +18,38 @@ from jaxgpt.kernels.platform import platform, separate, transposed
 from jaxgpt.types import Array
 
 
-def linear(x_BTD: Array, kernel_DF: Array) -> Array:
-    """x @ kernel over any leading axes; float32 on CPU, the dtype of x on accelerators."""
-    if platform() != "cpu":
-        return _gathering_linear(x_BTD, kernel_DF)
+def on_cpu(x_BTD: Array, kernel_DF: Array) -> Array:
+    """x @ kernel over any leading axes, returned in float32."""
     return on_rows(lambda x_AD: _linear(x_AD, kernel_DF), x_BTD)
 
 
-def linear_by_rows(x_BTD: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
-    """x @ rows^T in `dtype`: one sum for each row of the kernel, which is read as it lies.
+def in_float32(x_BTD: Array, kernel_DF: Array) -> Array:
+    """x @ kernel, gathered from the devices that share it, returned in float32."""
+    return jnp.matmul(
+        x_BTD, whole(kernel_DF.astype(x_BTD.dtype)), preferred_element_type=jnp.float32
+    )
+
+
+def by_rows(x_BTD: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
+    """x @ rows^T in `dtype`: the kernel is read as it lies."""
+    return jnp.einsum("...D,FD->...F", x_BTD, rows_FD, preferred_element_type=dtype)
+
+
+def by_rows_on_cpu(x_BTD: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
+    """`by_rows`, of two rows where x has one."""
+    return on_rows(lambda x_AD: by_rows(x_AD, rows_FD, dtype), x_BTD)
+
+
+def by_rows_on_gpu(x_BTD: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
+    """`by_rows`; a single row of x is multiplied and summed up in one pass over the kernel.
 
     Written as a product of a single row XLA:GPU would multiply the whole kernel by it first, in the
     kernel's type, write that down, and sum up its columns.
     """
-    if platform() == "gpu" and x_BTD.size == x_BTD.shape[-1]:
-        x_1D, rows_FD = x_BTD.reshape(1, -1).astype(jnp.float32), rows_FD.astype(jnp.float32)
-        return (rows_FD * x_1D).sum(-1).astype(dtype)[None, None]
-    dot = lambda x: jnp.einsum("...D,FD->...F", x, rows_FD, preferred_element_type=dtype)
-    return on_rows(dot, x_BTD) if platform() == "cpu" else dot(x_BTD)
+    if x_BTD.size > x_BTD.shape[-1]:
+        return by_rows(x_BTD, rows_FD, dtype)
+    x_1D, rows_FD = x_BTD.reshape(1, -1).astype(jnp.float32), rows_FD.astype(jnp.float32)
+    return (rows_FD * x_1D).sum(-1).astype(dtype)[None, None]
 
 
 def on_rows(product: Callable[[Array], Array], x_BTD: Array) -> Array:
@@ -90,7 +106,17 @@ _linear.defvjp(_forward, _backward)
 
 
 def _pull(x_AD: Array, g_AF: Array) -> Array:
-    """x^T g; whichever of the two is cheaper to turn is turned: an adapter's side is narrow."""
+    """x^T g, the kernel's gradient [D, F], with a copy of the smaller of x and g turned.
+
+    XLA:CPU multiplies bfloat16 fast only where the left operand is not transposed, so one of them
+    must be turned in memory first. There are two ways, and they cost:
+
+        x^T, then x^T @ g                A * D numbers turned
+        g^T, then g^T @ x, then turn it  A * F numbers turned, and F * D of the result
+
+    For a square kernel the first is cheaper; where F is an adapter's rank of 16 and D is 768, the
+    second turns a fiftieth.
+    """
     (A, D), F = x_AD.shape, g_AF.shape[1]
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
     if F * (A + D) < D * A:
@@ -101,11 +127,16 @@ def _pull(x_AD: Array, g_AF: Array) -> Array:
 
 
 @jax.custom_vjp
-def _gathering_linear(x_BTD: Array, kernel_DF: Array) -> Array:
+def gathered(x_BTD: Array, kernel_DF: Array) -> Array:
+    """x @ kernel in the dtype of x; the backward pass gathers the kernel again."""
+    return _gathered_product(x_BTD, kernel_DF)
+
+
+def _gathered_product(x_BTD: Array, kernel_DF: Array) -> Array:
     return x_BTD @ whole(_rounded(kernel_DF, x_BTD.dtype))
 
 
-def _gathering_backward(saved: tuple[Array, Array], g_BTF: Array) -> tuple[Array, Array]:
+def _gathered_backward(saved: tuple[Array, Array], g_BTF: Array) -> tuple[Array, Array]:
     x_BTD, kernel_DF = saved
     dx_BTD = g_BTF @ whole(_rounded(kernel_DF, x_BTD.dtype)).T
     leading = tuple(range(x_BTD.ndim - 1))
@@ -115,9 +146,11 @@ def _gathering_backward(saved: tuple[Array, Array], g_BTF: Array) -> tuple[Array
     return dx_BTD, dkernel_DF.astype(kernel_DF.dtype)
 
 
-_gathering_linear.defvjp(
-    lambda x_BTD, kernel_DF: (_gathering_linear(x_BTD, kernel_DF), (x_BTD, kernel_DF)),
-    _gathering_backward,
+# The forward rule is the product itself, not a call of `gathered`: a checkpoint policy that keeps
+# products (model.remat=dots) does not look into the calls of functions with rules of their own.
+gathered.defvjp(
+    lambda x_BTD, kernel_DF: (_gathered_product(x_BTD, kernel_DF), (x_BTD, kernel_DF)),
+    _gathered_backward,
 )
 
 
