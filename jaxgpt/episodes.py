@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import chat
 from jaxgpt.data.chat import Format, Message
@@ -140,7 +138,7 @@ def transcript(episode: Episode) -> str:
 
 def _begin(form: Format, environment: Environment) -> Episode:
     messages = environment.reset()
-    tokens = chat.encode(form, messages, add_generation_prompt=True).tokens_T.tolist()
+    tokens = chat.prompt(form, messages)
     episode = Episode(list(messages), [], [])
     episode.add(tokens)
     return episode
@@ -161,16 +159,9 @@ def _take_turn(
     if turn.done or turn.observation is None or not completion.stopped:
         return False
     episode.messages.append({"role": "tool", "content": turn.observation})
-    told = _after_turn(writer.form, episode.messages)
+    told = chat.after_turn(writer.form, episode.messages)
     if len(episode.tokens) + len(told) >= writer.model.context_length:
         episode.messages.pop()
         return False
     episode.add(told)
     return True
-
-
-def _after_turn(form: Format, messages: Sequence[Message]) -> list[int]:
-    """The tokens behind the assistant's last end of turn, up to where it writes again."""
-    encoded = chat.encode(form, messages, add_generation_prompt=True)
-    last = int(np.flatnonzero(encoded.target_T)[-1])
-    return encoded.tokens_T[last + 1 :].tolist()

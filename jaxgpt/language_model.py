@@ -19,8 +19,8 @@ from jaxgpt.config import ModelConfig, RunConfig
 from jaxgpt.convert import chatting, hf, peft_hf, table, tokenizer_files
 from jaxgpt.convert.load import Loaded, load_with_adapters, source_of
 from jaxgpt.convert.load import load as load_parts
-from jaxgpt.data import chat as templates
-from jaxgpt.data.chat import Message
+from jaxgpt.data import chat as conversation
+from jaxgpt.data.chat import Format, Message
 from jaxgpt.episodes import Episode, Writer
 from jaxgpt.model import gpt
 from jaxgpt.sampling import likelihood
@@ -183,36 +183,33 @@ class LanguageModel:
             rows: numbers that, with the seed, decide the draws of each episode.
             adapter: as `generate` takes it.
         """
-        self.render([{"role": "user", "content": "?"}])  # refuses a model that cannot chat
-        parts = Loaded(
-            self.config, self.params, self.tokenizer, self.chat_template, self.begin_ids,
-            self.stop_ids, self._files,
-        )  # fmt: skip
-        writer = Writer(self.config, chatting.chat_format(parts), self.stop_ids)
+        writer = Writer(self.config, self.chat_format, self.stop_ids)
         policy = self._decoding_params(len(environments), adapter)
         rng = jax.random.key(seed)
         return episodes.play(writer, policy, environments, settings, rng, rows=rows)[0]
 
+    @property
+    def chat_format(self) -> Format:
+        """The model's chat template with what it reads beside messages.
+
+        Raises:
+            ValueError: the model has no chat template.
+        """
+        if self.chat_template is None:
+            raise ValueError(f"{self.name}: has no chat template; use generate, or tune it first")
+        parts = Loaded(
+            self.config, self.params, self.tokenizer, self.chat_template, self.begin_ids,
+            self.stop_ids, self._files,
+        )  # fmt: skip
+        return chatting.chat_format(parts)
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the assistant answers."""
-        return self.tokenizer.encode(self.render(messages), allow_special=True)
+        return conversation.prompt(self.chat_format, messages)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as the text that the model reads."""
-        if self.chat_template is None:
-            raise ValueError(f"{self.name}: has no chat template; use generate, or tune it first")
-        named = {
-            name: self.tokenizer.decode([ids])
-            for name, ids in tokenizer_files.special_ids(self._files).items()
-            if isinstance(ids, int)
-        }
-        return templates.render(
-            self.chat_template,
-            messages,
-            add_generation_prompt,
-            bos_token=named.get("bos_token_id", ""),
-            eos_token=named.get("eos_token_id", ""),
-        )
+        return conversation.render(self.chat_format, messages, add_generation_prompt)
 
     def complete(
         self,

@@ -70,7 +70,7 @@ def test_an_episode_with_a_tool_is_the_conversation_that_sft_would_see(monkeypat
         {"role": "tool", "content": "42"},
         {"role": "assistant", "content": "6 * 7 = 42"},
     ]
-    whole = chat.encode(FORM, said)
+    (whole,) = chat.encode(FORM, said)
     length = len(episode.tokens)
     np.testing.assert_array_equal(episode.tokens, whole.tokens_T[:length])
     # The policy's own words and its ends of turn are learned; what the tool says is not.

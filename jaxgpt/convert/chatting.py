@@ -1,25 +1,48 @@
-"""How a model chats: the template and end tokens in its tokenizer's files, read and written."""
+"""How a model chats: the template and special tokens in its tokenizer's files, read and written."""
 
 import json
+from collections.abc import Mapping
 
 from jaxgpt.convert import tokenizer_files
 from jaxgpt.convert.load import Loaded
 from jaxgpt.data import chat
 
+# The names by which transformers gives special tokens to a template.
+NAMED = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
 
-def chat_format(model: Loaded, template: str = "") -> chat.Format:
+
+def chat_format(model: Loaded, template: str = "", system: str | None = None) -> chat.Format:
     """The model's own template, or the one asked for, with its special tokens.
+
+    Args:
+        system: system prompt of conversations that have none.
 
     Raises:
         ValueError: no such template, or it does not suit the vocabulary.
     """
-    ids = tokenizer_files.special_ids(dict(model.files))
-    named = {
-        name: model.tokenizer.decode([ids[f"{name}_id"]])
-        for name in ("bos_token", "eos_token")
-        if isinstance(ids.get(f"{name}_id"), int)
-    }
-    return chat.find_format(template, model.chat_template, model.tokenizer, **named)
+    named = special_tokens(model.files)
+    begin = tokenizer_files.special_ids(dict(model.files)).get("bos_token_id")
+    if "bos_token" not in named and isinstance(begin, int):
+        named["bos_token"] = model.tokenizer.decode([begin])
+    return chat.find_format(template, model.chat_template, model.tokenizer, system, **named)
+
+
+def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
+    """The special tokens that the tokenizer's own files name.
+
+    What generation_config.json lists are tokens that end a text, which a template cannot write.
+    """
+    found = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        told = json.loads(files.get(file, b"{}"))
+        for name in NAMED:
+            token = told.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                found[name] = token
+    return found
 
 
 def with_format(model: Loaded, form: chat.Format) -> Loaded:

@@ -1,53 +1,44 @@
-"""Chat templates: messages to the one text that a model was tuned on, and who wrote which token."""
+"""Conversations as token ids: the only way there, for training, chatting, evaluation and rollouts.
 
-import datetime
+A conversation becomes one text, and the text becomes ids as a whole, so that they are those of
+transformers' apply_chat_template. Every turn of the assistant is learned as the model is asked for
+it: with the prompt that `prompt` gives for the messages before it. Where the template shows earlier
+turns in another way once later ones follow, as those that leave out earlier thoughts do, a
+conversation becomes several examples.
+
+In a text, the special tokens that somebody wrote into a message are replaced by stand-ins, single
+characters that the conversation does not hold, until the ids are made.
+"""
+
 import functools
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxgpt.data import messages as forms
+from jaxgpt.data import templates
+from jaxgpt.data.engines import Span
+from jaxgpt.data.messages import Message
+from jaxgpt.data.templates import TEMPLATES, Rendered
 from jaxgpt.data.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]  # {"role": "user", "content": "…"}
-
-# What our own models are tuned on.
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-# For vocabularies without special tokens for chat: only the end of a turn is one.
-PLAIN = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'].capitalize() + ':\n' + message['content'] + eos_token + '\n\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
-)
-TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "plain": PLAIN}
-
+CHATML, LLAMA3, PLAIN = TEMPLATES["chatml"], TEMPLATES["llama3"], TEMPLATES["plain"]
 ROLES = ("", "system", "developer", "user", "assistant", "tool")  # "" is padding
-# Stand in for special tokens that someone wrote into a message, so that they stay plain text.
-PRIVATE = 0xF0000
-
-
-class Piece(NamedTuple):
-    """A stretch of the rendered text."""
-
-    text: str
-    role: str
-    target: bool  # written by the assistant, to be learned
+# Of the supplementary plane of ideographs: they are printable, and neither upper nor lower case.
+STAND_INS = range(0x20000, 0x2A6DF)
+# What may open a thought at the end of a prompt, such as <think> or [THINK], and end it again.
+MARK = re.compile(r"(?i)([<\[]\w*(?:think|thought|reason)\w*[>\]])(\s*[<\[]/\w+[>\]])?(?=\s*\Z)")
+# Texts that keep the first characters of what follows from melting into a token before it.
+SHORTEST = 3  # characters by which the end of a prompt is known again
+APART = ("\n", "a", ".", "0", "!", "?", "é")
 
 
 class Encoded(NamedTuple):
@@ -59,12 +50,11 @@ class Encoded(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A template, and the tokens that it and its tokenizer name."""
+    """How a model chats: its template, and the tokens that this may name."""
 
     template: str
     tokenizer: Tokenizer
-    bos_token: str
-    eos_token: str
+    variables: Mapping[str, str] = MappingProxyType({})  # bos_token, eos_token and others
 
     @property
     def end_of_turn(self) -> int:
@@ -74,8 +64,8 @@ class Format(NamedTuple):
             ValueError: the template ends a turn without a token of its own.
         """
         said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        encoded = encode(self, said)
-        last = int(encoded.tokens_T[encoded.target_T][-1])
+        talk = _Talk.of(self, said)
+        last = _ids(talk, _turn(talk, 1).written)[0][-1]
         if last not in self.tokenizer.special.values():
             raise ValueError(
                 "data.template: ends the assistant's turn without a special token, so the model "
@@ -83,42 +73,41 @@ class Format(NamedTuple):
             )
         return last
 
-
-def render(
-    template: str,
-    messages: Sequence[Message],
-    add_generation_prompt: bool = False,
-    **variables: Any,
-) -> str:
-    """The conversation as text. A template comes with a model, so it runs in Jinja's sandbox.
-
-    Args:
-        add_generation_prompt: ends with the beginning of the assistant's turn.
-        variables: what else the template may read, such as bos_token, eos_token and tools.
-
-    Raises:
-        ValueError: messages of another form, or ones that the template refuses.
-    """
-    import jinja2
-
-    check_messages(messages)
-    try:
-        return _compile(template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **variables
-        )
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template does not take these messages: {error}") from None
+    @property
+    def default_system(self) -> str:
+        """The system prompt that the template gives to conversations that have none."""
+        mark = "jaxgpt's probe"
+        asked = [{"role": "user", "content": "?"}]
+        try:
+            without = render(self, asked)
+            before, _, after = render(
+                self, [{"role": "system", "content": mark}, *asked]
+            ).partition(mark)
+        except ValueError:
+            return ""
+        rest = without[len(before) :]
+        fits = without.startswith(before) and rest.endswith(after)
+        return rest[: len(rest) - len(after)].strip() if fits else ""
 
 
 def find_format(
-    name: str, own: str | None, tokenizer: Tokenizer, bos_token: str = "", eos_token: str = ""
+    name: str,
+    own: str | None,
+    tokenizer: Tokenizer,
+    system: str | None = None,
+    **variables: str,
 ) -> Format:
     """The template called `name`, or in that file; empty: the model's own, else ours.
+
+    Args:
+        system: system prompt of conversations that have none.
+        variables: special tokens by the names that templates have for them, such as bos_token.
 
     Raises:
         ValueError: no such template, or one whose special tokens the vocabulary lacks.
     """
-    eos_token = eos_token or tokenizer.decode([tokenizer.eos_id])
+    if not variables.get("eos_token"):
+        variables["eos_token"] = tokenizer.decode([tokenizer.eos_id])
     if name and name not in TEMPLATES and not Path(name).is_file():
         raise ValueError(f"data.template={name}: no such file, and not {', '.join(TEMPLATES)}")
     ours = CHATML if "<|im_start|>" in tokenizer.special else PLAIN
@@ -131,165 +120,411 @@ def find_format(
                 f"data.template={name}: the vocabulary has no {missing[0]}; use plain, or leave "
                 "it empty"
             )
-    return Format(template, tokenizer, bos_token, eos_token)
+    if system is not None:
+        written = next((token for token in tokenizer.special if token in system), None)
+        if written:
+            raise ValueError(f"data.system: holds the special token {written}; leave it out")
+        template = templates.with_system(template, system)
+    return Format(template, tokenizer, variables)
+
+
+def render(
+    form: Format,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The conversation as the text that the model reads.
+
+    Args:
+        add_generation_prompt: ends with the beginning of the assistant's turn.
+        tools: what the assistant may call, for templates that list it.
+
+    Raises:
+        ValueError: messages of another form, or ones that the template refuses.
+    """
+    talk = _Talk.of(form, messages, tools)
+    return talk.restore(talk.draw(len(messages), add_generation_prompt).text)
+
+
+def prompt(
+    form: Format, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
+    """The ids with which the assistant is asked for its next turn."""
+    talk = _Talk.of(form, messages, tools)
+    return _ids(talk, talk.draw(len(messages), True).text)[0]
 
 
 def encode(
     form: Format,
     messages: Sequence[Message],
     *,
-    add_generation_prompt: bool = False,
     learn_from: int = 0,
     tools: Sequence[Mapping[str, Any]] = (),
-) -> Encoded:
-    """A conversation as tokens; targets are what the assistant says, with its end of turn.
+) -> list[Encoded]:
+    """A conversation as examples to learn from, at least one.
 
-    Pieces are tokenised one by one, in training as in chatting, so that the model meets the same
-    tokens in both.
+    Targets are what the assistant writes after its prompt, with its end of turn; with a template
+    that marks it by {% generation %}, what stands there. An example has as many turns as the
+    template shows in the same way in all their prompts.
 
     Args:
-        add_generation_prompt: ends with the beginning of the assistant's turn.
-        learn_from: the first message whose tokens may be targets.
-        tools: what the assistant may call, for templates that list it.
-    """
-    special = {text: chr(PRIVATE + i) for i, text in enumerate(form.tokenizer.special)}
-    original = {char: text for text, char in special.items()}
-    hidden, listed = _replace(list(messages), special), _replace(list(tools), special)
-    tokens: list[int] = []
-    target: list[bool] = []
-    role: list[int] = []
-    for piece in pieces(form, hidden, add_generation_prompt, learn_from, listed):
-        ids = _encode(form.tokenizer, piece.text, original)
-        tokens += ids
-        target += [piece.target] * len(ids)
-        role += [ROLES.index(piece.role)] * len(ids)
-    return Encoded(np.array(tokens, np.int32), np.array(target, bool), np.array(role, np.int8))
-
-
-def pieces(
-    form: Format,
-    messages: Sequence[Message],
-    add_generation_prompt: bool,
-    learn_from: int = 0,
-    tools: Sequence[Mapping[str, Any]] = (),
-) -> list[Piece]:
-    """The rendered text, cut where a turn begins or ends; rendered turn by turn to know where.
+        learn_from: the first message that may be learned.
 
     Raises:
-        ValueError: the template rewrites earlier turns, so that there is no such cut, or leaves
-            out the calls of a turn.
+        ValueError: messages of another form, ones that the template refuses, or a template that
+            leaves out the calls of a turn.
     """
-    done, found = "", []
-
-    def extend(text: str, role: str, target: bool) -> None:
-        nonlocal done
-        if not text.startswith(done):
-            raise ValueError(
-                "data.template: writes earlier turns in another way once later ones follow, so "
-                "what the assistant wrote cannot be told apart; use another template"
-            )
-        found.append(Piece(text[len(done) :], role, target))
-        done = text
-
-    draw = functools.partial(
-        render, form.template, bos_token=form.bos_token, eos_token=form.eos_token,
-        tools=tools or None,
-    )  # fmt: skip
-    for count, message in enumerate(messages, 1):
-        role = message["role"]
-        if role == "assistant":
-            extend(draw(messages[: count - 1], True), role, False)
-            whole, learned = draw(messages[:count]), count > learn_from
-            end = _end_of_turn(whole, form.tokenizer)
-            extend(whole[:end], role, learned)
-            _require_calls(message, found[-1].text)
-            extend(whole, role, False)
-            continue
-        try:
-            whole = draw(messages[:count])
-        except ValueError:  # a template may refuse to stop here, say after the system's message
-            if count == len(messages):
-                raise
-            continue
-        if whole.startswith(done):  # if not, the next assistant's turn takes these along
-            extend(whole, role, False)
-    if add_generation_prompt:
-        extend(draw(messages, True), "assistant", False)
-    return [piece for piece in found if piece.text]
+    talk = _Talk.of(form, messages, tools)
+    learned = [
+        index
+        for index, message in enumerate(talk.messages)
+        if message["role"] == "assistant" and index >= learn_from and forms.weight(message)
+    ]
+    groups: list[tuple[str, list[_Turn]]] = []
+    for turn in (_turn(talk, index) for index in learned):
+        text = turn.asked + turn.written
+        if groups and turn.asked.startswith(groups[-1][0]):
+            groups[-1] = (text, [*groups[-1][1], turn])
+        else:
+            groups.append((text, [turn]))
+    whole = talk.draw(len(talk.messages)).text
+    if not groups:
+        groups.append((whole, []))
+    elif whole.startswith(groups[-1][0]):
+        groups[-1] = (whole, groups[-1][1])
+    return list(itertools.chain(*(_examples(talk, *group) for group in groups)))
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raises ValueError unless every message has a role and text."""
-    if isinstance(messages, str) or not messages:
+def after_turn(
+    form: Format, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
+    """The ids between the end of the assistant's last turn and where it writes again.
+
+    Raises:
+        ValueError: the template writes that turn in another way once something follows it.
+    """
+    talk = _Talk.of(form, messages, tools)
+    last = max(i for i, message in enumerate(talk.messages) if message["role"] == "assistant")
+    said = talk.draw(last + 1).text
+    said = said[: _end_of_turn(said, talk)]
+    text = talk.draw(len(messages), True).text
+    if not text.startswith(said):
         raise ValueError(
-            'messages must be a list such as [{"role": "user", "content": "Hello"}] with at least '
-            "one entry"
+            "data.template: writes the assistant's turn in another way once a tool answers; use "
+            "another template"
         )
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f'message {number} must be {{"role": …, "content": …}}')
-        if not isinstance(message.get("content"), str) and "tool_calls" not in message:
-            raise ValueError(f"message {number} ({message['role']}): content must be text")
+    ids, starts = _ids(talk, text)
+    return ids[bisect_left(starts, len(said)) :]
 
 
-@functools.lru_cache(8)
-def _compile(template: str) -> Any:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+class _Turn(NamedTuple):
+    """What the assistant is asked with, and what it writes then."""
 
-    # The same surroundings as in transformers' apply_chat_template.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
+    asked: str
+    written: str
+    targets: Sequence[Span]  # characters of `asked + written` that are learned
 
 
-def _require_calls(message: Message, text: str) -> None:
-    """A template that knows of no tools would leave an empty turn to learn from."""
-    for call in message.get("tool_calls") or ():
-        name = call.get("function", call).get("name", "")
-        if name not in text:
+@dataclass(frozen=True)
+class _Talk:
+    """A conversation in work, with special tokens in its messages hidden by stand-ins."""
+
+    form: Format
+    messages: Sequence[Message]
+    tools: Sequence[Any]
+    hidden: Mapping[str, str]  # what each stand-in stands for
+    drawn: dict[tuple[int, bool], Rendered] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, form: Format, messages: Sequence[Message], tools: Sequence[Any] = ()) -> "_Talk":
+        prepared: Any = forms.prepare(messages)
+        if not templates.takes_parts(form.template, **form.variables):
+            prepared = [forms.joined(m, f"message {n}") for n, m in enumerate(prepared)]
+        fields = templates.names(form.template, *forms.THOUGHTS)
+        prepared = [_named(message, fields) for message in prepared]
+        texts = _texts([prepared, list(tools)])
+        pattern = _written(tuple(form.tokenizer.special))
+        found = dict.fromkeys(itertools.chain(*map(pattern.findall, texts)))
+        used = set("".join(texts)) if found else set()
+        free = (chr(i) for i in STAND_INS if chr(i) not in used)
+        stand_in = {text: next(free) for text in found}
+        hide = lambda text: pattern.sub(lambda match: stand_in[match[0]], text)
+        if stand_in:
+            prepared = [_hidden_message(message, hide) for message in prepared]
+            tools = _mapped(list(tools), hide)
+        return cls(form, prepared, tools, {char: text for text, char in stand_in.items()})
+
+    def draw(self, count: int, add_generation_prompt: bool = False) -> Rendered:
+        """The first messages as text."""
+        key = (count, add_generation_prompt)
+        if key not in self.drawn:
+            said = self.messages[:count]
+            write = functools.partial(
+                templates.render, self.form.template, **self.form.variables,
+                tools=list(self.tools) or None, add_generation_prompt=add_generation_prompt,
+            )  # fmt: skip
+            try:
+                self.drawn[key] = write(said)
+            except ValueError:  # beside a call, some need no content, others an empty one
+                if all("content" in message for message in said):
+                    raise
+                self.drawn[key] = write([{"content": "", **message} for message in said])
+        return self.drawn[key]
+
+    def restore(self, text: str) -> str:
+        """The text that the stand-ins stand for."""
+        return "".join(self.hidden.get(char, char) for char in text) if self.hidden else text
+
+
+def _turn(talk: _Talk, index: int) -> _Turn:
+    message = talk.messages[index]
+    whole, generated = talk.draw(index + 1)
+    end = _end_of_turn(whole, talk)
+    asked = _asked(talk, index, whole)
+    thought = forms.thought(message)
+    if whole.startswith(asked) and _holds(whole[len(asked) : end], thought):
+        written = whole[len(asked) : end]
+        spans = [(max(a, len(asked)), b) for a, b in generated if b > len(asked)]
+        marked = bool(generated) or "endgeneration" in talk.form.template
+        turn = _Turn(asked, written, spans if marked else [(len(asked), end)])
+    else:
+        written = _completed(talk, index, asked, whole[:end], thought)
+        turn = _Turn(asked, written, [(len(asked), len(asked) + len(written))])
+    for name in forms.called(message):
+        if name not in turn.written:  # a template that knows of no tools leaves an empty turn
             raise ValueError(
                 f"data.template: does not write the assistant's tool_calls (of {name}); use one "
                 "that does, or messages that hold the call as text"
             )
+    return turn
 
 
-def _end_of_turn(text: str, tokenizer: Tokenizer) -> int:
+def _asked(talk: _Talk, index: int, whole: str) -> str:
+    """The prompt of a turn; one that opens the conversation is asked for by the same words."""
+    try:
+        asked = talk.draw(index, True).text
+    except ValueError:
+        asked = None
+        if index > 1 or (index == 1 and talk.messages[0]["role"] == "user"):
+            raise
+    if asked is not None and (index > 0 or whole.startswith(asked)):
+        return asked
+    question = _Talk.of(talk.form, [{"role": "user", "content": "?"}], talk.tools)
+    before, header = question.draw(1).text, question.draw(1, True).text
+    header = header[len(before) :] if header.startswith(before) else ""
+    opened = MARK.search(header)
+    bare = header[: opened.start()] if opened and header not in whole else header
+    content = talk.messages[index].get("content")
+    if bare and bare in whole:
+        return whole[: whole.index(bare)] + header
+    if isinstance(content, str) and content.strip() and content.strip() in whole:
+        return whole[: whole.index(content.strip())]
+    raise ValueError("data.template: does not show where the assistant's first turn begins")
+
+
+def _completed(talk: _Talk, index: int, asked: str, whole: str, thought: str) -> str:
+    """What the model writes after a prompt with which the finished turn does not begin.
+
+    Such a prompt opens a thought, or shows the messages before it in another way, or the finished
+    turn leaves the thought out:
+
+        prompt    …<|im_start|>assistant\n<think>\n
+        finished  …<|im_start|>assistant\nTwelve.<|im_end|>
+        written   count them\n</think>\n\nTwelve.<|im_end|>
+    """
+    mark, closed, opened, shown = "<think>", False, "", whole[len(asked) :]
+    if not whole.startswith(asked):
+        found = MARK.search(asked)
+        bare = asked[: found.start()] if found else asked.rstrip()
+        mark, closed = (found[1], bool(found[2])) if found else (mark, False)
+        opened, shown = asked[len(bare) :], whole[_border(talk, index, bare, whole) :]
+    shown = shown.lstrip() if opened or thought else shown
+    closing = f"{mark[0]}/{mark[1:]}"
+    if closed or asked.rstrip().endswith(closing):
+        if thought:
+            raise ValueError(
+                f"data.template: its prompt ends a thought ({closing}), so that of the assistant "
+                "would be left out; use another template"
+            )
+        return shown
+    if mark in opened:
+        thought = thought or "<think>\n\n</think>\n\n"
+    thought = thought.replace("<think>", mark, 1).replace("</think>", closing)
+    if not thought.startswith(opened):
+        thought = opened + thought[len(mark) :].lstrip()
+    return thought[len(opened) :] + shown
+
+
+def _border(talk: _Talk, index: int, asked: str, whole: str) -> int:
+    """The place in a finished conversation up to which it ends as the prompt does."""
+    if whole.startswith(asked):
+        return len(asked)
+    before = talk.draw(index).text
+    header = asked[len(before) :] if asked.startswith(before) else ""
+    end = asked[-max(len(header), SHORTEST) :]
+    places = [found.end() for found in re.finditer(f"(?={re.escape(end)})", whole)]
+
+    def shared(place: int) -> int:
+        """How many characters before the place are the prompt's last ones."""
+        pairs = zip(reversed(asked), reversed(whole[: place + len(end)]), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    if not places:
+        raise ValueError(
+            f"data.template: asks the assistant with {asked[-40:]!r}, with which its finished "
+            f"turn does not begin ({whole[-40:]!r}); use another template"
+        )
+    return max(places, key=shared) + len(end)
+
+
+def _examples(talk: _Talk, text: str, turns: Sequence[_Turn]) -> list[Encoded]:
+    """The text as one example, and a further one for every turn whose prompt would have other ids.
+
+    That is so where a token of the whole text lies across the border between prompt and answer.
+    """
+    ids, starts = _ids(talk, text)
+    special = set(talk.form.tokenizer.special.values())
+    role_of = _roles(talk, text)
+    learned: list[Span] = []
+    alone = []
+    for turn in turns:
+        count = bisect_left(starts, len(turn.asked))
+        # A special token cuts the text: what stands before it does not change the ids behind it.
+        last = next((n for n in reversed(range(count)) if ids[n] in special), 0)
+        if _ids(talk, turn.asked[starts[last] if last else 0 :])[0] == ids[last:count]:
+            learned += turn.targets
+        else:
+            alone.append(turn)
+    made = []
+    if learned or not alone:
+        made.append(_encoded(ids, starts, learned, role_of))
+    for turn in alone:
+        before, first = _ids(talk, turn.asked)
+        own, own_starts = _continuation(talk, turn.written)
+        shifted = [len(turn.asked) + start for start in own_starts]
+        roles = _roles(talk, turn.asked + turn.written)
+        made.append(_encoded(before + own, first + shifted, turn.targets, roles, len(before)))
+    return made
+
+
+def _encoded(
+    ids: Sequence[int],
+    starts: Sequence[int],
+    learned: Sequence[Span],
+    role_of: np.ndarray,
+    first: int = 0,
+) -> Encoded:
+    """Args:
+    first: no target stands before this token.
+    """
+    target_T = np.zeros(len(ids), bool)
+    for a, b in learned:
+        target_T[max(bisect_left(starts, a), first) : bisect_left(starts, b)] = True
+    role_T = np.array([role_of[start] for start in starts], np.int8)
+    role_T[target_T] = ROLES.index("assistant")
+    return Encoded(np.array(ids, np.int32), target_T, role_T)
+
+
+def _ids(talk: _Talk, text: str) -> tuple[list[int], list[int]]:
+    """Ids of a text with stand-ins, and the character of it at which each begins."""
+    tokenizer = talk.form.tokenizer
+    if not any(char in talk.hidden for char in text):
+        return tokenizer.encode_with_starts(text)
+    lengths = [len(talk.hidden.get(char, char)) for char in text]
+    begins = list(itertools.accumulate(lengths, initial=0))
+    literal = [
+        (begins[place], begins[place + 1]) for place, char in enumerate(text) if char in talk.hidden
+    ]
+    ids, starts = tokenizer.encode_with_starts(talk.restore(text), literal)
+    return ids, [min(bisect_right(begins, start) - 1, len(text) - 1) for start in starts]
+
+
+def _continuation(talk: _Talk, text: str) -> tuple[list[int], list[int]]:
+    """`_ids` of a text that stands in the middle of another one.
+
+    At the beginning of a text some tokenizers write a blank.
+    """
+    for before in APART:
+        ids, starts = _ids(talk, before + text)
+        count = bisect_left(starts, len(before))
+        if (
+            count < len(ids)
+            and starts[count] == len(before)
+            and ids[:count] == _ids(talk, before)[0]
+        ):
+            return ids[count:], [start - len(before) for start in starts[count:]]
+    return _ids(talk, text)
+
+
+def _roles(talk: _Talk, text: str) -> np.ndarray:
+    """Who says every character, as an index into ROLES; the templates' own words go with them."""
+    role_of = np.full(len(text) + 1, ROLES.index("assistant"), np.int8)
+    done = 0
+    for count, message in enumerate(talk.messages, 1):
+        try:
+            end = talk.draw(count).text
+        except ValueError:  # a template may refuse to stop here, say after the system's message
+            continue
+        if text.startswith(end):
+            role = message["role"]
+            role_of[done : len(end)] = ROLES.index(role) if role in ROLES else 0
+            done = len(end)
+    return role_of
+
+
+def _end_of_turn(text: str, talk: _Talk) -> int:
     """Where a text ends if what follows its last special token is white space."""
     shown = text.rstrip()
-    return len(shown) if shown.endswith(tuple(tokenizer.special)) else len(text)
+    return len(shown) if shown.endswith(tuple(talk.form.tokenizer.special)) else len(text)
 
 
-def _replace(value: Any, table: Mapping[str, str]) -> Any:
-    """The same value, in all of whose texts the keys of the table are replaced."""
+def _holds(text: str, thought: str) -> bool:
+    """Whether a text shows a thought, perhaps as JSON."""
+    inside = forms.THOUGHT.match(thought)
+    bare = inside[1].strip() if inside else ""
+    return bare in text or json.dumps(bare, ensure_ascii=False)[1:-1] in text
+
+
+def _named(message: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """The message whose thought also has the names by which the template reads it."""
+    own = next((message[name] for name in forms.THOUGHTS if name in message), None)
+    return message if own is None else {**dict.fromkeys(fields, own), **message}
+
+
+def _hidden_message(message: dict[str, Any], hide: Callable[[str], str]) -> dict[str, Any]:
+    """All texts of a message, but not the marks of a thought that opens the assistant's turn."""
+    found = _mapped(message, hide)
+    content = message.get("content")
+    inside = forms.THOUGHT.match(content) if isinstance(content, str) else None
+    if message["role"] == "assistant" and isinstance(content, str) and inside:
+        a, b = inside.span(1)
+        found["content"] = (
+            content[: a] + hide(content[a:b]) + content[b : inside.end()]
+            + hide(content[inside.end() :])
+        )  # fmt: skip
+    return found
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value, all of whose texts are changed."""
     if isinstance(value, str):
-        for old, new in table.items():
-            value = value.replace(old, new)
-        return value
+        return change(value)
     if isinstance(value, Mapping):
-        return {name: _replace(item, table) for name, item in value.items()}
-    return [_replace(item, table) for item in value] if isinstance(value, list) else value
+        made = {_mapped(name, change): _mapped(item, change) for name, item in value.items()}
+        return forms.Arguments(made) if isinstance(value, forms.Arguments) else made
+    return [_mapped(item, change) for item in value] if isinstance(value, list) else value
 
 
-def _encode(tokenizer: Tokenizer, text: str, original: Mapping[str, str]) -> list[int]:
-    """Special tokens of the template become one id, those that stand-ins hide stay text."""
-    parts = re.split(f"([{''.join(original)}])", text) if original else [text]
-    ids: list[int] = []
-    for part in parts:
-        hidden = original.get(part)
-        ids += tokenizer.encode(hidden or part, allow_special=hidden is None) if part else []
-    return ids
+def _texts(value: Any) -> list[str]:
+    """All texts in a value."""
+    found: list[str] = []
+    _mapped(value, lambda text: found.append(text) or text)
+    return found
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, **form: Any) -> str:
-    """Without the HTML escapes of Jinja's own filter."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **form)
-
-
-def _refuse(reason: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(reason)
+@functools.lru_cache(64)
+def _written(special: tuple[str, ...]) -> re.Pattern[str]:
+    """What is hidden in messages: special tokens, and the marks that templates are read by."""
+    longest_first = sorted([*special, templates.OPEN, templates.CLOSE], key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)))

@@ -7,9 +7,9 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|i
 
 LONG_BLANK = 200_000  # tiktoken panics at a run of a million
 REPLACEMENT = "\ufffd".encode()
+
+Span = tuple[int, int]  # first character of a stretch, and the one behind its last
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,16 @@ class Bytes:
         parts = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
         ids = [[self.special[p]] if p in self.special else list(_utf8(p)) for p in parts]
         return list(itertools.chain(*ids))
+
+    def encode_with_starts(
+        self, text: str, literal: Sequence[Span] = ()
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a text whose special tokens count, and the character at which each id begins.
+
+        Args:
+            literal: places where the text of a special token stands that is plain text.
+        """
+        return _encode_parts(self, text, literal, lambda ids: [1] * len(ids))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores."""
@@ -111,6 +123,12 @@ class Bpe:
             return self.encode_batch([text])[0]
         parts = [self.engine.encode(piece, allowed_special="all") for piece in _pieces(text)]
         return list(itertools.chain(*parts))
+
+    def encode_with_starts(
+        self, text: str, literal: Sequence[Span] = ()
+    ) -> tuple[list[int], list[int]]:
+        sizes = lambda ids: list(map(len, self.engine.decode_tokens_bytes(ids)))
+        return _encode_parts(self, text, literal, sizes)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
@@ -183,6 +201,11 @@ class HuggingFace:
         return plain
 
     @cached_property
+    def _stand_ins(self) -> dict[int, Any]:
+        """The same tokenizers by the character after which their special tokens are renamed."""
+        return {}
+
+    @cached_property
     def _byte_of(self) -> dict[str, int] | None:
         """The bytes behind a token's characters, where the vocabulary is byte-level."""
         decoder = json.loads(self.engine.to_str())["decoder"]
@@ -197,6 +220,31 @@ class HuggingFace:
         _utf8(text)
         engine = self.engine if allow_special else self._plain
         return engine.encode(text, add_special_tokens=False).ids
+
+    def encode_with_starts(
+        self, text: str, literal: Sequence[Span] = ()
+    ) -> tuple[list[int], list[int]]:
+        _utf8(text)
+        if not literal:
+            found = self.engine.encode(text, add_special_tokens=False)
+            return found.ids, [start for start, _ in found.offsets]
+        # A tokenizer whose special tokens have other names reads their texts as any other text.
+        first = next(
+            first for first in range(0xF0000, 0x10FFFE, len(self.special))
+            if not any(first <= ord(char) < first + len(self.special) for char in text)
+        )  # fmt: skip
+        name_of = {token: chr(first + i) for i, token in enumerate(self.special)}
+        if first not in self._stand_ins:
+            self._stand_ins[first] = _renamed(self.engine, name_of)
+        parts = _parts(text, self.special, literal)
+        swapped = [(name_of[part] if special else part) for part, special in parts]
+        found = self._stand_ins[first].encode("".join(swapped), add_special_tokens=False)
+        begins = [0, *itertools.accumulate(len(part) for part, _ in parts)]
+        at = list(itertools.chain(*(
+            [begin] if special else range(begin, begin + len(part))
+            for begin, (part, special) in zip(begins, parts, strict=False)
+        )))  # fmt: skip
+        return found.ids, [([*at, len(text)])[start] for start, _ in found.offsets]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
@@ -242,6 +290,70 @@ def _pieces(text: str) -> list[str]:
     starts = range(LONG_BLANK, len(text) - LONG_BLANK, LONG_BLANK)
     cuts = [i for i in starts if text[i : i + LONG_BLANK].isspace()]
     return [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+
+
+def _parts(
+    text: str, special: Iterable[str], literal: Sequence[Span] = ()
+) -> list[tuple[str, bool]]:
+    """The text cut at its special tokens, each part with whether it is one."""
+    pattern = _any_of(tuple(special))
+    parts: list[tuple[str, bool]] = []
+    done = place = 0
+    while found := pattern.search(text, place):
+        over = [b for a, b in literal if a < found.end() and found.start() < b]
+        if over:
+            place = max(over)
+            continue
+        parts += [(text[done : found.start()], False), (found[0], True)]
+        done = place = found.end()
+    return [part for part in [*parts, (text[done:], False)] if part[0]]
+
+
+@lru_cache(64)
+def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _encode_parts(
+    tokenizer: "Bytes | Bpe",
+    text: str,
+    literal: Sequence[Span],
+    sizes: Callable[[list[int]], list[int]],
+) -> tuple[list[int], list[int]]:
+    """`encode_with_starts` where tokens are bytes of the text, of which `sizes` tells how many."""
+    _utf8(text)
+    ids: list[int] = []
+    lengths: list[int] = []
+    for part, special in _parts(text, tokenizer.special, literal):
+        own = [tokenizer.special[part]] if special else tokenizer.encode(part)
+        ids += own
+        lengths += [len(part.encode())] if special else sizes(own)
+    char_of = list(itertools.chain(*([i] * len(char.encode()) for i, char in enumerate(text))))
+    return ids, [char_of[start] for start in [0, *itertools.accumulate(lengths)][:-1]]
+
+
+def _renamed(engine: Any, name_of: Mapping[str, str]) -> Any:
+    """The tokenizer whose special tokens have other names, and the same ids."""
+    import tokenizers
+
+    definition = json.loads(engine.to_str())
+    definition["post_processor"] = None  # it names special tokens, and adds some
+    for token in definition["added_tokens"]:
+        if token["special"]:
+            token |= {"content": name_of[token["content"]], "normalized": False}
+    model = definition["model"]
+    rename = lambda token: name_of.get(token, token)
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {rename(token): i for token, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[rename(token), score] for token, score in model["vocab"]]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = rename(model["unk_token"])
+    if "merges" in model:
+        pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & name_of.keys()]
+    return tokenizers.Tokenizer.from_str(json.dumps(definition))
 
 
 def _end_of_text(special: dict[str, int]) -> int:

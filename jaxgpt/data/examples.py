@@ -202,6 +202,19 @@ def fit(
     return [Encoded(*(array[: width + 1] for array in arm)) for arm in arms]
 
 
+def fit_any(parts: Sequence[Encoded], width: int, truncate: bool, tally: Tally) -> list[Encoded]:
+    """The examples of one conversation that fit a row; the tally counts the conversation."""
+    kept: list[Encoded] = []
+    counted = Tally()
+    for part in parts:
+        kept += fit([part], width, truncate, counted) or []
+    tally.used += bool(kept)
+    tally.truncated += bool(counted.truncated)
+    if not kept:
+        tally.dropped[next(iter(counted.dropped))] += 1
+    return kept
+
+
 def check_targets(encoded: Sequence[Encoded], form: Format) -> None:
     """Refuses data from which a model would learn nothing, or not when to stop."""
     if not encoded:

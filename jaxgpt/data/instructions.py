@@ -74,12 +74,13 @@ def _encode(
     found = []
     for dialogue in part:
         try:
-            example = chat.encode(form, dialogue.messages, tools=dialogue.tools)
+            made = chat.encode(form, dialogue.messages, tools=dialogue.tools)
         except ValueError as error:
             raise ValueError(f"{dialogue.place}: {error}") from None
         if cfg.learn == "all":
-            example.target_T[:] = True
-        found += examples.fit([example], width, cfg.long == "truncate", tally) or []
+            for example in made:
+                example.target_T[:] = True
+        found += examples.fit_any(made, width, cfg.long == "truncate", tally)
     return found
 
 

@@ -54,7 +54,7 @@ def ratings(
         def encode(both: tuple[Rated, Rated]) -> list[Encoded] | None:
             own, other = both
             arms = [_answer(form, own, rated.answer) for rated in (own, other)]
-            return examples.fit(arms, width, cfg.long == "truncate", tally, read_end=True)
+            return _fit(cfg, arms, width, tally)
 
         kept = _encoded(list(zip(part, others, strict=True)), encode, lambda both: both[0].place)
         desirable = np.array([own.desirable for (own, _), _ in kept], np.float32)
@@ -71,13 +71,25 @@ def _pair(
         tally.dropped["with equal answers"] += 1
         return None
     arms = [_answer(form, pair, answer) for answer in (pair.chosen, pair.rejected)]
-    return examples.fit(arms, width, cfg.long == "truncate", tally, read_end=True)
+    return _fit(cfg, arms, width, tally)
 
 
-def _answer(form: Format, asked: Preference | Rated, answer: list[Message]) -> Encoded:
+def _answer(form: Format, asked: Preference | Rated, answer: list[Message]) -> list[Encoded]:
     """Only the answer's tokens are targets, not what the assistant says in the prompt."""
     messages = asked.prompt + answer
     return chat.encode(form, messages, learn_from=len(asked.prompt), tools=asked.tools)
+
+
+def _fit(
+    cfg: ConversationConfig, arms: Sequence[list[Encoded]], width: int, tally: Tally
+) -> list[Encoded] | None:
+    if any(len(arm) > 1 for arm in arms):
+        tally.dropped[
+            "with answers of several turns, which the template shows in several ways"
+        ] += 1
+        return None
+    whole = [arm[0] for arm in arms]
+    return examples.fit(whole, width, cfg.long == "truncate", tally, read_end=True)
 
 
 def _encoded(

@@ -66,7 +66,7 @@ class Judge:
 
     def _encode(self, messages: Sequence[Message]) -> np.ndarray:
         """Up to the last token that the assistant wrote: there the head was trained."""
-        encoded = chat.encode(self.form, messages)
+        encoded = chat.encode(self.form, messages)[-1]
         return encoded.tokens_T[: int(np.flatnonzero(encoded.target_T)[-1]) + 1]
 
 

@@ -258,8 +258,7 @@ def _reader(cfg: RunConfig, start: Loaded) -> Callable[[str], list[int]]:
     form = chatting.chat_format(start)
 
     def ask(prompt: str) -> list[int]:
-        said = [{"role": "user", "content": prompt}]
-        return chat.encode(form, said, add_generation_prompt=True).tokens_T.tolist()
+        return chat.prompt(form, [{"role": "user", "content": prompt}])
 
     return ask
 

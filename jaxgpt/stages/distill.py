@@ -151,10 +151,8 @@ def _write_answers(
     asked = []
     for dialogue in said:
         question = dialogue._replace(messages=dialogue.messages[:-1])
-        tokens_T = chat.encode(
-            form, question.messages, add_generation_prompt=True, tools=question.tools
-        ).tokens_T
-        asked += [(question, tokens_T.tolist())] if len(tokens_T) < width else []
+        tokens = chat.prompt(form, question.messages, question.tools)
+        asked += [(question, tokens)] if len(tokens) < width else []
     lines = []
     for first in range(0, len(asked), ANSWERED):
         some = asked[first : first + ANSWERED]

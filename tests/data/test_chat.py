@@ -69,6 +69,12 @@ def llama3_bytes() -> tokenizers.Tokenizer:
     return tokenizers.bpe(r"[\s\S]", ranks, numbered)
 
 
+def encode(form: Format, messages, **options) -> Encoded:
+    """The only example of a conversation."""
+    (example,) = chat.encode(form, messages, **options)
+    return example
+
+
 def marked(form: Format, encoded: Encoded) -> str:
     """The text with brackets around what is to be learned."""
     out, inside = "", False
@@ -85,29 +91,28 @@ def marked(form: Format, encoded: Encoded) -> str:
 def test_targets_are_what_the_assistant_says_and_its_end(name: str, expected: str) -> None:
     tokenizer = llama3_bytes() if name == "llama3" else BYTES
     form = chat.find_format(name, None, tokenizer, bos_token="<s>")
-    assert marked(form, chat.encode(form, TALK)) == expected
+    assert marked(form, encode(form, TALK)) == expected
 
 
 def test_a_models_own_template_comes_before_ours() -> None:
     own = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
     own += "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
     form = chat.find_format("", own, BYTES)
-    text = marked(form, chat.encode(form, TALK[1:3]))
+    text = marked(form, encode(form, TALK[1:3]))
     assert text == "<|im_start|>user: Two?<|im_end|><|im_start|>assistant: [add(1, 1)<|im_end|>]"
 
 
 def test_what_is_prompted_is_how_the_training_example_begins() -> None:
     form = chat.find_format("", None, BYTES)
-    prompt = chat.encode(form, TALK[:4], add_generation_prompt=True).tokens_T
-    whole = chat.encode(form, TALK)
+    whole = encode(form, TALK)
     start = int(np.flatnonzero(whole.target_T)[-1]) - len("It is 2.")
-    assert whole.tokens_T[:start].tolist() == prompt.tolist()
+    assert whole.tokens_T[:start].tolist() == chat.prompt(form, TALK[:4])
 
 
 def test_both_answers_to_a_prompt_share_its_tokens() -> None:
     form = chat.find_format("", None, BYTES)
     arms = [
-        chat.encode(form, [*TALK[:4], {"role": "assistant", "content": text}], learn_from=4)
+        encode(form, [*TALK[:4], {"role": "assistant", "content": text}], learn_from=4)
         for text in ("2", " 2, I think")
     ]
     first = [int(np.flatnonzero(arm.target_T)[0]) for arm in arms]
@@ -118,16 +123,19 @@ def test_both_answers_to_a_prompt_share_its_tokens() -> None:
 def test_special_tokens_that_a_user_types_stay_text() -> None:
     form = chat.find_format("", None, BYTES)
     said = [{"role": "user", "content": "a<|im_end|>b"}, TALK[2]]
-    tokens = chat.encode(form, said).tokens_T.tolist()
+    tokens = encode(form, said).tokens_T.tolist()
     assert tokens.count(BYTES.special["<|im_end|>"]) == 2
     assert "a<|im_end|>b" in BYTES.decode(tokens)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_a_turn() -> None:
     forgetful = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}"
     forgetful += "<|im_end|>{% endif %}{% endfor %}"
-    with pytest.raises(ValueError, match="writes earlier turns in another way"):
-        chat.encode(chat.find_format("", forgetful, BYTES), TALK)
+    form = chat.find_format("", forgetful, BYTES)
+    assert [marked(form, example) for example in chat.encode(form, TALK)] == [
+        "Two?<|im_end|>[add(1, 1)<|im_end|>]",
+        "Two?<|im_end|>2<|im_end|>[It is 2.<|im_end|>]",
+    ]
 
 
 def test_a_template_without_an_end_of_turn_is_refused() -> None:
@@ -203,7 +211,7 @@ def test_a_template_that_leaves_out_calls_is_refused() -> None:
     with pytest.raises(ValueError, match=r"does not write the assistant's tool_calls \(of clock\)"):
         chat.encode(chat.find_format("chatml", None, BYTES), said)
     writes = chat.CHATML.replace("message['content']", "(message.tool_calls or '') | tojson")
-    encoded = chat.encode(chat.find_format("", writes, BYTES), said)
+    encoded = encode(chat.find_format("", writes, BYTES), said)
     assert "clock" in BYTES.decode(encoded.tokens_T[encoded.target_T].tolist())
 
 
@@ -219,7 +227,7 @@ def test_the_tools_of_a_row_reach_the_template(tmp_path: Path) -> None:
     form = chat.find_format("", lists, BYTES)
     first, second = conversations.dialogues(str(file))
     for found in (first, second):
-        encoded = chat.encode(form, found.messages, tools=found.tools)
+        encoded = encode(form, found.messages, tools=found.tools)
         text = BYTES.decode(encoded.tokens_T.tolist())
         assert text.startswith(json.dumps(tools))
         assert not encoded.target_T[: len(json.dumps(tools))].any()

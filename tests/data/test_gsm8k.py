@@ -46,7 +46,7 @@ def test_calls_become_turns_of_the_tool(tmp_path: Path) -> None:
 def test_what_the_tool_said_is_no_target(tmp_path: Path) -> None:
     messages = [{"role": r, "content": c} for r, c in read(tmp_path, ROW, calls="turns")]
     form = chat.find_format("chatml", None, tokenizers.load("byte"))
-    encoded = chat.encode(form, messages)
+    (encoded,) = chat.encode(form, messages)
     learned = form.tokenizer.decode(encoded.tokens_T[encoded.target_T].tolist())
     assert learned == "".join(
         f"{m['content']}<|im_end|>" for m in messages if m["role"] == "assistant"
