@@ -1,10 +1,29 @@
-"""Files that are written whole or not at all."""
+"""Files of this machine, written whole or not at all."""
 
 import os
+import re
 import uuid
 from pathlib import Path
 
 PARTIAL = ".part"
+
+
+def problem(path: str | Path) -> str:
+    """Why a path cannot be one of this machine's files: it names a bucket or a protocol; or "".
+
+    Without this, s3://bucket/run would quietly become a folder named "s3:".
+    """
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))  # Path makes :// a single slash
+    if not found:
+        return ""
+    hint = ", or owner/name of a Hub data set" if found[1] == "hf" else ""
+    return f"{found[1]}:// is not supported; give a path on this machine{hint}"
+
+
+def require_local(setting: str, path: str | Path) -> None:
+    """Raises ValueError, naming the setting, where a path has a scheme."""
+    if found := problem(path):
+        raise ValueError(f"{setting}={path}: {found}")
 
 
 def write(path: str | Path, content: str | bytes) -> Path:
@@ -14,7 +33,9 @@ def write(path: str | Path, content: str | bytes) -> Path:
 
     Raises:
         OSError: of `path`, such as a full disk; nothing half-written stays.
+        ValueError: the path names a bucket.
     """
+    require_local("file", path)
     path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     try:

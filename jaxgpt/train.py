@@ -7,7 +7,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,8 @@ from jaxgpt.types import Array, Batch, BatchFn, Carry, CarryFn, EvalFn, LossFn, 
 
 PREFETCHED = 2  # batches made ahead of the step that needs them
 
+SampleFn = Callable[[Params], list[str]]  # texts to show
+
 
 class Stage(NamedTuple):
     """One way to train: what is trained, on what, towards what."""
@@ -42,6 +44,8 @@ class Stage(NamedTuple):
     # rollout begins, so no batch is made ahead. 0: it never does.
     updates_per_rollout: int = 0
     skips: bool = False  # a batch of weight zero is no mistake: it changes no parameter
+    prompts: Sequence[list[int]] = ()  # of held-out rows, as tokens, for samples to answer
+    sample: SampleFn | None = None
 
 
 class TrainState(NamedTuple):
@@ -55,7 +59,6 @@ class TrainState(NamedTuple):
 
 
 StepFn = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]
-SampleFn = Callable[[Params], list[str]]  # texts to show
 
 
 def make_state(
@@ -139,7 +142,7 @@ def jit_step(
     )
 
 
-def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None) -> None:
+def fit(stage: Stage, cfg: RunConfig, mesh: Mesh) -> None:
     """Restores, then steps, logs, evaluates, samples and saves up to `train.steps`.
 
     SIGTERM and Ctrl-C end it early, with everything saved; a stage that samples first makes the
@@ -164,7 +167,7 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
         last = done == cfg.train.steps
         due = lambda every: last or (done > 0 and every > 0 and done % every == 0)
         evaluates = stage.evaluate if due(cfg.eval.every) or done == 0 else None
-        samples = done > 0 and due(cfg.sample.every) and (sample or stage.updates_per_rollout)
+        samples = done > 0 and due(cfg.sample.every) and (stage.sample or stage.updates_per_rollout)
         saves = done > 0 and (stopping or due(cfg.checkpoint.every))
         if not (evaluates or samples or saves):
             return
@@ -177,7 +180,7 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, sample: SampleFn | None = None
                 log.held_out(done, evaluates(params))
         if samples:
             with log.clock("sampling"):
-                log.samples(done, sample(params) if sample else [])
+                log.samples(done, stage.sample(params) if stage.sample else [])
         if saves:
             with log.clock("saving"):
                 checkpoints.save(done, state, meta, log.held_out_loss(done))

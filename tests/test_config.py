@@ -73,7 +73,7 @@ def test_help_explains_every_field_and_its_default(capsys):
     for kind in set(classes()) - {config.RopeScaling}:  # which has a --help of its own
         for field in dataclasses.fields(kind):
             assert f"{field.name} " in shown, field.name
-    assert "Peak learning rate" in shown and "default: 0.001" in shown
+    assert "Largest learning rate" in shown and "default: 0.001" in shown
 
 
 def test_every_field_is_documented():
@@ -120,6 +120,12 @@ WRONG = [
     ("--optim.eps", "-1e-8"),
     ("--optim.weight_decay", "-0.1"),
     ("--optim.no_decay", "'('"),
+    ("--optim.learning_rate", ".nan"),
+    ("--optim.learning_rate", ".inf"),
+    ("--train.max_loss", ".nan"),
+    ("--peft.targets", "'['"),
+    ("--peft.rank", "0"),
+    ("--data.mixture", "{'a': 0.0}"),
     ("--optim.beta1", "1"),
     ("--optim.beta2", "0.999", "--optim.moments", "bfloat16"),
     ("--optim.clip_norm", "-1"),
@@ -153,7 +159,17 @@ def test_a_bad_value_is_one_line_that_names_the_key(wrong):
 
 @pytest.mark.parametrize(
     ("content", "named"),
-    [("model:\n  layers: 3\n", "layers"), ("steps: 3\n", "steps"), ("model: [1\n", "")],
+    [
+        ("model:\n  layers: 3\n", "model.layers: unknown setting; did you mean model.num_layers?"),
+        ("optim:\n  learing_rate: 3\n", "did you mean optim.learning_rate?"),
+        ("steps: 3\n", "steps: unknown setting; did you mean train.steps?"),
+        ("zebra: 3\n", "zebra: unknown setting; --help lists all"),
+        ("model: [1\n", ""),
+        ("model:\n  rope_scaling:\n    facto: 3\n", "did you mean model.rope_scaling.factor?"),
+        ("optim: 3\n", "optim=3: must be a mapping"),
+        ("- run\n", "config: must be a mapping"),
+        ("", "is empty"),
+    ],
 )
 def test_a_bad_file_is_one_line_that_names_the_key(tmp_path, content, named):
     file = tmp_path / "bad.yaml"
@@ -170,12 +186,96 @@ def test_a_bad_file_is_one_line_that_names_the_key(tmp_path, content, named):
         ("--model.num_kv_heads=two", "model.num_kv_heads=two: must be int or null"),
         ("--optim.name=adam", "optim.name=adam: must be 'adamw', 'muon'"),
         ("--model.rope_scaling=x", "model.rope_scaling=x: must be a mapping or null"),
+        (
+            "--optim={learing_rate:3}",
+            "optim={learing_rate:3}: is neither a mapping of settings nor a YAML file of them",
+        ),
+        ("--train.steps", "--train.steps: needs a value"),
+        ("--config", "--config: needs a value"),
+        ("tiny", "tiny: is no option, and no text in quotes that belongs to one"),
     ],
 )
 def test_a_wrong_type_is_told_by_what_it_must_be(wrong, said):
     with pytest.raises(ValueError) as caught:
         config.parse(PretrainConfig, None, [wrong])
     assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("--optim.learing_rate=1", "--optim.learning_rate"),
+        ("--optim.learning-rate=1", "--optim.learning_rate"),
+        ("--learning_rate=1", "--optim.learning_rate"),
+        ("--batch-size=4", "--train.batch_size"),
+        ("--model.layers=2", "--model.num_layers"),
+        ("--train.step=3", "--train.steps"),
+        ("--model.rope_scaling.facto=2", "model.rope_scaling.factor"),
+        ("--show_batches", "--show_batch"),
+        ("--every=3", "--checkpoint.every or --eval.every or --sample.every or --log.every"),
+    ],
+)
+def test_an_unknown_option_proposes_the_nearest_name(wrong, meant):
+    with pytest.raises(ValueError) as caught:
+        parse(wrong)
+    name = wrong.partition("=")[0]
+    assert str(caught.value) in (
+        f"{name}: unknown setting; did you mean {meant}?",
+        f"{name[2:]}: unknown setting; did you mean {meant}?",
+    )
+
+
+PATHS = {  # every setting that is a path, by command
+    "pretrain": "run init data.path data.tokenizer data.mixture",
+    "sft": "run init data.path data.val_path data.template data.tokenizer data.text_path",
+    "reward": "run init data.path data.val_path data.template data.tokenizer",
+    "dpo": "run init data.path data.val_path data.template data.tokenizer",
+    "distill": "run init teacher data.path data.text_path",
+    "grpo": "run init data.path data.val_path data.template",
+    "ppo": "run init reward_model data.path",
+}
+OTHER_PATHS = {
+    config.WriteConfig: "checkpoint adapter",
+    config.TokenizerConfig: "input output",
+    config.PrepareConfig: "input output tokenizer",
+    config.EvaluateConfig: "checkpoint data output reward_model",
+    config.ConvertConfig: "checkpoint output",
+}
+SCHEMES = ["s3://bucket/x", "gs://bucket/x", "file:///x", "memory://x", "hf://a/b", "S3://b/x"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (kind, name)
+        for kind, names in {
+            **{config.RUN_CONFIGS[stage]: names for stage, names in PATHS.items()},
+            **OTHER_PATHS,
+        }.items()
+        for name in names.split()
+    ],
+    ids=lambda part: getattr(part, "__name__", part),
+)
+def test_a_path_with_a_scheme_is_refused_by_name(kind, name):
+    """It would be a local folder named `s3:`."""
+    needed = {
+        field.name: "perplexity" if field.name == "task" else "local"
+        for field in dataclasses.fields(kind)
+        if field.default is field.default_factory is dataclasses.MISSING
+    }
+    for path in SCHEMES[: len(SCHEMES) if name == "run" else 1]:
+        value = {"adapter": f"[{path}]", "input": f"[{path}]", "data.mixture": f"{{'{path}': 1.0}}"}
+        given = needed | {name: value.get(name, path)}
+        with pytest.raises(ValueError) as caught:
+            config.parse(kind, None, [f"--{key}={text}" for key, text in given.items()])
+        line = str(caught.value)
+        assert line.startswith(f"{name}={path}: {path.partition(':')[0]}:// is not supported"), line
+
+
+def test_a_config_file_in_a_bucket_is_refused():
+    for args in (["--config", "s3://b/run.yaml"], ["--config=gs://b/run.yaml"]):
+        with pytest.raises(ValueError, match=r"config=.*:// is not supported"):
+            config.parse(PretrainConfig, None, args)
 
 
 def test_a_missing_config_file_is_named(tmp_path):

@@ -11,7 +11,8 @@ PACKAGE = ROOT / "jaxgpt"
 
 # A module may import from layers above its own in this list, and within its own package.
 LAYERS = (
-    {"types", "config", "files", "tree"},
+    {"types", "files", "tree"},
+    {"config"},
     {"kernels"},
     {"hardware", "heap", "processes"},
     {"weights", "losses", "policy_losses", "optim", "sharding", "metrics", "checkpoint", "data"},

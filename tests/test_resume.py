@@ -84,7 +84,7 @@ def fit(stage: Stage, cfg: RunConfig, sample=None) -> None:
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     Path(cfg.run).mkdir(exist_ok=True)
     with jax.set_mesh(mesh):
-        train.fit(stage, cfg, mesh, sample)
+        train.fit(stage._replace(sample=sample), cfg, mesh)
 
 
 def arrays_of(run: Path, step: int) -> dict[str, np.ndarray]:

@@ -1,12 +1,16 @@
 """From YAML and the command line to a config, and a config's mistakes to one line."""
 
 import dataclasses
+import difflib
 import json
 import re
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from jaxgpt import files
 
 C = TypeVar("C")
 
@@ -19,47 +23,122 @@ def parse(kind: type[C], description: str | None, args: Sequence[str] | None = N
     """
     import jsonargparse  # here: only commands parse, and the library imports quickly without it
 
+    class Help(jsonargparse.DefaultHelpFormatter):
+        def _expand_help(self, action: Any) -> str:  # Annotated[int, 1 or more] is for Python
+            inside = r"Annotated\[(\w+), ((?:[\[(][^\])]*[\])]|[^\]])*)\]"
+            plain = lambda found: found[2] if found[1] == "str" else f"{found[1]}, {found[2]}"
+            return re.sub(inside, plain, super()._expand_help(action))
+
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=Path(sys.argv[0]).name, description=description, exit_on_error=False,
-        allow_abbrev=False,
+        allow_abbrev=False, formatter_class=Help,
     )  # fmt: skip
     parser.add_argument(
         "--config", action="config", help="YAML file that states what differs from the defaults"
     )
     parser.add_class_arguments(kind, sub_configs=True)
+    given = _bare_flags(kind, sys.argv[1:] if args is None else args)
+    _require_readable(given)
     try:
-        given = _bare_flags(sys.argv[1:] if args is None else args)
-        fields = parser.instantiate(parser.parse_args(given))
+        parsed = parser.parse_args(given)
+        for name in _sections(kind):
+            if not isinstance(parsed[name], jsonargparse.Namespace):
+                raise ValueError(f"{name}={parsed[name]}: must be a mapping of settings")
+        fields = parser.instantiate(parsed)
     except jsonargparse.ArgumentError as error:
-        raise ValueError(_reworded(str(error))) from error
+        raise ValueError(_reworded(str(error), list(_keys(kind)))) from error
     return kind(**{f.name: fields[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
-def _reworded(message: str) -> str:
-    """The parser's `Expected a …` for every member of a union as `key=value: must be … or …`."""
+def _sections(kind: type, optional: bool = False) -> dict[str, Any]:
+    """The settings that are dataclasses themselves, or may be one."""
+    hints = typing.get_type_hints(kind).items()
+    kinds = lambda hint: typing.get_args(hint) if optional else (hint,)
+    return {
+        name: part for name, hint in hints for part in kinds(hint) if dataclasses.is_dataclass(part)
+    }
+
+
+def _keys(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name, with its type."""
+    found = {prefix + name: hint for name, hint in typing.get_type_hints(kind).items()}
+    for name, part in (_sections(kind) | _sections(kind, optional=True)).items():
+        found |= _keys(part, f"{prefix}{name}.")
+    return found
+
+
+def _require_readable(args: Sequence[str]) -> None:
+    """Raises ValueError where a file of --config is empty or names a bucket; a setting that is
+    missing there would have its default, but an empty file is a mistake."""
+    for arg, value in zip(args, [*args, ""][1:], strict=True):
+        name, equals, own = arg.partition("=")
+        if name == "--config":
+            path = own if equals else value
+            files.require_local("config", path)
+            if Path(path).is_file() and not Path(path).read_bytes().strip():
+                raise ValueError(f"config={path}: is empty; name settings, or drop --config")
+
+
+def _reworded(message: str, keys: Sequence[str]) -> str:
+    """The parser's message as one line of ours: the setting, its value and the fix."""
     message = " ".join(message.split())
+    option = re.match(r"[Uu]nrecognized arguments: (\S+)", message)
+    if option and not option[1].startswith("--"):
+        return f"{option[1]}: is no option, and no text in quotes that belongs to one"
     key = re.search(r'Parser key "([^"]+)"', message)
-    value = re.search(r"(?:Got|Given) value: (.*)$", message)
+    inside = re.search(r"Group '(\S+)' does not accept option '(\S+?)'", message)
+    alone = re.search(r"Option '(\S+?)' is not accepted", message)
+    if option:
+        name = option[1].partition("=")[0]
+        return f"{name}: unknown setting; {_meant(name.lstrip('-'), keys, '--')}"
+    if inside or alone:
+        own = f"{inside[1]}.{inside[2]}" if inside else alone[1] if alone else ""
+        name = f"{key[1]}.{own}" if key else own
+        return f"{name}: unknown setting; {_meant(name, keys, '')}"
+    unread = re.search(r"Unable to load config ['\"](.*?)['\"]", message)
+    if key and unread:
+        return f"{key[1]}={unread[1]}: is neither a mapping of settings nor a YAML file of them"
+    if message.startswith("Unexpected config"):
+        return "config: must be a mapping of settings, such as train: {steps: 100}"
+    value = re.search(r".*(?:Got|Given) value: (.*)$", message)
     kinds = re.findall(
         r"Expected an? (?:typing\.Literal\[(.*?)\]|<class '(\w+)'>|(dot import path))", message
     )
     if not (key and value and kinds):
         return message
-    called = {"NoneType": "null", "dot import path": "a mapping"}
+    called = {"NoneType": "null", "dot import path": "a mapping", "dict": "a mapping"}
     names = [called.get(name, name) for name in map("".join, kinds)]
     return f"{key[1]}={value[1]}: must be {' or '.join(names)}"
 
 
-def _bare_flags(args: Sequence[str]) -> list[str]:
-    """`--chat` alone means `--chat=true`, which is all that the parser takes."""
-    own = ("--help", "--print_config")
-    alone = [
-        arg.startswith("--") and "=" not in arg and arg not in own
-        and (n + 1 == len(args) or args[n + 1].startswith("--"))
-        for n, arg in enumerate(args)
-    ]  # fmt: skip
-    return [f"{arg}=true" if bare else arg for arg, bare in zip(args, alone, strict=True)]
+def _meant(name: str, keys: Sequence[str], dashes: str) -> str:
+    """The settings that an unknown name is most like, as a whole or by its last word."""
+    name = name.replace("-", "_")
+    near = difflib.get_close_matches(name, keys, 1, 0.8)
+    if not near:
+        last = {key: key.rpartition(".")[2] for key in keys}
+        words = difflib.get_close_matches(name.rpartition(".")[2], set(last.values()), 1, 0.75)
+        near = [key for key in keys if last[key] in words]
+    if not near or len(near) > 4:
+        return "--help lists all"
+    return f"did you mean {' or '.join(dashes + key for key in near)}?"
+
+
+def _bare_flags(kind: type, args: Sequence[str]) -> list[str]:
+    """`--chat` alone means `--chat=true`, which is all that the parser takes.
+
+    Raises:
+        ValueError: another setting stands without a value.
+    """
+    keys, given = {"config": str} | _keys(kind), []
+    for arg, after in zip(args, [*args, "--"][1:], strict=True):
+        alone = arg.startswith("--") and "=" not in arg and after.startswith("--")
+        if alone and keys.get(arg[2:], bool) is not bool:
+            raise ValueError(f"{arg}: needs a value")
+        bare = alone and arg not in ("--help", "--print_config")
+        given.append(f"{arg}=true" if bare else arg)
+    return given
 
 
 def join_lists(args: Sequence[str], *flags: str) -> list[str]:

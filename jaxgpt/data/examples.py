@@ -260,3 +260,17 @@ def _up_to_last_target(arm: Encoded, read_end: bool) -> Encoded:
 def _slots(example: Encoded) -> int:
     """Positions in a row: the last token is only ever a target."""
     return len(example.tokens_T) - 1
+
+
+def prompts(rows: Examples, context_length: int, count: int = 2) -> list[list[int]]:
+    """What comes before the first target of the first held-out rows, as tokens; fewer where that
+    is nothing, or leaves a context no room for an answer."""
+    found = []
+    for arms in rows.items:
+        for example in arms[0][:1]:  # of a pair's two answers, or of a packed row's conversations
+            before = example.tokens_T[: int(example.target_T.argmax())].tolist()
+            if 0 < len(before) < context_length and before not in found:
+                found.append(before)
+        if len(found) == count:
+            break
+    return found

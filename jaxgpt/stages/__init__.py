@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def launch(name: str, cfg: RunConfig) -> None:
         if jax.process_index() == 0:
             lineage.begin(name, cfg)
         # Nothing here holds on to the stage: its parameters would stay beside the trained ones.
-        train.fit(_build(name, cfg, start, mesh), cfg, mesh, sampler(cfg, start))
+        train.fit(_build(name, cfg, start, mesh), cfg, mesh)
     if jax.process_index() == 0:
         lineage.complete(cfg)
         print(summary(run, report.write_report(run)))
@@ -153,15 +153,20 @@ def outline(name: str, cfg: RunConfig) -> Stage:
     return _efficient(cfg.peft, OUTLINE[name](cfg, params))
 
 
-def sampler(cfg: RunConfig, start: Loaded) -> SampleFn | None:
-    """Continues or answers `sample.prompts`; the seed is the same every time."""
-    if not cfg.sample.prompts or isinstance(cfg, RewardConfig):
+def sampler(cfg: RunConfig, start: Loaded, held_out: Sequence[list[int]]) -> SampleFn | None:
+    """Continues or answers `sample.prompts`; the seed is the same every time.
+
+    Args:
+        held_out: the prompts as tokens where the config names none.
+    """
+    if cfg.sample.prompts == [] or isinstance(cfg, RewardConfig):
         return None
     how = Sampling(
         cfg.sample.max_new_tokens, cfg.sample.temperature, cfg.sample.top_p, cfg.sample.top_k
     )
     read = _reader(cfg, start)
-    prompts = [read(prompt) for prompt in cfg.sample.prompts]
+    own = cfg.sample.prompts
+    prompts = [read(text) for text in own] if own else held_out or [start.tokenizer.encode("\n")]
     check_prompts(cfg.model, prompts)  # now, not when the first sample is due
     stop = start.stop_ids or (start.tokenizer.eos_id,)
 
@@ -248,7 +253,8 @@ def _place(cfg: RunConfig, mesh: Any) -> Place:
 def _build(name: str, cfg: RunConfig, start: Loaded, mesh: Mesh) -> Stage:
     """The stage with its parameters on the mesh."""
     start = start._replace(params=_on_mesh(cfg, start.params, mesh))
-    return _efficient(cfg.peft, BUILD[name](cfg, start))
+    stage = _efficient(cfg.peft, BUILD[name](cfg, start))
+    return stage._replace(sample=sampler(cfg, start, stage.prompts))
 
 
 def _reader(cfg: RunConfig, start: Loaded) -> Callable[[str], list[int]]:

@@ -75,6 +75,7 @@ def build(cfg: DistillConfig, start: Loaded) -> Stage:
     return outline(cfg, start.params, teacher.config, teacher.params)._replace(
         next_batch=next_batch,
         evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+        prompts=examples.prompts(held_out, cfg.model.context_length),
     )
 
 

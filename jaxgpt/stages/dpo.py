@@ -56,6 +56,7 @@ def build(cfg: DpoConfig, start: Loaded) -> Stage:
     return stage._replace(
         next_batch=lambda params, carry, step: place(partial(train_pairs.rows, step)),
         evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+        prompts=examples.prompts(held_out, cfg.model.context_length),
     )
 
 

@@ -45,6 +45,7 @@ def build(cfg: SftConfig, start: Loaded) -> Stage:
     return outline(cfg, start.params)._replace(
         next_batch=lambda params, carry, step: place(partial(train.rows, step)),
         evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+        prompts=examples.prompts(held_out, cfg.model.context_length),
     )
 
 
