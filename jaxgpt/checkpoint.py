@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,21 @@ import numpy as np
 
 from jaxgpt import tree
 
+Accept = Callable[[int, dict[str, Any]], bool]
+
 _UNFINISHED = ".tmp"  # suffix of a step directory that is being written or deleted
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last `keep` and the one with the lowest best_value."""
+    """The checkpoints of one run: the last `keep` and the one with the lowest best_value.
 
-    def __init__(self, directory: str | Path, keep: int = 2) -> None:
+    Args:
+        pinned: a step whose checkpoint is kept as well.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 2, pinned: int | None = None) -> None:
         self.directory = Path(directory).absolute()
-        self.keep = keep
+        self.keep, self.pinned = keep, pinned
         self._writer: Any = None  # Orbax's checkpointer, made by the first save
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -85,21 +92,25 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
-    def latest_valid(self) -> int | None:
-        """The newest step whose files are intact; damaged ones are named on stderr and skipped."""
+    def latest_valid(self, accept: Accept = lambda step, meta: True) -> int | None:
+        """The newest step whose files are intact; damaged ones are named on stderr and skipped.
+
+        Args:
+            accept: (step, meta) -> whether it may be taken.
+        """
         self.wait()
-        found = self._find_valid()
+        found = self._find_valid(accept)
         if found is not None:
             self._verified.add(found)
         return found
 
-    def agreed_latest(self) -> int | None:
+    def agreed_latest(self, accept: Accept = lambda step, meta: True) -> int | None:
         """`latest_valid` where all processes ask: the first one reads and hashes for all."""
         if jax.process_count() == 1:
-            return self.latest_valid()
+            return self.latest_valid(accept)
         from jax.experimental import multihost_utils
 
-        own = self.latest_valid() if jax.process_index() == 0 else None
+        own = self.latest_valid(accept) if jax.process_index() == 0 else None
         found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if own is None else own)))
         if found < 0:
             return None
@@ -108,7 +119,10 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the lowest best_value, None if no save had one."""
-        values = {step: _read_index(self._path(step)).get("best_value") for step in self.steps()}
+        return self._best_of(self.steps())
+
+    def _best_of(self, steps: list[int]) -> int | None:
+        values = {step: _read_index(self._path(step)).get("best_value") for step in steps}
         scored = {step: value for step, value in values.items() if value is not None}
         return min(scored, key=lambda step: scored[step]) if scored else None
 
@@ -136,14 +150,15 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
 
-    def _find_valid(self) -> int | None:
+    def _find_valid(self, accept: Accept) -> int | None:
         for step in reversed(self.steps()):
             try:
                 verify(self._path(step))
             except ValueError as error:
                 print(f"warning: skipping a checkpoint: {error}", file=sys.stderr)
             else:
-                return step
+                if accept(step, json.loads((self._path(step) / "meta.json").read_text())):
+                    return step
         return None
 
     def _verify(self, step: int) -> None:
@@ -170,8 +185,10 @@ class Checkpoints:
             _discard(final)
         unfinished.rename(final)
         self._verified.discard(step)
-        # A later step can only be a damaged one that this run was resumed in front of.
-        kept = {*[s for s in self.steps() if s <= step][-self.keep :], self.best()}
+        # A later step is damaged, or of a run that ended there before it was given more steps:
+        # this run was resumed in front of it.
+        past = [s for s in self.steps() if s <= step]
+        kept = {*past[-self.keep :], self._best_of(past), self.pinned}
         for stale in set(self.steps()) - kept:
             _discard(self._path(stale))
 

@@ -1,5 +1,7 @@
 """Optimizers: AdamW and Muon with warm-up schedules, clipping and decay by parameter path."""
 
+import dataclasses
+import math
 import re
 
 import jax
@@ -30,6 +32,29 @@ def learning_rate(cfg: OptimConfig, step: Array, num_steps: int) -> Array:
     return cfg.learning_rate * jnp.where(
         step < begin, warm, cfg.min_ratio + (1 - cfg.min_ratio) * left
     )
+
+
+def open_until(cfg: OptimConfig, num_steps: int) -> float:
+    """The number of updates whose rates are the same wherever the run ends: a run that is given
+    more steps may go on from there. For wsd that is where its decay begins."""
+    if cfg.schedule == "constant":
+        return math.inf
+    if cfg.schedule == "cosine":
+        return cfg.warmup_steps
+    end = num_steps if cfg.decay_steps is None else cfg.decay_steps
+    return max(cfg.warmup_steps, round(end * (1 - cfg.decay_fraction)))
+
+
+def goes_on(cfg: OptimConfig, num_steps: int, before: tuple[int, int | None], done: int) -> bool:
+    """Whether `done` updates of a run that was to end elsewhere are the first ones of this run.
+
+    Args:
+        before: train.steps and optim.decay_steps of that run.
+    """
+    old = dataclasses.replace(cfg, decay_steps=before[1])
+    ends = [before[0] if before[1] is None else before[1],
+            num_steps if cfg.decay_steps is None else cfg.decay_steps]  # fmt: skip
+    return ends[0] == ends[1] or done <= min(open_until(old, before[0]), open_until(cfg, num_steps))
 
 
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from jaxgpt import files, tree
+from jaxgpt import files, optim, tree
 from jaxgpt.checkpoint import Checkpoints, content, read_arrays, verify
 from jaxgpt.config import ModelConfig, PeftConfig, RopeScaling, RunConfig, to_yaml
 from jaxgpt.types import Params
@@ -43,6 +43,10 @@ def enter(cfg: RunConfig) -> Path:
     log = path / "metrics.jsonl"
     if log.exists() and log.stat().st_size:  # else nothing was trained: mistakes may be mended
         old = _filled(yaml.safe_load(file.read_text()), _defaults(cfg))
+        if old["train"]["steps"] != cfg.train.steps:
+            _require_more(path, old, cfg)
+            for section, name in (("train", "steps"), ("optim", "decay_steps")):
+                old[section][name] = getattr(getattr(cfg, section), name)
         _require_same(path, old, dataclasses.asdict(cfg))
     elif (
         path.is_dir()
@@ -216,6 +220,26 @@ def _filled(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         else value
         for name, value in old.items()
     }
+
+
+def _require_more(path: Path, old: dict[str, Any], cfg: RunConfig) -> None:
+    """Raises ValueError unless a run can go on to another train.steps.
+
+    A constant rate goes on, wsd goes on from where its decay began, and a cosine must be told what
+    happens to it by optim.decay_steps.
+    """
+    steps, done = cfg.train.steps, max(Checkpoints(path / "checkpoints").steps(), default=0)
+    if steps < done:
+        raise ValueError(f"train.steps={steps}: {done} steps are done; give more, or another --run")
+    ends = old["optim"]["decay_steps"] or old["train"]["steps"]
+    before = (old["train"]["steps"], old["optim"]["decay_steps"])
+    told = cfg.optim.schedule != "cosine" or cfg.optim.decay_steps is not None
+    if not told and not optim.goes_on(cfg.optim, steps, before, done):
+        raise ValueError(
+            f"train.steps={steps}: the cosine of {path} ends at step {ends}; give "
+            f"--optim.decay_steps {ends} to go on at its last rate, --optim.decay_steps {steps} to "
+            f"stretch it (the rate rises again first), or another --run with --init {path}"
+        )
 
 
 def _require_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

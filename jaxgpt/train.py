@@ -154,12 +154,19 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh) -> None:
     """
     updates = max(stage.updates_per_rollout, 1)
     _require_whole_rollouts(cfg, updates)
-    checkpoints = Checkpoints(Path(cfg.run) / "checkpoints", cfg.checkpoint.keep)
+    # Where wsd's decay begins is what more steps go on from.
+    stable = optim.open_until(cfg.optim, cfg.train.steps) if cfg.optim.schedule == "wsd" else 0
+    stable = int(stable) // updates * updates
+    checkpoints = Checkpoints(Path(cfg.run) / "checkpoints", cfg.checkpoint.keep, stable)
     optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps)
     state, frozen = _place(stage, cfg, mesh, optimizer)
     stage = stage._replace(params={})  # of which the state is a copy
-    meta = {"environment": hardware.environment(), "frozen": fingerprint(frozen)}
-    state = _resume(checkpoints, state, meta)
+    meta = {
+        "environment": hardware.environment(),
+        "frozen": fingerprint(frozen),
+        "schedule": [cfg.train.steps, cfg.optim.decay_steps],
+    }
+    state = _resume(checkpoints, state, meta, cfg)
     start = int(state.step)
     step_fn = jit_step(stage, cfg, mesh, optimizer, state)
 
@@ -168,7 +175,7 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh) -> None:
         due = lambda every: last or (done > 0 and every > 0 and done % every == 0)
         evaluates = stage.evaluate if due(cfg.eval.every) or done == 0 else None
         samples = done > 0 and due(cfg.sample.every) and (stage.sample or stage.updates_per_rollout)
-        saves = done > 0 and (stopping or due(cfg.checkpoint.every))
+        saves = done > 0 and (stopping or due(cfg.checkpoint.every) or done == stable)
         if not (evaluates or samples or saves):
             return
         log.flush()  # refuses to save, or to go on from, a state that has diverged
@@ -289,11 +296,27 @@ def _place(
     return state, jax.device_put(frozen, sharding.shardings(mesh, frozen))
 
 
-def _resume(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any]) -> TrainState:
-    """The newest intact checkpoint, or the state as it is."""
-    latest = checkpoints.agreed_latest()
+def _resume(
+    checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], cfg: RunConfig
+) -> TrainState:
+    """The newest intact checkpoint whose updates are the first ones of this run, or the state as
+    it is. A cosine that was told where to end goes on from wherever it is."""
+    told = cfg.optim.schedule == "cosine" and cfg.optim.decay_steps is not None
+
+    def accept(step: int, saved: dict[str, Any]) -> bool:
+        before = saved.get("schedule", meta["schedule"])
+        return told or optim.goes_on(cfg.optim, cfg.train.steps, tuple(before), step)
+
+    latest = checkpoints.agreed_latest(accept)
     if latest is None:
+        if checkpoints.latest_valid() is not None:
+            raise ValueError(
+                f"train.steps={cfg.train.steps}: no checkpoint is left from before the learning "
+                f"rate began to fall; start another --run with --init {cfg.run}"
+            )
         return state
+    if latest < max(checkpoints.steps()):
+        print(f"going on from step {latest}, before the learning rate fell", file=sys.stderr)
     saved = checkpoints.meta(latest)
     if saved["frozen"] != meta["frozen"]:
         raise ValueError("init: the frozen weights are not those that this run began with")

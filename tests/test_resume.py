@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import checkpoint, metrics, sharding, train
+from jaxgpt import checkpoint, metrics, rundir, sharding, train
 from jaxgpt.config import (
     CheckpointConfig,
     EvalConfig,
@@ -162,6 +163,83 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     refuse = lambda *_: pytest.fail("trained, evaluated or sampled again")
     fit(regression(next_batch=refuse, evaluate=refuse), run_of(tmp_path), refuse)
     assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def enter(cfg: RunConfig, **changes) -> None:
+    """As a command does it: the directory is asked first."""
+    rundir.enter(cfg)
+    fit(regression(**changes), cfg)
+
+
+def rates(schedule: str, **changes) -> OptimConfig:
+    return OptimConfig(
+        learning_rate=0.1, warmup_steps=2, weight_decay=0.0, schedule=schedule, **changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("optim", "steps"),
+    [
+        (rates("constant"), 12), (rates("wsd"), 12), (rates("wsd", decay_fraction=0.5, ema=0.9), 9),
+        (rates("cosine", decay_steps=24), 12), (rates("constant"), 7),
+    ],
+)  # fmt: skip
+def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path, optim, steps):
+    for name, numbers in (("in two", (steps, 24)), ("at once", (24,))):
+        for number in numbers:
+            enter(run_of(tmp_path / name, number, optim=optim))
+    assert_same_arrays(tmp_path / "in two", tmp_path / "at once", 24)
+    logged = lines_of(tmp_path / "in two", "train/loss")
+    assert logged[-1] == 24 and logged == sorted(set(logged))
+
+
+@pytest.mark.parametrize("at", [10, 11, 13])
+def test_going_on_may_be_killed_before_it_saves(tmp_path, at):
+    """The decayed checkpoint of step 12 is still there, and must not be taken."""
+    optim, save = rates("wsd", decay_fraction=0.3), CheckpointConfig(every=50)
+    cfg = lambda name, steps: run_of(tmp_path / name, steps, optim=optim, checkpoint=save)
+    enter(cfg("killed", 12))
+    rundir.enter(cfg("killed", 24))
+    with pytest.raises(Killed):
+        fit(killed_at(at, regression()), cfg("killed", 24))
+    enter(cfg("killed", 24))
+    enter(cfg("whole", 24))
+    assert_same_arrays(tmp_path / "killed", tmp_path / "whole", 24)
+
+
+def test_a_cosine_goes_on_only_if_it_is_told_how(tmp_path):
+    run = tmp_path / "run"
+    enter(run_of(run, 12, optim=rates("cosine")))
+    with pytest.raises(ValueError, match=r"ends at step 12; give --optim\.decay_steps 12 .* 24 to"):
+        enter(run_of(run, 24, optim=rates("cosine")))
+    assert "steps: 12" in (run / "config.yaml").read_text(), "nothing was changed"
+    for decay_steps, then in ((12, 0.01), (24, 0.1 * (0.1 + 0.9 * 0.5))):
+        copy = shutil.copytree(run, tmp_path / str(decay_steps))
+        enter(run_of(copy, 24, optim=rates("cosine", decay_steps=decay_steps)))
+        log = {line["step"]: line for line in metrics.read_jsonl(copy / "metrics.jsonl")
+               if "train/learning_rate" in line}  # fmt: skip
+        assert log[14]["train/learning_rate"] == pytest.approx(then, rel=0.15)
+        assert int(arrays_of(copy, 24)["step"]) == 24
+
+
+def test_fewer_steps_than_are_done_and_other_settings_are_refused(tmp_path):
+    run = tmp_path / "run"
+    enter(run_of(run, 12, optim=rates("constant")))
+    with pytest.raises(ValueError, match=r"train\.steps=8: 12 steps are done; give more"):
+        rundir.enter(run_of(run, 8, optim=rates("constant")))
+    with pytest.raises(ValueError, match=r"optim\.learning_rate: 0\.1 -> 0.2"):
+        changed = replace(rates("constant"), learning_rate=0.2)
+        rundir.enter(run_of(run, 24, optim=changed))
+
+
+def test_wsd_whose_stable_checkpoint_is_gone_is_refused(tmp_path):
+    run = tmp_path / "run"
+    enter(run_of(run, 12, optim=rates("wsd")))
+    for step in checkpoint.Checkpoints(run / "checkpoints").steps():
+        if step < 12:
+            shutil.rmtree(run / "checkpoints" / str(step))
+    with pytest.raises(ValueError, match=r"no checkpoint is left from before .* --init"):
+        enter(run_of(run, 24, optim=rates("wsd")))
 
 
 def test_evaluation_uses_the_average(tmp_path):

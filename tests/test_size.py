@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxgpt"
 # Lines that hold code (no blanks, comments or docstrings), by folder or file of jaxgpt/.
 # A room that outgrows its line gives lines back elsewhere, or says in its commit why not.
 BUDGET = {
-    "__init__.py": 45, "checkpoint.py": 258, "config": 825, "convert": 2068, "data": 2321,
+    "__init__.py": 45, "checkpoint.py": 258, "config": 980, "convert": 2068, "data": 2321,
     "episodes.py": 150, "evals": 924, "files.py": 40, "hardware.py": 165, "heap.py": 65,
     "kernels": 1617, "language_model.py": 297, "losses.py": 85, "metrics.py": 225, "model": 572,
     "optim.py": 80, "peft.py": 180, "plan": 803, "policy_losses.py": 110, "processes.py": 140,
