@@ -119,6 +119,15 @@ def read(path: str | Path) -> Node | None:
         raise ValueError(f"{file}: is damaged ({error})") from None
 
 
+def require_writer(setting: str, path: str | Path) -> None:
+    """Raises ValueError where a setting that asks for a model that writes names a reward model."""
+    if Path(path).is_dir() and (read(path) or {}).get("stage") == "reward":
+        raise ValueError(
+            f"{setting}={path}: is a reward model, which gives answers a number and writes none; "
+            "give the model that it was trained from"
+        )
+
+
 def tree(path: str | Path) -> Node:
     """A lineage in which every parent is whole, as far as the parents are here or were noted.
 

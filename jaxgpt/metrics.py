@@ -220,6 +220,7 @@ def _summary(metrics: Mapping[str, Any]) -> str:
         "val/loss": lambda value: f"val {value:.4g}",
         "rollout/reward": lambda value: f"reward {value:.3f}",
         "val/exact_match": lambda value: f"exact match {value:.1%}",
+        "val/full_reward": lambda value: f"full reward {value:.1%}",
         "speed/tokens_per_second": lambda value: f"{short(value)} tokens/s",
         "speed/mfu": lambda value: f"MFU {value:.1%}",
     }

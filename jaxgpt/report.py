@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from jaxgpt import config, files, metrics
+from jaxgpt import config, files, lineage, metrics
+from jaxgpt.config import idle
 
 Series = tuple[np.ndarray, np.ndarray]  # x, y
 Plot = dict[str, Series]  # label -> curve
@@ -39,6 +40,8 @@ _TITLES = {
     "accuracy": "Accuracy", "nll": "Negative log-likelihood",
     "reward": "Reward on held-out problems", "exact_match": "Exact match on held-out problems",
     "rollout/reward": "Reward of rollouts", "rollout/exact_match": "Exact match of rollouts",
+    "full_reward": "Share of held-out problems with the full reward",
+    "rollout/full_reward": "Share of rollouts with the full reward",
     "rollout/length": "Tokens of an answer", "rollout/kl": "KL of an answer to the reference",
     "policy/kl": "KL to the reference", "policy/entropy": "Entropy",
     "speed/rollout_tokens_per_second": "Tokens per second, writing rollouts",
@@ -65,7 +68,7 @@ def write_report(run_dir: str | Path) -> Path:
     sections = [
         _tiles(series), problem, _curves(_plots(series), run_dir / "plots"),
         _reliability(records, run_dir / "plots"),
-        _samples(run_dir / "samples.md"), _settings(run_dir / "config.yaml"),
+        _samples(run_dir / "samples.md"), _settings(run_dir),
         _environment(run_dir / "environment.json"),
     ]  # fmt: skip
     page = run_dir / "report.html"
@@ -116,9 +119,10 @@ def _tiles(series: dict[str, Series]) -> str:
         best = int(values.argmin())
         tiles["validation loss"] = f"{values[0]:.3f} → {values[-1]:.3f}"
         tiles["best validation loss"] = f"{values[best]:.3f} <small>step {steps[best]:,.0f}</small>"
-    if "val/exact_match" in series:
-        _, values = series["val/exact_match"]
-        tiles["exact match"] = f"{values[0]:.1%} → {values[-1]:.1%}"
+    for name in ("exact_match", "full_reward"):
+        if f"val/{name}" in series:
+            _, values = series[f"val/{name}"]
+            tiles[name.replace("_", " ")] = f"{values[0]:.1%} → {values[-1]:.1%}"
     if "train/loss" in series:
         steps, values = series["train/loss"]
         tiles["training loss"] = f"{values[0]:.3f} → {values[-1]:.3f}"
@@ -259,12 +263,17 @@ def _samples(path: Path) -> str:
     return "\n".join(["<h2>Samples</h2>", *folds]) if folds else ""
 
 
-def _settings(path: Path) -> str:
+def _settings(run_dir: Path) -> str:
     """A table of what differs from the defaults, and the whole config with those lines marked."""
+    path = run_dir / "config.yaml"
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
     if not isinstance(settings, dict):
         return ""
-    flat, defaults = _flatten(settings), _flatten(_defaults(settings))
+    # The command whose defaults these are; a run of an older version does not name it.
+    stage = (lineage.read(run_dir) or {}).get("stage", "")
+    kind = config.RUN_CONFIGS.get(stage, config.RunConfig)
+    flat = idle.flat(settings)
+    defaults = idle.flat(dataclasses.asdict(kind(run=str(settings.get("run", "")))))
     changed = [name for name, value in flat.items() if value != defaults.get(name)]
     rows = [(escape(n), _show(flat[n]), _show(defaults.get(n))) for n in changed]
     lines = []
@@ -277,25 +286,6 @@ def _settings(path: Path) -> str:
         _table(("setting", "value", "default"), rows) if rows else "<p>None.</p>",
         f"<details><summary>all settings</summary><pre>{whole}</pre></details>",
     ])  # fmt: skip
-
-
-def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """The defaults of the command whose config has just these fields."""
-    kinds: list[type[config.RunConfig]] = [config.RunConfig]
-    for kind in kinds:
-        kinds.extend(kind.__subclasses__())
-    fields_of = lambda kind: {field.name for field in dataclasses.fields(kind)}
-    kind = next((k for k in kinds if fields_of(k) == set(settings)), config.RunConfig)
-    run = str(settings.get("run", ""))  # where the run lies is no deviation
-    return dataclasses.asdict(kind(run=run))
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        nested = isinstance(value, dict) and value
-        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
 
 
 def _environment(path: Path) -> str:

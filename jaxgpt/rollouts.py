@@ -41,6 +41,7 @@ class Problems(NamedTuple):
     size: int
     make: Callable[[int], Environment]
     judged: bool = True  # rewards mean something
+    full: str = "exact_match"  # what the share of answers with a reward of 1 is called
 
 
 class Rollouts:
@@ -153,7 +154,7 @@ class Rollouts:
                 learnt += scores["reward"][: len(some)].tolist()
         measures = {
             "val/reward": [e.reward for e in found],
-            "val/exact_match": [is_right(e) for e in found],
+            f"val/{held_out.full}": [is_right(e) for e in found],
             "val/length": [sum(e.mask) for e in found],
             "val/truncated": [not e.stopped for e in found],
             "val/learnt_reward": learnt,
@@ -226,7 +227,7 @@ class Rollouts:
         if self.problems.judged:
             measures["rollout/reward"] = mean(e.reward for e in episodes)
             measures["rollout/reward_std"] = float(np.std([e.reward for e in episodes]))
-            measures["rollout/exact_match"] = mean(is_right(e) for e in episodes)
+            measures[f"rollout/{self.problems.full}"] = mean(is_right(e) for e in episodes)
         if self.problems.judged and self.settings.samples > 1:
             measures["rollout/uninformative"] = mean(not informative(g) for g in groups)
         if any(e.turns > 1 for e in episodes):
@@ -291,4 +292,5 @@ def is_right(episode: Episode) -> bool:
 def from_task(task: Task, held_out: bool) -> Problems:
     """The problems of one split of a task (tasks/__init__.py)."""
     problems = list(task.problems(held_out))
-    return Problems(len(problems), lambda number: task.environment(problems[number]))
+    make = lambda number: task.environment(problems[number])
+    return Problems(len(problems), make, full=task.full)

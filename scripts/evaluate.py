@@ -25,11 +25,16 @@ def main() -> None:
 
 def evaluate(cfg: EvaluateConfig) -> None:
     import jaxgpt
-    from jaxgpt import evals, hardware, rundir
+    from jaxgpt import evals, hardware, lineage, rundir
+    from jaxgpt.config import idle
 
     if not evals.is_embedded(cfg) and not (Path(cfg.data).exists() or glob.glob(cfg.data)):
         raise ValueError(f"data={cfg.data}: does not exist")
 
+    if cfg.task != "reward":
+        lineage.require_writer("checkpoint", cfg.checkpoint)
+    for line in idle.of_evaluation(cfg):
+        print(f"warning: {line}", file=sys.stderr)
     hardware.use_compilation_cache()
     lm = jaxgpt.load(cfg.checkpoint, dtype=cfg.dtype)
     print(lm)

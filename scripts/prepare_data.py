@@ -9,7 +9,11 @@ from jaxgpt.config import PrepareConfig
 
 def main() -> None:
     cfg = config.parse(PrepareConfig, __doc__ or "", config.join_lists(sys.argv[1:], "--input"))
+    from jaxgpt.config import idle
     from jaxgpt.data import corpus, tokenizer
+
+    for line in idle.of_preparation(cfg):
+        print(f"warning: {line}", file=sys.stderr)
 
     start = time.perf_counter()
     text = corpus.Corpus(

@@ -19,7 +19,7 @@ def main() -> None:
 
 
 def write(cfg: config.WriteConfig) -> None:
-    from jaxgpt import hardware, language_model
+    from jaxgpt import hardware, language_model, lineage
     from jaxgpt.sampling.sample import Sampling
     from jaxgpt.tasks import tools
 
@@ -27,8 +27,7 @@ def write(cfg: config.WriteConfig) -> None:
         cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, cfg.repetition_penalty
     )
 
-    if cfg.tools and not cfg.chat:
-        raise ValueError(f"tools={', '.join(cfg.tools)}: are for --chat")
+    lineage.require_writer("checkpoint", cfg.checkpoint)
     tools.check(cfg.tools)
     hardware.use_compilation_cache()
     chosen = [None if path == "none" else path for path in cfg.adapter]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -88,6 +89,7 @@ def test_changed_settings_are_marked_against_their_own_commands_defaults(tmp_pat
         optim=config.OptimConfig(learning_rate=3e-4),
     )
     (run / "config.yaml").write_text(config.to_yaml(cfg))
+    (run / "lineage.json").write_text('{"stage": "pretrain"}')
     page = Page(report.write_report(run))
     rows = np.reshape(page.texts["td"], (-1, 3))
     assert ["optim.learning_rate", "0.0003", "0.001"] in rows.tolist()
@@ -95,6 +97,28 @@ def test_changed_settings_are_marked_against_their_own_commands_defaults(tmp_pat
     assert [unescape(line) for line in marked] == [f"{name}: {value}" for name, value, _ in rows]
     assert marked == ["optim.learning_rate: 0.0003", "data.mixture.a&lt;b: 0.5"]
     assert "model.num_layers: 4" in page.texts["pre"][-1]
+
+
+@pytest.mark.parametrize("stage", config.RUN_CONFIGS)
+def test_the_defaults_are_those_of_the_command_that_ran(tmp_path, stage):
+    """They were guessed from the names of the settings: sft's were pretraining's."""
+    run = run_of(tmp_path)
+    cfg = config.RUN_CONFIGS[stage](run=str(run))
+    changed = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, warmup_steps=7))
+    (run / "config.yaml").write_text(config.to_yaml(changed))
+    (run / "lineage.json").write_text(json.dumps({"stage": stage}))
+    page = Page(report.write_report(run))
+    rows = np.reshape(page.texts["td"], (-1, 3)).tolist()
+    assert rows == [["optim.warmup_steps", "7", str(cfg.optim.warmup_steps)]]
+
+
+def test_a_reward_that_asks_for_more_than_right_answers_is_no_exact_match(tmp_path):
+    page = lambda name: report.write_report(
+        run_of(tmp_path / name, (0, {f"val/{name}": 0.25}), (4, {f"val/{name}": 0.5}))
+    ).read_text()
+    assert "<dt>exact match</dt><dd>25.0% → 50.0%" in page("exact_match")
+    shaped = page("full_reward")
+    assert "<dt>full reward</dt><dd>25.0% → 50.0%" in shaped and "xact match" not in shaped
 
 
 def test_loss_over_tokens_places_evaluations_between_the_logged_steps():

@@ -283,8 +283,8 @@ class RunConfig:
     """auto: choose train.micro_batches and model.remat so that a step fits into the devices' memory
     and takes the least time by estimate; a resumed run keeps the choice. See scripts/plan.py."""
     kernels: Literal["fast", "plain"] = "fast"
-    """plain: compute every operation by its equation in jaxgpt/kernels/__init__.py, slowly; to
-    read, to experiment, or to check a bug against."""
+    """Kernels that compute: fast: the machine's; plain: every operation by its equation in
+    jaxgpt/kernels/__init__.py, slowly, to read, to experiment, or to check a bug against."""
     show_batch: bool = False
     """true: print the first batch, token by token, and end."""
 

@@ -25,6 +25,7 @@ SHOWN = (
     "seed",
     "val/loss",
     "val/exact_match",
+    "val/full_reward",
     "tokens",
     "seconds",
 )

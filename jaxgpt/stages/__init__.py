@@ -33,6 +33,7 @@ from jaxgpt.config import (
     PretrainConfig,
     RewardConfig,
     RunConfig,
+    idle,
 )  # fmt: skip
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load, model_config
@@ -88,11 +89,14 @@ def launch(name: str, cfg: RunConfig) -> None:
     shows, cfg = cfg.show_batch, dataclasses.replace(cfg, show_batch=False)
     with processes.first_process_first("run"):
         run = rundir.enter(cfg)
+    first = jax.process_index() == 0
     with jax.set_mesh(mesh), kernels.use(cfg.kernels):
         start = _begin(name, cfg)  # all processes together: Orbax lets them wait for each other
         sharding.check_model(start.config, mesh)
+        for line in [*idle.of_run(name, cfg), *_doubts(cfg, start)]:
+            _warn(line)
         with processes.first_process_first("files"):
-            if jax.process_index() == 0:  # the others may be reading these by now
+            if first:  # the others may be reading these by now
                 start.tokenizer.save(run / "tokenizer.json")
                 for file in start.files.keys() - {"tokenizer.json"}:
                     files.write(run / file, start.files[file])
@@ -111,11 +115,11 @@ def launch(name: str, cfg: RunConfig) -> None:
             batch.pop("report", None)
             print(show.describe(batch, start.tokenizer))
             return
-        if jax.process_index() == 0:
+        if first:
             lineage.begin(name, cfg)
         # Nothing here holds on to the stage: its parameters would stay beside the trained ones.
         train.fit(_build(name, cfg, start, mesh), cfg, mesh)
-    if jax.process_index() == 0:
+    if first:
         lineage.complete(cfg)
         print(summary(run, report.write_report(run)))
 
@@ -224,8 +228,31 @@ def _fitted(name: str, cfg: RunConfig, mesh: Mesh) -> RunConfig:
     return search.with_setting(cfg, chosen["micro_batches"], chosen["remat"])
 
 
+def _warn(line: str) -> None:
+    """One line on stderr, of all processes together."""
+    if jax.process_index() == 0:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _doubts(cfg: RunConfig, start: Loaded) -> list[str]:
+    """Settings of a network that the weights to start from overrule."""
+    if not cfg.init:
+        return []
+    own = idle.flat(dataclasses.asdict(start.config), "model.")
+    lines = [
+        f"{setting}={value}: has no effect; init={cfg.init} has {own.get(setting)}"
+        for setting, value in idle.given(cfg).items()
+        if setting.startswith("model.") and own.get(setting) != value
+    ]
+    return lines
+
+
 def _begin(name: str, cfg: RunConfig) -> Loaded:
     """The weights of `init`, computing and regularised as `cfg` says, or what BEGIN gives."""
+    for role in ("init", "teacher"):
+        path = getattr(cfg, role, "")
+        if path and name != "reward":
+            lineage.require_writer(role, path)
     if cfg.init:
         start = load(cfg.init, place=_place(cfg, jax.sharding.get_mesh()), merged=True)
         own = {field: getattr(cfg.model, field) for field in ("dtype", "remat", "dropout")}
@@ -239,6 +266,9 @@ def _begin(name: str, cfg: RunConfig) -> Loaded:
         raise ValueError("init is empty: this stage starts from trained weights; give --init PATH")
     template = getattr(getattr(cfg, "data", None), "template", None)
     if template is not None:  # the stage has conversations
+        if name in ("dpo", "grpo", "ppo") and start.chat_template is None:
+            _warn(f"init={cfg.init}: has no chat template: it was never tuned to answer; run "
+                  "scripts/sft.py first")  # fmt: skip
         start = chatting.with_format(start, chatting.chat_format(start, template))
     return start
 

@@ -25,6 +25,9 @@ class Task(NamedTuple):
     prompt: Callable[[Any], list[Message]]
     reward: Callable[[Any, str], float]  # (problem, answer); 1 is right
     tools: tuple[str, ...] = ()
+    # What the share of answers with a reward of 1 is called: a reward that asks for more than the
+    # right answer is no exact match.
+    full: str = "exact_match"
 
     def environment(self, problem: Any) -> Environment:
         """A new episode on the problem."""
@@ -78,9 +81,10 @@ def find(
 def with_format(task: Task, weight: float) -> Task:
     """The same task, where <think>…</think><answer>…</answer> earns `weight` of the reward."""
     return task._replace(
+        full="full_reward",
         reward=lambda problem, text: (
             (1 - weight) * task.reward(problem, text) + weight * verify.well_formed(text)
-        )
+        ),
     )
 
 
@@ -138,7 +142,7 @@ def _embedded(rule: Callable[[Any, str], bool], *tools: str, name: str = "") -> 
 
 TASKS: dict[str, Task] = {
     "arithmetic": _embedded(synthetic.is_correct),
-    "arithmetic-concise": _embedded(synthetic.is_concise),
+    "arithmetic-concise": _embedded(synthetic.is_concise)._replace(full="full_reward"),
     "arithmetic-calculator": _embedded(synthetic.is_correct, "calculator"),
     "multi-step": _embedded(synthetic.is_correct, name="multi-step"),
     "products": _embedded(synthetic.is_correct, name="products"),

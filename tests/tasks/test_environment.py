@@ -117,6 +117,14 @@ def test_an_unknown_task_is_refused() -> None:
         tasks.find("chess")
 
 
+def test_only_a_plain_rule_calls_its_full_reward_an_exact_match():
+    """What else a reward asks for, such as brevity or a form, is not part of a match."""
+    plain = tasks.find("arithmetic")
+    assert plain.full == "exact_match"
+    assert tasks.with_format(plain, 0.25).full == "full_reward"
+    assert tasks.find("arithmetic-concise").full == "full_reward"
+
+
 def test_the_form_earns_its_share() -> None:
     task = tasks.with_format(tasks.find("arithmetic"), 0.25)
     problem = task.problems(True)[0]  # 65 - 47
