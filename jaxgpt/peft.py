@@ -186,6 +186,20 @@ def for_rows(networks: Sequence[Params], choice: Sequence[int]) -> Params:
     )
 
 
+def choose(params: Params, choice_B: Array) -> Params:
+    """The network whose row b computes what number choice_B[b] of those in `for_rows` does.
+
+    Layers stand apart, as for decoding: a change is [networks, D, R], or [D, R] for all rows.
+    """
+
+    def chosen(_: str, kernel: Kernel) -> Kernel:
+        if not isinstance(kernel, Lora) or kernel.a.ndim < 3:
+            return kernel
+        return dataclasses.replace(kernel, a=kernel.a[choice_B], b=kernel.b[choice_B])
+
+    return weights.map_kernels(chosen, params)
+
+
 def quantize_int8(params: Params) -> Params:
     """int8 kernels for decoding: all of the blocks' but the router's, and the head's.
 

@@ -13,6 +13,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.placement import by_columns
 from jaxgpt.kernels.platform import accumulator_dtype
 from jaxgpt.model.layers import Linear, RMSNorm, residual_std, rotate
+from jaxgpt.model.slots import attend_by_row
 from jaxgpt.types import Array
 
 Slots = tuple[Array, Array]  # keys and values, as in KVCache; of one layer where these are apart
@@ -53,6 +54,7 @@ class BlockInputs(NamedTuple):
     rng_B: Array | None  # dropout keys
     length: Array | None  # slots of the cache that were written before
     mask_BTS: Array | None  # slots of the cache that a token may see; None: a fresh cache
+    first_row: Array | None = None  # of a SlotCache, whose rows have lengths of their own
 
 
 class Attention(nn.Module):
@@ -80,6 +82,13 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = rotate(q_BTNH, inputs.rope), rotate(k_BTKH, inputs.rope)
         q_BTNH, k_BTKH, v_BTKH = (a.astype(cfg.dtype) for a in (q_BTNH, k_BTKH, v_BTKH))
 
+        if cache is not None and inputs.first_row is not None:
+            assert inputs.length is not None
+            out_BTNH, cache = attend_by_row(
+                q_BTNH, k_BTKH, v_BTKH, cache, inputs.length, inputs.first_row,
+                cfg.sliding_window or 0,
+            )  # fmt: skip
+            return self._output(out_BTNH), cache
         if cache is not None:
             assert inputs.length is not None
             write = partial(_write, place=place, length=inputs.length)
@@ -90,11 +99,15 @@ class Attention(nn.Module):
         else:
             out_BTNH = kernels.cached_attention(q_BTNH, *_read(cache, place), inputs.mask_BTS)
 
-        out_BTF = by_columns(out_BTNH.reshape(*x_BTD.shape[:2], -1))
+        return self._output(out_BTNH), cache
+
+    def _output(self, out_BTNH: Array) -> Array:
+        cfg = self.cfg
+        out_BTF = by_columns(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
         output = Linear(
             cfg.model_dim, cfg.bias == "all", cfg.dtype, residual_std(cfg), name="output"
         )
-        return output(out_BTF), cache
+        return output(out_BTF)
 
     def _heads(self, name: str, count: int, x_BTD: Array) -> Array:
         width = self.cfg.head_width

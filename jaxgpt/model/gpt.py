@@ -14,6 +14,7 @@ from jaxgpt.model.attention import Attention, BlockInputs, KVCache, Slots
 from jaxgpt.model.layers import INIT_STD, Linear, dropout, make_norm, parameter, rope_tables
 from jaxgpt.model.mlp import Adapter, GatedMlp, Mlp
 from jaxgpt.model.moe import MoE, RouterStats
+from jaxgpt.model.slots import SlotCache
 from jaxgpt.types import Array, Params
 
 
@@ -21,7 +22,7 @@ class Output(NamedTuple):
     """What GPT returns; `logits` turns hidden states into scores."""
 
     hidden_BTD: Array
-    cache: KVCache | None
+    cache: KVCache | SlotCache | None
     router: RouterStats | None  # every array with a leading L; None without experts
 
 
@@ -90,7 +91,7 @@ class GPT(nn.Module):
         tokens_BT: Array,
         positions_BT: Array | None = None,
         segments_BT: Array | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | SlotCache | None = None,
         rng_B: Array | None = None,
         bias_LE: Array | None = None,
     ) -> Output:
@@ -104,9 +105,13 @@ class GPT(nn.Module):
         x_BTD = by_rows(dropout(x_BTD, rng_B, 0, cfg.dropout))
 
         rope = rope_tables(cfg, positions_BT) if cfg.position == "rope" else None
-        length = None if cache is None else cache.length
-        inputs = BlockInputs(rope, segments_BT, rng_B, length, mask_BTS)
-        slots = None if cache is None else (cache.keys_LBKSH, cache.values_LBKSH)
+        if isinstance(cache, SlotCache):
+            slots, length, first_row = (cache.keys, cache.values), cache.length_B, cache.first_row
+        elif cache is not None:
+            slots, length, first_row = (cache.keys_LBKSH, cache.values_LBKSH), cache.length, None
+        else:
+            slots = length = first_row = None
+        inputs = BlockInputs(rope, segments_BT, rng_B, length, mask_BTS, first_row)
         if weights.layers_apart(self.variables.get("params", {})):
             blocks: Any = Apart
         else:
@@ -118,7 +123,11 @@ class GPT(nn.Module):
         if not cfg.tie_embeddings and self.is_initializing():
             Linear(cfg.vocab_size, False, cfg.dtype, name="head")(x_BTD[:1, :1])
         hidden_BTD = make_norm(cfg, "final_norm")(x_BTD)
-        if cache is not None and slots is not None:
+        if isinstance(cache, SlotCache) and slots is not None:
+            cache = SlotCache(
+                slots[0], slots[1], cache.length_B + tokens_BT.shape[1], cache.first_row
+            )
+        elif isinstance(cache, KVCache) and slots is not None:
             length = cache.length + tokens_BT.shape[1]
             cache = KVCache(slots[0], slots[1], length, cache.start_B, fresh=False)
         return Output(hidden_BTD, cache, router)
@@ -208,12 +217,17 @@ def _stack(cfg: ModelConfig, quantized: bool) -> Any:
 
 
 def _place(
-    cfg: ModelConfig, tokens_BT: Array, segments_BT: Array | None, cache: KVCache | None
+    cfg: ModelConfig,
+    tokens_BT: Array,
+    segments_BT: Array | None,
+    cache: KVCache | SlotCache | None,
 ) -> tuple[Array, Array | None, Array | None]:
     """Every token's index in its row, its segment, and the cache slots it may see."""
     slots_T = jnp.arange(tokens_BT.shape[1])
     if cache is None:
         return jnp.broadcast_to(slots_T[None], tokens_BT.shape), segments_BT, None
+    if isinstance(cache, SlotCache):
+        return cache.length_B[:, None] + slots_T[None], segments_BT, None
     slots_T = slots_T + cache.length
     index_BT = slots_T[None] - cache.start_B[:, None]
     real_BT = (index_BT >= 0).astype(jnp.int32)

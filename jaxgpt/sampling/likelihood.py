@@ -125,7 +125,7 @@ def _read(cfg: ModelConfig, params: Params, tokens_BT: Array, start_B: Array) ->
     B, T = tokens_BT.shape
     cache = init_cache(cfg, B, T, start_B)
     read = gpt.apply(rolled(cfg), params, tokens_BT, cache=cache).cache
-    assert read is not None
+    assert isinstance(read, KVCache)
     return read
 
 

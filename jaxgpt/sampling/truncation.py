@@ -36,7 +36,34 @@ def truncate(
     return jnp.log(probs_BV)
 
 
-def penalize_repetition(logits_BV: Array, seen_BV: Array, penalty: float) -> Array:
+def truncate_rows(
+    logits_BV: Array, temperature_B: Array, top_k_B: Array, top_p_B: Array, min_p_B: Array
+) -> Array:
+    """`truncate` with settings of its own for every row; what no row asks for is not computed.
+
+    A row's numbers do not depend on what the others ask for. A temperature of 0 counts as 1.
+    """
+    V = logits_BV.shape[-1]
+    temperature_B = jnp.where(temperature_B > 0, temperature_B, 1)
+    probs_BV = jax.nn.softmax(logits_BV.astype(jnp.float32) / temperature_B[:, None], axis=-1)
+
+    def limited(wanted_B: Array, probs_BV: Array, enough: Callable[[Array, Array], Array]) -> Array:
+        def cut(probs_BV: Array) -> Array:
+            threshold_B = _highest_threshold(probs_BV, lambda above_BV: enough(above_BV, probs_BV))
+            return jnp.where(wanted_B[:, None], _keep(probs_BV, threshold_B), probs_BV)
+
+        return jax.lax.cond(wanted_B.any(), cut, lambda probs_BV: probs_BV, probs_BV)
+
+    k_holds = lambda above_BV, _: above_BV.sum(-1) >= top_k_B
+    p_holds = lambda above_BV, probs_BV: jnp.where(above_BV, probs_BV, 0).sum(-1) >= top_p_B
+    probs_BV = limited((top_k_B > 0) & (top_k_B < V), probs_BV, k_holds)
+    probs_BV = limited(top_p_B < 1, probs_BV, p_holds)
+    least_B = min_p_B * probs_BV.max(-1)
+    probs_BV = jnp.where(min_p_B[:, None] > 0, _keep(probs_BV, least_B), probs_BV)
+    return jnp.log(probs_BV)
+
+
+def penalize_repetition(logits_BV: Array, seen_BV: Array, penalty: float | Array) -> Array:
     """Divides positive and multiplies negative logits of seen tokens (CTRL, arXiv:1909.05858)."""
     penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(seen_BV, penalized_BV, logits_BV)
