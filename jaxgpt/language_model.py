@@ -118,11 +118,14 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         rows: Sequence[int] | None = None,
         adapter: str | Sequence[str | None] | None = None,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
     ) -> list[str]:
         """What the model writes after each prompt, up to its end token or a stop string.
 
         Args:
             temperature: 0 is greedy.
+            top_p, top_k, min_p, repetition_penalty: as `Sampling` explains them.
             stop: strings before which the text is cut.
             rows: numbers that, with the seed, decide the draws of each prompt; default 0, 1, 2, …
             adapter: which of the loaded adapters answers, for all prompts or for each; None: the
@@ -131,10 +134,9 @@ class LanguageModel:
         Raises:
             ValueError: a setting out of range, or a prompt that leaves no room in the context.
         """
-        settings = Sampling(max_new_tokens, temperature, top_p, top_k)
+        settings = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         ids = [self.encode(text) or [self.tokenizer.eos_id] for text in texts]
-        stop = [stop] if isinstance(stop, str) else stop
         return self.complete(ids, settings, seed, stop, rows, adapter=adapter)
 
     def chat(self, messages: Sequence[Message], tools: Sequence[str] = (), **sampling: Any) -> str:
@@ -150,21 +152,16 @@ class LanguageModel:
         """
         if tools:
             return self.play_chat(messages, tools, **sampling)[-1]["content"]
-        ids = self.encode_chat(messages)
-        stop = sampling.pop("stop", ())
-        stop = [stop] if isinstance(stop, str) else stop
-        seed, adapter = sampling.pop("seed", 0), sampling.pop("adapter", None)
-        settings = Sampling(**{"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0} | sampling)
-        return self.complete([ids], settings, seed, stop, adapter=adapter)[0]
+        settings, where = _settings(sampling)
+        return self.complete([self.encode_chat(messages)], settings, **where)[0]
 
     def play_chat(
         self, messages: Sequence[Message], tools: Sequence[str], **sampling: Any
     ) -> list[Message]:
         """`chat`, with all that was said on the way to the answer: calls and what they gave."""
-        stop = sampling.pop("stop", ())
-        seed, adapter = sampling.pop("seed", 0), sampling.pop("adapter", None)
-        settings = Sampling(**{"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0} | sampling)
-        (episode,) = self.play([Question(messages, names=tools)], settings, seed, adapter=adapter)
+        settings, where = _settings(sampling)
+        stop = where.pop("stop", ())
+        (episode,) = self.play([Question(messages, names=tools)], settings, **where)
         *calls, answer = episode.messages[len(messages) :]
         text = _cut(answer["content"], [stop] if isinstance(stop, str) else stop)
         return [*calls, {**answer, "content": text}]
@@ -184,9 +181,17 @@ class LanguageModel:
             adapter: as `generate` takes it.
         """
         writer = Writer(self.config, self.chat_format, self.stop_ids)
-        policy = self._decoding_params(len(environments), adapter)
-        rng = jax.random.key(seed)
-        return episodes.play(writer, policy, environments, settings, rng, rows=rows)[0]
+        rng, numbers = jax.random.key(seed), range(len(environments)) if rows is None else rows
+        chosen = self._chosen(len(environments), adapter)
+        played: dict[int, Episode] = {}
+        for name in dict.fromkeys(chosen):  # episodes leave the batch, so it has one adapter
+            mine = [n for n, own in enumerate(chosen) if own == name]
+            found, _ = episodes.play(
+                writer, self._decoding_params(len(mine), name), [environments[n] for n in mine],
+                settings, rng, rows=[numbers[n] for n in mine],
+            )  # fmt: skip
+            played |= dict(zip(mine, found, strict=True))
+        return [played[n] for n in range(len(environments))]
 
     @property
     def chat_format(self) -> Format:
@@ -216,12 +221,18 @@ class LanguageModel:
         prompts: Sequence[Sequence[int]],
         settings: Sampling,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         rows: Sequence[int] | None = None,
         on_text: Callable[[list[str]], None] | None = None,
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[str]:
-        """`generate` for prompts given as ids; `on_text` sees the texts so far, to stream them."""
+        """`generate` for prompts given as ids.
+
+        Args:
+            on_text: sees the texts so far, to stream them. A character that is not whole yet, and
+                what may become a stop string, are left out; the last call has the whole texts.
+        """
+        stop = [stop] if isinstance(stop, str) else stop
         if "" in stop:
             raise ValueError("stop holds an empty string: drop it")
         if not prompts:
@@ -232,7 +243,7 @@ class LanguageModel:
                 return False
             texts = self._texts(prompts, completions)
             if on_text is not None:
-                on_text([_cut(text, stop) for text in texts])
+                on_text([_ready(text, stop) for text in texts])
             return all(
                 done.stopped or any(mark in text for mark in stop)
                 for done, text in zip(completions, texts, strict=True)
@@ -242,7 +253,10 @@ class LanguageModel:
             self.config, self._decoding_params(len(prompts), adapter), prompts, settings,
             stop_ids=self.stop_ids, rng=jax.random.key(seed), rows=rows, on_tokens=watch,
         )  # fmt: skip
-        return [_cut(text, stop) for text in self._texts(prompts, completions)]
+        whole = [_cut(text, stop) for text in self._texts(prompts, completions)]
+        if on_text is not None:
+            on_text(whole)
+        return whole
 
     def perplexity(self, text: str, window: int = 1024, stride: int = 1024) -> float:
         """exp of the mean negative log-likelihood of the text's tokens.
@@ -301,8 +315,10 @@ class LanguageModel:
         checkpoints.save(0, {"params": {"policy": self.params}}, meta={})
         checkpoints.wait()
 
-    def _decoding_params(self, num_rows: int, adapter: str | Sequence[str | None] | None) -> Params:
-        """Kept from call to call; one row alone may want another layout than several."""
+    def _chosen(
+        self, num_rows: int, adapter: str | Sequence[str | None] | None
+    ) -> Sequence[str | None]:
+        """The adapter of every row."""
         chosen = [adapter] * num_rows if adapter is None or isinstance(adapter, str) else adapter
         if len(chosen) != num_rows:
             raise ValueError(f"adapter: names {len(chosen)} for {num_rows} prompts; give one each")
@@ -310,6 +326,11 @@ class LanguageModel:
             if name is not None and name not in self.adapters:
                 known = ", ".join(self.adapters) or "none"
                 raise ValueError(f"adapter={name}: is not loaded (loaded: {known})")
+        return chosen
+
+    def _decoding_params(self, num_rows: int, adapter: str | Sequence[str | None] | None) -> Params:
+        """Kept from call to call; one row alone may want another layout than several."""
+        chosen = self._chosen(num_rows, adapter)
         names = list(dict.fromkeys(chosen))  # each once
         key = (num_rows == 1, *(chosen if len(names) > 1 else names))
         if key not in self._decoding:
@@ -335,21 +356,37 @@ class LanguageModel:
 
 
 def streamed(write: Callable[[str], Any]) -> Callable[[list[str]], None]:
-    """An `on_text` for one prompt that writes what is new; half a character waits for its rest."""
+    """An `on_text` for one prompt that writes what is new."""
     shown = 0
 
     def on_text(texts: list[str]) -> None:
         nonlocal shown
-        ready = texts[0].rstrip("\ufffd")
-        write(ready[shown:])
-        shown = max(shown, len(ready))
+        write(texts[0][shown:])
+        shown = max(shown, len(texts[0]))
 
     return on_text
+
+
+def _settings(asked: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
+    """How a chat draws its tokens, and the other arguments of `complete`."""
+    where = {name: asked[name] for name in ("seed", "stop", "rows", "adapter") if name in asked}
+    rest = {name: value for name, value in asked.items() if name not in where}
+    return Sampling(**{"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0} | rest), where
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:
     found = [text.index(mark) for mark in stop if mark in text]
     return text[: min(found)] if found else text
+
+
+def _ready(text: str, stop: Sequence[str]) -> str:
+    """What of an unfinished text will stay: no half character, no beginning of a stop string."""
+    whole = _cut(text, stop)
+    if len(whole) < len(text):
+        return whole
+    whole = whole.rstrip("\ufffd")
+    held = [n for mark in stop for n in range(1, len(mark)) if whole.endswith(mark[:n])]
+    return whole[: len(whole) - max(held, default=0)]
 
 
 @partial(jax.jit, static_argnames="cfg")

@@ -162,6 +162,17 @@ def layers_apart(params: Params) -> bool:
     return "0" in params.get("blocks", {})
 
 
+def by_row(params: Params) -> bool:
+    """Whether every row of a batch has an adapter of its own (`peft.for_rows`)."""
+    is_lora = lambda leaf: isinstance(leaf, Lora)
+    adapted = [
+        kernel
+        for path, kernel in jax.tree.leaves_with_path(params, is_leaf=is_lora)
+        if is_lora(kernel) and "moe/" not in tree.name_of(path)
+    ]
+    return layers_apart(params) and any(kernel.a.ndim == 3 for kernel in adapted)
+
+
 def cast_kernels(params: Params, dtype: str) -> Params:
     """Kernels in another type; routers, embeddings, norms, biases and quantised kernels stay."""
 

@@ -39,19 +39,24 @@ def write(cfg: config.WriteConfig) -> None:
     )
     adapter = chosen[0] if len(chosen) == 1 else chosen or None
     prompts = cfg.prompt or [sys.stdin.read().rstrip("\n")]
+    if cfg.system is not None and not cfg.chat:
+        raise ValueError(f"system={cfg.system!r:.40}: is for --chat")
+    system = [] if cfg.system is None else [{"role": "system", "content": cfg.system}]
+    asked = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+    if cfg.chat and not system and (default := lm.chat_format.default_system):
+        print(f"system prompt, the template's own: {default!r}; --system TEXT", file=sys.stderr)
     if cfg.tools:
-        for number, prompt in enumerate(prompts):
-            asked = [{"role": "user", "content": prompt}]
+        for number, messages in enumerate(asked):
             own = adapter[number] if isinstance(adapter, list) else adapter
             said = lm.play_chat(
-                asked, cfg.tools, seed=cfg.seed, stop=cfg.stop, adapter=own, **vars(settings)
+                messages, cfg.tools, seed=cfg.seed, stop=cfg.stop, adapter=own, **vars(settings)
             )
             print("\n".join(("→ " if m["role"] == "tool" else "") + m["content"] for m in said))
             if len(prompts) > 1:
                 print()
         return
     if cfg.chat:
-        ids = [lm.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
+        ids = [lm.encode_chat(messages) for messages in asked]
     else:
         ids = [lm.encode(prompt) or [lm.tokenizer.eos_id] for prompt in prompts]
     shown = ["" if cfg.chat else prompt for prompt in prompts]

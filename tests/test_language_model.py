@@ -19,6 +19,8 @@ from jaxgpt.convert.load import Loaded, own_files
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import gpt
+from jaxgpt.sampling.sample import Completion
+from jaxgpt.tasks.environment import Question
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TEXT = "def f(x):\n    return x + 1  # naïve, but it works\n" * 3
@@ -98,7 +100,57 @@ def test_a_stop_string_cuts_the_text_and_ends_the_generation(lm):
         [lm.encode("def g(")], language_model.Sampling(40, 0.0, 1.0), stop=[stop],
         on_text=lambda texts: seen.append(texts[0]),
     )  # fmt: skip
-    assert len(seen) == 1  # of three scans
+    assert seen[-1] == whole[: whole.index(stop)]
+    assert len(seen) == 2  # after one of three scans, and at the end
+
+
+def streamed(lm, monkeypatch, texts, stop=()):
+    """What is shown after each of these texts so far, given as bytes, and what is returned."""
+
+    def generate(cfg, params, prompts, settings, *, on_tokens, **options):
+        for text in texts:
+            done = [Completion(list(text), [], False)]
+            if on_tokens(done):
+                break
+        return done
+
+    monkeypatch.setattr(language_model, "generate", generate)
+    shown = []
+    write = language_model.streamed(shown.append)
+    (found,) = lm.complete([[65]], language_model.Sampling(), stop=stop, on_text=write)
+    return shown, found
+
+
+def test_the_beginning_of_a_stop_string_is_shown_when_it_is_not_one(lm, monkeypatch):
+    texts = [b"7 b", b"7 boats\nHu", b"7 boats\nHungry\n", b"7 boats\nHungry\nHuman: no"]
+    shown, found = streamed(lm, monkeypatch, texts, stop=["\nHuman:", "\n\n"])
+    assert found == "7 boats\nHungry"
+    assert shown == ["7 b", "oats", "\nHungry", "", ""]
+
+
+def test_half_a_character_waits_for_its_rest_and_is_shown_at_the_end(lm, monkeypatch):
+    eight = "ž8".encode()
+    shown, found = streamed(lm, monkeypatch, [eight[:1], eight, eight + b"\xf0\x9f"])
+    assert found == "ž8\ufffd"
+    assert shown == ["", "ž8", "", "\ufffd"]
+
+
+def test_every_setting_of_sampling_reaches_the_sampler(lm, monkeypatch):
+    seen = []
+
+    def generate(cfg, params, prompts, settings, **options):
+        seen.append(settings)
+        return [Completion([], [], True) for _ in prompts]
+
+    monkeypatch.setattr(language_model, "generate", generate)
+    every = {
+        "max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1,
+        "repetition_penalty": 1.2,
+    }  # fmt: skip
+    lm.generate("x", **every, seed=1, stop="y")
+    lm.chat([{"role": "user", "content": "x"}], **every, seed=1, stop="y")
+    assert seen == [language_model.Sampling(**every)] * 2
+    assert every.keys() == vars(language_model.Sampling()).keys()
 
 
 def test_no_prompts_give_no_texts(lm):
@@ -248,6 +300,14 @@ def test_every_prompt_may_choose_its_adapter(with_adapters):
     each = {name: lm.generate(prompts, 12, adapter=name) for name in chosen}
     assert together == [each[name][row] for row, name in enumerate(chosen)]
     assert len({texts[0] for texts in each.values()}) == 3
+    # Equal prompts are read by the adapter of their row.
+    same = lm.generate(["x", "x"], 12, adapter=["a", None])
+    assert same == [lm.generate("x", 12, adapter="a")[0], lm.generate("x", 12)[0]]
+    said = lm.play([Question([{"role": "user", "content": "x"}]) for _ in "ab"],
+                   language_model.Sampling(4, 0.0), adapter=["a", None])  # fmt: skip
+    alone = [lm.chat([{"role": "user", "content": "x"}], max_new_tokens=4, adapter=name)
+             for name in ("a", None)]  # fmt: skip
+    assert [episode.messages[-1]["content"] for episode in said] == alone
     jax.tree.map(np.testing.assert_array_equal, lm.adapters["b"], jaxgpt.load(ours).params)
 
 

@@ -82,6 +82,8 @@ class WriteConfig:
     """Seed of the draws: the same seed writes the same text."""
     chat: bool = False
     """true: answer as the assistant, by the model's chat template."""
+    system: str | None = None
+    """System prompt, with chat; null: the template's own, if it has one."""
     tools: list[str] = field(default_factory=list)
     """Tools that the assistant may call, with --chat: calculator."""
     dtype: Literal["float32", "bfloat16"] | None = None

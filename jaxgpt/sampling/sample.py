@@ -165,9 +165,13 @@ def _begin(
     settings: Sampling,
     mesh: Mesh | None,
 ) -> DecodeState:
-    """The prompts as they stand in the cache; on one device, copies in a row are read once."""
+    """The prompts as they stand in the cache; on one device, copies in a row are read once.
+
+    Copies that are read by different adapters stay apart.
+    """
     placed = None if mesh is None else sharding.over_rows(mesh, len(prompts))
-    copies = _copies(prompts) if placed is None or placed.num_devices == 1 else 1
+    together = (placed is None or placed.num_devices == 1) and not weights.by_row(params)
+    copies = _copies(prompts) if together else 1
     tokens_BT, start_B = _align_right(prompts[::copies], width)
     if placed is not None:
         tokens_BT, start_B = (sharding.spread(placed, x) for x in (tokens_BT, start_B))
