@@ -11,6 +11,7 @@ It is written before the first step. An export carries its run's tree along, and
 
 import dataclasses
 import datetime
+import glob
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from typing import Any
 from jaxgpt import files, hardware, rundir
 from jaxgpt.config import RunConfig
 from jaxgpt.data import corpus, synthetic
+from jaxgpt.data.rows import names
 
 NAME = "lineage.json"
 ROLES = ("init", "teacher", "reward_model")  # settings that name other weights
@@ -270,14 +272,22 @@ def _sources(stage: str, cfg: Any) -> Iterator[tuple[str, str]]:
     share, mixture = getattr(data, "text_share", 0), getattr(data, "mixture", {})
     for path in mixture:
         yield "data.mixture", str(path)
-    for name in SOURCES:
-        path = getattr(data, name, None)
+    for name, path in ((key, path) for key in SOURCES for path in _paths(data, key)):
         if name == "path" and not mixture and share < 1:
             yield "data.path", path or _default(stage)
         elif name == "text_path" and share > 0:
             yield "data.text_path", path or ""
         elif path and (name == "val_path" or name == "task" or Path(path).is_file()):
             yield f"data.{name}", path
+
+
+def _paths(data: Any, name: str) -> list[str]:
+    """The paths of a setting, globs opened; one empty path where there is none."""
+    found = names(getattr(data, name, None) or "")
+    opened = [glob.glob(p, recursive=True) if not Path(p).exists() else [p] for p in found]
+    return [
+        path for given, paths in zip(found, opened, strict=True) for path in paths or [given]
+    ] or [""]
 
 
 def _default(stage: str) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import typing
 from pathlib import Path
 
@@ -321,3 +322,32 @@ def test_widths_follow_from_the_heads():
     assert (cfg.kv_heads, cfg.head_width, cfg.mlp_width) == (4, 24, 384)
     cfg = ModelConfig(model_dim=96, num_heads=5, num_kv_heads=1, head_dim=16, mlp_dim=7)
     assert (cfg.kv_heads, cfg.head_width, cfg.mlp_width) == (1, 16, 7)
+
+
+@pytest.mark.parametrize(
+    ("args", "path"),
+    [
+        (["--data.path", "a.jsonl"], "a.jsonl"),
+        (["--data.path=a.jsonl"], "a.jsonl"),
+        (["--data.path", "a.jsonl", "b.json"], ["a.jsonl", "b.json"]),
+        (["--data.path", "a.jsonl", "--data.path", "b.json", "--seed", "3"], ["a.jsonl", "b.json"]),
+        (["--data.path", '["a.jsonl", "b.json"]'], ["a.jsonl", "b.json"]),
+        (["--data.path", "[1].jsonl"], "[1].jsonl"),
+        ([], ""),
+    ],
+)
+def test_data_may_lie_in_several_files(args, path):
+    for kind in (config.SftConfig, config.PretrainConfig, config.DpoConfig):
+        assert config.parse(kind, "", args).data.path == path
+
+
+def test_columns_and_roles_are_json_on_the_command_line_and_mappings_in_yaml(tmp_path):
+    columns, roles = {"prompt": "question", "notes": None}, {"oracle": "assistant"}
+    given = ["--data.columns", json.dumps(columns), "--data.roles", json.dumps(roles)]
+    (tmp_path / "a.yaml").write_text(
+        "data: {columns: {prompt: question, notes: null}, roles: {oracle: assistant}}"
+    )
+    for kind in (config.SftConfig, config.DpoConfig, config.GrpoConfig):
+        for args in (given, ["--config", str(tmp_path / "a.yaml")]):
+            data = config.parse(kind, "", args).data
+            assert (data.columns, data.roles) == (columns, roles)

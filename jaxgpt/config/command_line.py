@@ -38,7 +38,7 @@ def parse(kind: type[C], description: str | None, args: Sequence[str] | None = N
         "--config", action="config", help="YAML file that states what differs from the defaults"
     )
     parser.add_class_arguments(kind, sub_configs=True)
-    given = _bare_flags(kind, sys.argv[1:] if args is None else args)
+    given = _bare_flags(kind, _several_paths(sys.argv[1:] if args is None else args))
     _require_readable(given)
     try:
         parsed = parser.parse_args(given)
@@ -110,6 +110,17 @@ def _reworded(message: str, keys: Sequence[str]) -> str:
     called = {"NoneType": "null", "dot import path": "a mapping", "dict": "a mapping"}
     names = [called.get(name, name) for name in map("".join, kinds)]
     return f"{key[1]}={value[1]}: must be {' or '.join(names)}"
+
+
+def _several_paths(args: Sequence[str]) -> list[str]:
+    """`--data.path a b`, as a shell makes of `--data.path *.jsonl`, as a list; one path stays."""
+    flags = [flag for flag in ("--data.path", "--data.val_path") if flag in args]
+    joined = []
+    for arg in join_lists(args, *flags):
+        name, _, value = arg.partition("=")
+        paths = json.loads(value) if name in flags else []
+        joined.append(f"{name}={paths[0]}" if len(paths) == 1 else name if value == "[]" else arg)
+    return joined
 
 
 def _meant(name: str, keys: Sequence[str], dashes: str) -> str:

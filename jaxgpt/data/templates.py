@@ -7,25 +7,34 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+# The calls of a turn, in the form that Hermes and Qwen were tuned on.
+CALLS = (
+    "{% for call in message['tool_calls'] or [] %}{% set call = call['function'] or call %}"
+    "{{ '\n' if message['content'] or not loop.first }}"
+    "{{ '<tool_call>\n' + {'name': call['name'], 'arguments': call['arguments']} | tojson"
+    " + '\n</tool_call>' }}{% endfor %}"
+)
 # What our own models are tuned on.
 CHATML = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    + CALLS
+    + "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
+    "{{ message['content'] | trim }}" + CALLS + "{{ '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 # For vocabularies without special tokens for chat: only the end of a turn is one.
 PLAIN = (
     "{% for message in messages %}"
-    "{{ '### ' + message['role'].capitalize() + ':\n' + message['content'] + eos_token + '\n\n' }}"
-    "{% endfor %}"
+    "{{ '### ' + message['role'].capitalize() + ':\n' + message['content'] }}"
+    + CALLS
+    + "{{ eos_token + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
 )
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "plain": PLAIN}

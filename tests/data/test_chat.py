@@ -209,10 +209,28 @@ def test_a_template_that_leaves_out_calls_is_refused() -> None:
     call = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
     said = [OPENAI[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
     with pytest.raises(ValueError, match=r"does not write the assistant's tool_calls \(of clock\)"):
-        chat.encode(chat.find_format("chatml", None, BYTES), said)
-    writes = chat.CHATML.replace("message['content']", "(message.tool_calls or '') | tojson")
-    encoded = encode(chat.find_format("", writes, BYTES), said)
-    assert "clock" in BYTES.decode(encoded.tokens_T[encoded.target_T].tolist())
+        chat.encode(chat.find_format("", LEAVES_OUT_CALLS, BYTES), said)
+
+
+LEAVES_OUT_CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", chat.TEMPLATES)
+@pytest.mark.parametrize("content", ["", "Look."])
+def test_our_templates_write_calls(name: str, content: str) -> None:
+    made = [{"function": {"name": n, "arguments": {"at": n}}} for n in ("clock", "sun")]
+    said = [OPENAI[0], {"role": "assistant", "content": content, "tool_calls": made}]
+    form = chat.Format(chat.TEMPLATES[name], BYTES, {"bos_token": "", "eos_token": "<|im_end|>"})
+    encoded = encode(form, said)
+    assert BYTES.decode(encoded.tokens_T[encoded.target_T].tolist()).startswith(
+        content
+        + "\n" * bool(content)
+        + '<tool_call>\n{"name": "clock", "arguments": {"at": "clock"}}'
+        '\n</tool_call>\n<tool_call>\n{"name": "sun", "arguments": {"at": "sun"}}\n</tool_call><|'
+    )
 
 
 def test_the_tools_of_a_row_reach_the_template(tmp_path: Path) -> None:
