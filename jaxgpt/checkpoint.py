@@ -249,15 +249,23 @@ def _orbax() -> Any:
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_not_from_orbax)
-    shown = sys.excepthook
+    # When a disk is full, every write under way ends in one of these after the first was raised.
+    uncaught, unraisable = sys.excepthook, sys.unraisablehook
 
     def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        # When a disk is full, every write under way ends here after the first one was raised.
-        if str(error) != "Event loop is closed":
-            shown(kind, error, trace)
+        if not _of_closed_loop(error):
+            uncaught(kind, error, trace)
 
-    sys.excepthook = report
+    def report_unraisable(found: Any) -> None:
+        if not _of_closed_loop(found.exc_value):
+            unraisable(found)
+
+    sys.excepthook, sys.unraisablehook = report, report_unraisable
     return ocp
+
+
+def _of_closed_loop(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

@@ -7,6 +7,7 @@ Names have a group before the slash. Those known to the progress line and the re
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import re
@@ -107,6 +108,7 @@ def _section(step: int, texts: list[str]) -> str:
 
 def open_sinks(cfg: LogConfig, run_dir: str | Path, settings: dict[str, Any]) -> list[Sink]:
     """TensorBoard and Weights & Biases, as far as the config asks for them."""
+    require_sinks(cfg)
     sinks = []
     if cfg.tensorboard:
         sinks.append(_tensorboard(Path(run_dir)))
@@ -115,11 +117,23 @@ def open_sinks(cfg: LogConfig, run_dir: str | Path, settings: dict[str, Any]) ->
     return sinks
 
 
+def require_sinks(cfg: LogConfig) -> None:
+    """Raises ValueError where a package is missing that the config asks for."""
+    for setting, wanted, package in (
+        ("log.tensorboard=true", cfg.tensorboard, "tensorboard"),
+        (f"log.wandb={cfg.wandb}", cfg.wandb, "wandb"),
+    ):
+        at_hand = sys.modules.get(package) or importlib.util.find_spec(package)
+        if wanted and not at_hand:
+            raise ValueError(
+                f'{setting}: needs the package {package}: pip install -e ".[log]", or drop the '
+                "setting"
+            )
+
+
 def _tensorboard(run_dir: Path) -> Sink:
-    try:
-        from tensorboard.summary import Writer  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(_missing("log.tensorboard=true", "tensorboard")) from None
+    from tensorboard.summary import Writer  # pyright: ignore[reportMissingImports]
+
     writer = Writer(str(run_dir / "tensorboard"))
 
     def write(step: int, metrics: Mapping[str, Any]) -> None:
@@ -132,20 +146,22 @@ def _tensorboard(run_dir: Path) -> Sink:
 
 
 def _wandb(project: str, run_dir: Path, settings: dict[str, Any]) -> Sink:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(_missing(f"log.wandb={project}", "wandb")) from None
+    import wandb  # pyright: ignore[reportMissingImports]
+
     # One id per directory, so that the command that resumes the run resumes its curves.
     run_id = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:12]
-    run = wandb.init(
-        project=project, name=run_dir.name, id=run_id, dir=run_dir, config=settings, resume="allow"
-    )
+    try:
+        run = wandb.init(
+            project=project, name=run_dir.name, id=run_id, dir=run_dir, config=settings,
+            resume="allow",
+        )  # fmt: skip
+    except Exception as error:  # of its own kinds: no key, a wrong one, no network
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"log.wandb={project}: {reason.rstrip('.'):.160}; run wandb login, set WANDB_MODE=offline, or drop "
+            "the setting"
+        ) from None
     return lambda step, metrics: run.log({n: _plain(v) for n, v in metrics.items()}, step=step)
-
-
-def _missing(setting: str, package: str) -> str:
-    return f'{setting} needs the package {package}: pip install -e ".[log]", or drop the setting'
 
 
 class Progress:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxgpt import tree
+from jaxgpt import checkpoint, tree
 from jaxgpt.checkpoint import Checkpoints, read_arrays
 
 
@@ -287,6 +288,19 @@ def test_a_full_disk_loses_nothing_earlier(tmp_path, caplog):
         assert not caplog.records  # Orbax's page-long trace stays out of the terminal
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_what_a_full_disk_leaves_in_other_threads_is_not_shown(monkeypatch):
+    """tensorstore's writes under way report as uncaught, or as unraisable, in a page each."""
+    shown = []
+    monkeypatch.setattr(sys, "excepthook", lambda *args: shown.append(str(args[1])))
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: shown.append(str(found.exc_value)))
+    checkpoint._orbax.__wrapped__()
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), None):
+        sys.unraisablehook(SimpleNamespace(exc_value=error))
+    for error in (RuntimeError("Event loop is closed"), ValueError("one more")):
+        sys.excepthook(type(error), error, None)
+    assert shown == ["another", "None", "one more"]
 
 
 KILLED = """

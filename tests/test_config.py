@@ -304,6 +304,26 @@ def test_exit_cleanly_gives_one_line_and_status_1_to_a_diverged_run(capsys):
     assert capsys.readouterr().err == "error: step 3: the loss is nan\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "run/data/0.bin"),
+         "run/data/0.bin: No space left on device; make room, then the same command goes on"),
+        (OSError(28, "No space left on device"),
+         "a file: No space left on device; make room, then the same command goes on"),
+        (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied"),
+        (OSError("cannot write checkpoint 3: reason"), "cannot write checkpoint 3: reason"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_system_names_the_file_and_the_fix(error, said, capsys):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit):
+        config.exit_cleanly(main)
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
 def test_exit_cleanly_leaves_a_bug_its_traceback():
     with pytest.raises(ZeroDivisionError):
         config.exit_cleanly(lambda: 1 // 0)

@@ -233,6 +233,20 @@ def test_tensorboard_events_hold_the_metrics(tmp_path):
     assert (event.step, event.tensor_proto.float_val[0]) == (3, 1.5)
 
 
+def test_wandb_without_a_key_is_one_line(tmp_path, monkeypatch):
+    """Its own error is of a class of its own, and ended in a page of its frames."""
+
+    def init(**_):
+        raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(ValueError) as caught:
+        metrics.open_sinks(LogConfig(wandb="mine"), tmp_path, {})
+    line = str(caught.value)
+    assert line.startswith("log.wandb=mine: No API key configured. Use `wandb login` to log in;")
+    assert "WANDB_MODE=offline" in line and "\n" not in line
+
+
 def test_wandb_resumes_the_run_of_the_same_directory(tmp_path, monkeypatch):
     calls = []
     run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import errno
 import json
 import re
 import sys
@@ -180,6 +181,14 @@ def to_yaml(cfg: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
 
 
+def _said(error: Exception) -> str:
+    """An error's message; one of the system without its number, and with what to do."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    fix = "; make room, then the same command goes on" if error.errno == errno.ENOSPC else ""
+    return f"{error.filename or 'a file'}: {error.strerror}{fix}"
+
+
 def exit_cleanly(main: Callable[[], None]) -> None:
     """Runs a command; a failure becomes one line on stderr.
 
@@ -188,7 +197,7 @@ def exit_cleanly(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(_said(error).split())}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

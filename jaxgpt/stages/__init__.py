@@ -85,6 +85,7 @@ def launch(name: str, cfg: RunConfig) -> None:
     hardware.keep_collectives_in_order()
     heap.keep_freed()
     processes.join()
+    metrics.require_sinks(cfg.log)
     mesh = sharding.make_mesh(cfg.mesh)
     shows, cfg = cfg.show_batch, dataclasses.replace(cfg, show_batch=False)
     with processes.first_process_first("run"):
