@@ -51,13 +51,13 @@ def run(settings: list[str]) -> None:
     import jax
     import psutil
 
-    from jaxgpt import config, stages
+    from jaxgpt import config, run
     from jaxgpt.checkpoint import Checkpoints
 
     # On a CPU a checkpoint's copy of the state lies in the same memory; the plan is of the step.
     Checkpoints.save = lambda *_: None  # type: ignore[method-assign]
     start = psutil.Process().memory_info().rss
-    stages.launch("pretrain", config.parse(config.PretrainConfig, "", settings))
+    run.launch("pretrain", config.parse(config.PretrainConfig, "", settings))
     stats = jax.devices()[0].memory_stats()
     print(stats["peak_bytes_in_use"] if stats else _peak() - start)
 

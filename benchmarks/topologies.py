@@ -42,7 +42,7 @@ def train(name: str, topology: str, override: list[str]) -> str:
     psum_scatter into an all-reduce, of which every device keeps its part. So where one axis has
     not memory enough, others hold a part of every matrix (`mesh.tensor`).
     """
-    from jaxgpt import config, hardware, sharding, stages
+    from jaxgpt import config, hardware, run, sharding
     from jaxgpt.plan import devices, report
 
     chips = devices.topology(topology)
@@ -58,7 +58,7 @@ def train(name: str, topology: str, override: list[str]) -> str:
             "--fit", "auto", *override,
         ])  # fmt: skip
         try:
-            fitting.append(stages.plan("pretrain", cfg, sharding.make_mesh(cfg.mesh, chips)))
+            fitting.append(run.plan("pretrain", cfg, sharding.make_mesh(cfg.mesh, chips)))
         except ValueError as error:
             problem = str(error)
     if not fitting:

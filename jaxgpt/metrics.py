@@ -158,8 +158,8 @@ def _wandb(project: str, run_dir: Path, settings: dict[str, Any]) -> Sink:
     except Exception as error:  # of its own kinds: no key, a wrong one, no network
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"log.wandb={project}: {reason.rstrip('.'):.160}; run wandb login, set WANDB_MODE=offline, or drop "
-            "the setting"
+            f"log.wandb={project}: {reason.rstrip('.'):.160}; run wandb login, set "
+            "WANDB_MODE=offline, or drop the setting"
         ) from None
     return lambda step, metrics: run.log({n: _plain(v) for n, v in metrics.items()}, step=step)
 

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxgpt import sharding
+from jaxgpt import sharding, train
 from jaxgpt.config import RolloutConfig, RunConfig
-from jaxgpt.data import datasets
+from jaxgpt.data import datasets, examples
 from jaxgpt.episodes import Episode, Writer, play, transcript
 from jaxgpt.sampling.sample import Sampling, for_decoding
 from jaxgpt.tasks import Task
 from jaxgpt.tasks.environment import Environment
-from jaxgpt.types import Batch, Carry, Params, Report
+from jaxgpt.types import Batch, BatchSpec, Carry, Params, Report
 
 WIDTH = 16  # rows are as wide as their longest, rounded up to this: few shapes are compiled
 SHOWN = 4  # episodes in the log
@@ -33,6 +33,7 @@ Score = Callable[[Params, Batch], dict[str, Any]]  # compiled; `logprobs` must b
 RewardFn = Callable[[Params, Batch], Any]  # compiled; the reward [B] of whole rows
 # (rows, carry) -> (what else the loss reads, measures); see `Rollouts`
 Prepare = Callable[[Rows, Carry], tuple[Rows, dict[str, float]]]
+READ = ("tokens", "targets", "mask", "segments")  # by every loss
 
 
 class Problems(NamedTuple):
@@ -75,7 +76,7 @@ class Rollouts:
         self.batch_size = cfg.train.batch_size
         self.num_rows = settings.rows(self.batch_size)
         self.score, self.prepare, self.resample = score, prepare, resample
-        self.loss_reads = ("tokens", "targets", "mask", "segments", *loss_reads)
+        self.loss_reads = (*READ, *loss_reads)
         self.mesh = jax.sharding.get_mesh()
         self._rows: tuple[int, Rows] = (-1, {})
         if problems.size == 0:
@@ -253,6 +254,12 @@ class Rollouts:
                 f"token in a thousand, more than {AGREEMENT[dtype]:g} for model.dtype={dtype}: "
                 "they are not of one policy"
             )
+
+
+def minibatch(cfg: RunConfig, loss_reads: Sequence[str]) -> BatchSpec:
+    """The arrays [B, T] of a minibatch, as wide as the longest rollout."""
+    kinds = {name: examples.KINDS[name] for name in READ} | dict.fromkeys(loss_reads, np.float32)
+    return train.spec(kinds, cfg.train.batch_size, cfg.model.context_length)
 
 
 def lay_out(episodes: Sequence[Episode], context_length: int) -> Rows:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import kernels, losses, sharding
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, RunConfig
 from jaxgpt.data.examples import Examples
 from jaxgpt.model import gpt
 from jaxgpt.model.moe import RouterStats
-from jaxgpt.types import Array, Batch, Carry, Metrics, Params
+from jaxgpt.types import Array, Batch, Carry, LossFn, Metrics, Params
 
 
 def run(
@@ -66,6 +66,22 @@ def next_token_loss(
         if cfg.balance == "loss":
             loss = loss + cfg.balance_weight * output.router.balance.mean()
     return loss, weight, metrics
+
+
+def next_token(cfg: RunConfig) -> LossFn:
+    """`next_token_loss` of the policy as pretraining and fine-tuning minimise it."""
+    options = {
+        "z_loss": cfg.train.z_loss,
+        "label_smoothing": cfg.train.label_smoothing,
+        "chunk": cfg.train.loss_chunk,
+    }
+
+    def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
+        return next_token_loss(
+            cfg.model, params["policy"], batch, rng_B, params["carry"], **options
+        )
+
+    return loss
 
 
 def answer_logprobs(

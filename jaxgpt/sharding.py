@@ -67,7 +67,7 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         raise ValueError(f"mesh.{free[1]}=-1: only one axis may take what is left")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
-        raise ValueError(f"mesh={_in_words(sizes)}: does not fit {len(devices)} devices")
+        raise ValueError(_does_not_fit(sizes, len(devices)))
     if free:
         sizes[free[0]] = len(devices) // fixed
     try:
@@ -79,6 +79,24 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         raise ValueError(
             f"mesh={_in_words(sizes)}: each must be a product of axes of the slice, {axes}"
         ) from None
+
+
+def _does_not_fit(sizes: dict[str, int], count: int) -> str:
+    """What is wrong with a mesh for `count` devices, and a value that would do."""
+    fixed, free = math.prod(size for size in sizes.values() if size != -1), -1 in sizes.values()
+    fix = "choose sizes whose product is that"
+    for axis, size in sizes.items():
+        named = size > 1 or axis == "data"
+        room, odd = divmod(count, fixed // max(size, 1))
+        if named and size != -1 and not odd:  # the other axes fit, beside one of this size
+            below = max(n for n in range(1, size + 1) if room % n == 0)
+            value = below if free else -1 if axis == "data" else room
+            fix = f"--mesh.{axis} {value} would fit"
+            break
+    takes = f"a multiple of {fixed}" if free else f"{fixed}"
+    return (
+        f"mesh={_in_words(sizes) or 'data 1'}: takes {takes} devices, and here are {count}; {fix}"
+    )
 
 
 def _in_words(sizes: dict[str, int]) -> str:
@@ -98,7 +116,8 @@ def check_model(cfg: ModelConfig, mesh: Mesh) -> None:
     ):
         if count % mesh.shape[axis]:
             raise ValueError(
-                f"mesh.{axis}={mesh.shape[axis]}: does not divide model.{setting}={count}"
+                f"mesh.{axis}={mesh.shape[axis]}: does not divide model.{setting}={count}; "
+                f"--mesh.{axis} {math.gcd(count, mesh.shape[axis])} would"
             )
 
 
@@ -176,7 +195,7 @@ def check_rows(mesh: Mesh, num_rows: int) -> None:
     if num_rows % ways:
         raise ValueError(
             f"train.batch_size={num_rows}: mesh {'*'.join(ROWS)}={ways} must divide the rows of a "
-            "batch"
+            f"batch; --train.batch_size {-(-num_rows // ways) * ways} would fit"
         )
 
 

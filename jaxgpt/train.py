@@ -7,7 +7,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,18 @@ from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import RunConfig
 from jaxgpt.kernels.platform import compiler_options
 from jaxgpt.runlog import Diverged, RunLog
-from jaxgpt.types import Array, Batch, BatchFn, Carry, CarryFn, EvalFn, LossFn, Metrics, Params
+from jaxgpt.types import (
+    Array,
+    Batch,
+    BatchFn,
+    BatchSpec,
+    Carry,
+    CarryFn,
+    EvalFn,
+    LossFn,
+    Metrics,
+    Params,
+)
 
 PREFETCHED = 2  # batches made ahead of the step that needs them
 
@@ -36,7 +47,8 @@ class Stage(NamedTuple):
     params: Params  # {"policy": ..., "reference": ...}: one entry per network
     trainable: str  # regular expression on parameter paths; what it does not match is frozen
     loss: LossFn  # (params, batch, rng_B) -> (loss sum, weight, metrics as (sum, weight))
-    next_batch: BatchFn  # (params, carry, step) -> batch
+    batch: BatchSpec = {}  # noqa: RUF012 -- never changed in place; what `loss` reads, at its largest
+    next_batch: BatchFn | None = None  # (params, carry, step) -> batch; None: no data yet
     evaluate: EvalFn | None = None  # params -> held-out metrics
     carry: Carry = {}  # noqa: RUF012 -- never changed in place; small state outside the gradient, checkpointed
     after_step: CarryFn | None = None  # (carry, metrics) -> carry, traced
@@ -44,7 +56,8 @@ class Stage(NamedTuple):
     # rollout begins, so no batch is made ahead. 0: it never does.
     updates_per_rollout: int = 0
     skips: bool = False  # a batch of weight zero is no mistake: it changes no parameter
-    prompts: Sequence[list[int]] = ()  # of held-out rows, as tokens, for samples to answer
+    # Of held-out rows, as tokens, for samples to answer; None: the networks write nothing.
+    prompts: Sequence[list[int]] | None = ()
     sample: SampleFn | None = None
 
 
@@ -59,6 +72,11 @@ class TrainState(NamedTuple):
 
 
 StepFn = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def spec(kinds: Mapping[str, Any], *shape: int) -> BatchSpec:
+    """Arrays of one shape, as a stage's `batch` names them: spec(examples.KINDS, B, T)."""
+    return {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
 
 
 def make_state(
@@ -353,8 +371,10 @@ def _batches(
     stage: Stage, mesh: Mesh, cfg: RunConfig, start: int
 ) -> Iterator[Callable[[TrainState, Params, int], Batch]]:
     """The function that gives each step its batch, made ahead by a thread where possible."""
+    make = stage.next_batch
+    assert make is not None, "a stage without data cannot be trained"
     if stage.updates_per_rollout:
-        yield lambda state, frozen, step: stage.next_batch(
+        yield lambda state, frozen, step: make(
             everything(state.params, frozen, state.carry), state.carry, step
         )
         return
@@ -370,7 +390,7 @@ def _batches(
         try:
             with jax.set_mesh(mesh):
                 for step in range(start, cfg.train.steps):
-                    put(stage.next_batch({}, {}, step))
+                    put(make({}, {}, step))
                     if closed.is_set():
                         return
         except BaseException as error:  # raised again where the batch is asked for

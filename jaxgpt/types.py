@@ -46,6 +46,7 @@ class CrossEntropy(NamedTuple):
     correct: Array  # 1 where no logit is larger than the target's
 
 
+BatchSpec = dict[str, jax.ShapeDtypeStruct]  # the arrays of a batch by name, without numbers
 # (params, batch, rng_B) -> (loss sum, weight, metrics). `params` has one entry per network, and
 # `carry`. There is one random key per row, so that a row draws the same numbers wherever it is.
 LossFn = Callable[[Params, Batch, Array], tuple[Array, Array, Metrics]]

@@ -27,14 +27,14 @@ def main() -> None:
     if cfg.devices or cfg.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"
 
-    from jaxgpt import hardware, sharding, stages
+    from jaxgpt import hardware, run, sharding
     from jaxgpt.plan import devices, report
 
     if not cfg.topology:  # JAX can write such a program, but not read it without a TPU
         hardware.use_compilation_cache()
     hardware.keep_collectives_in_order()
     mesh = sharding.make_mesh(cfg.mesh, devices.topology(cfg.topology) if cfg.topology else None)
-    cfg, step = stages.plan(stage, cfg, mesh)
+    cfg, step = run.plan(stage, cfg, mesh)
     first = mesh.devices.flat[0]
     chip = hardware.chip(first)
     if chip and cfg.price:

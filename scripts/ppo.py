@@ -5,9 +5,9 @@ from jaxgpt import config
 
 def main() -> None:
     cfg = config.parse(config.PpoConfig, __doc__)
-    from jaxgpt import stages  # here, so that --help and mistakes need no JAX
+    from jaxgpt import run  # here, so that --help and mistakes need no JAX
 
-    stages.launch("ppo", cfg)
+    run.launch("ppo", cfg)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ LAYERS = (
     {"episodes"},
     {"language_model", "rollouts", "plan"},
     # jaxgpt is the front door, jaxgpt/__init__.py
-    {"stages", "evals", "serve", "notes", "life", "jaxgpt"},
+    {"stages", "evals", "serve"},
+    {"run", "notes", "life", "jaxgpt"},
     {"scripts"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

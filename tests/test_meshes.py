@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import optim, sharding, stages, train
+from jaxgpt import optim, run, sharding, train
 from jaxgpt.config import (
     DataConfig,
     DpoConfig,
@@ -22,6 +22,7 @@ from jaxgpt.config import (
 )
 from jaxgpt.convert import chatting
 from jaxgpt.data import synthetic
+from jaxgpt.stages import STAGES
 
 STEPS = 20
 MODEL = ModelConfig(
@@ -66,12 +67,12 @@ def config_of(kind: str, folder: Path) -> RunConfig:
 def curve(kind: str, cfg: RunConfig, mesh: jax.sharding.Mesh) -> tuple[list[float], int]:
     """The losses of all steps, and the bytes of state and batch on each device."""
     with jax.set_mesh(mesh):
-        begin = stages.BEGIN["sft" if kind in ("sft", "dpo") else "pretrain"]
+        begin = STAGES["sft" if kind in ("sft", "dpo") else "pretrain"].begin
         start = begin(cfg)._replace(config=cfg.model)
-        start = start._replace(params=stages._on_mesh(cfg, None, mesh))
+        start = start._replace(params=run.on_mesh(cfg, None, mesh))
         if kind in ("sft", "dpo"):
             start = chatting.with_format(start, chatting.chat_format(start))
-        stage = stages.BUILD[kind if kind in ("sft", "dpo") else "pretrain"](cfg, start)
+        stage = STAGES[kind if kind in ("sft", "dpo") else "pretrain"].data(cfg, start)
         optimizer = optim.make_optimizer(cfg.optim, STEPS)
         state, frozen = train._place(stage, cfg, mesh, optimizer)
         step = jax.jit(

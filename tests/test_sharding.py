@@ -24,6 +24,25 @@ def test_minus_one_takes_what_is_left():
 
 
 @pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"data": 3}, "mesh=data 3: takes 3 devices, and here are 8; --mesh.data -1 would fit"),
+        ({"data": 1}, "mesh=data 1: takes 1 devices, and here are 8; --mesh.data -1 would fit"),
+        ({"fsdp": 3}, "mesh=fsdp 3: takes a multiple of 3 devices, .* --mesh.fsdp 2 would fit"),
+        ({"tensor": 16}, "takes a multiple of 16 devices, .* --mesh.tensor 8 would fit"),
+        ({"data": 2, "fsdp": 3}, "takes 6 devices, and here are 8; --mesh.fsdp 4 would fit"),
+        ({"data": 3, "fsdp": 3}, "takes 9 devices, .* choose sizes whose product is that"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_says_which_value_would(sizes, said):
+    with pytest.raises(ValueError, match=said):
+        mesh_of(**sizes)
+    for word in said.split("--mesh.")[1:]:
+        axis, value, *_ = word.split()
+        mesh_of(**{**sizes, axis: int(value)})
+
+
+@pytest.mark.parametrize(
     "sizes",
     [{"data": 3}, {"data": 16}, {"data": -1, "fsdp": -1}, {"data": 4}, {"data": -1, "tensor": 3}],
 )

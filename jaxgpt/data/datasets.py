@@ -162,13 +162,10 @@ class Source:
         return batch
 
 
-def blank(batch_size: int, context_length: int, documents: bool = False) -> Rows:
-    """A batch as such a source gives it, without text: one empty row, seen many times."""
-    nothing = Source((), (), 1, context_length, 0, documents, 0, 0)
-    row = nothing._batch(np.full((1, context_length + 1), -1, np.int32))
-    return {
-        name: np.broadcast_to(array, (batch_size, context_length)) for name, array in row.items()
-    }
+def kinds(documents: bool) -> dict[str, type]:
+    """The arrays of such a source's batch, [B, T] each, and their types."""
+    plain = {"tokens": np.int32, "targets": np.int32, "mask": np.float32}
+    return plain | ({"segments": np.int32, "positions": np.int32} if documents else {})
 
 
 def source(

@@ -17,6 +17,8 @@ from jaxgpt.data.rows import Paths
 
 T = TypeVar("T")
 Item = tuple[Sequence[Encoded], ...]  # the sequences of a row, each of one or several examples
+KINDS = {"tokens": np.int32, "targets": np.int32, "mask": np.float32, "segments": np.int32,
+         "positions": np.int32, "roles": np.int8}  # fmt: skip
 BUCKET = 64  # padded rows are as wide as their longest, rounded up: few shapes are compiled
 
 
@@ -152,14 +154,7 @@ def split(
 
 def fill(sequence: Sequence[Encoded], width: int) -> Rows:
     """One row: examples one after another, each its own segment with positions from 0."""
-    row = {
-        "tokens": np.zeros(width, np.int32),
-        "targets": np.zeros(width, np.int32),
-        "mask": np.zeros(width, np.float32),
-        "segments": np.zeros(width, np.int32),
-        "positions": np.zeros(width, np.int32),
-        "roles": np.zeros(width, np.int8),
-    }
+    row = {name: np.zeros(width, kind) for name, kind in KINDS.items()}
     start = 0
     for number, example in enumerate(sequence, 1):
         stop = start + _slots(example)
@@ -171,12 +166,6 @@ def fill(sequence: Sequence[Encoded], width: int) -> Rows:
         row["roles"][start:stop] = example.role_T[:-1]
         start = stop
     return row
-
-
-def blank(batch_size: int, width: int, arms: int = 0) -> Rows:
-    """A batch of empty rows, [B, T] or, for items of several sequences, [B, arms, T]."""
-    shape = (batch_size, arms, width) if arms else (batch_size, width)
-    return {name: np.broadcast_to(array, shape) for name, array in fill((), width).items()}
 
 
 def fit(

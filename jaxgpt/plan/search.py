@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
@@ -29,11 +30,15 @@ class Tried:
         key = (micro_batches, remat)
         if key not in self._found:
             cfg = with_setting(self._cfg, micro_batches, remat)
+            # A minute each for a large model: somebody waits.
+            print(f"compiling {micro_batches} micro-batches, remat {remat}: ", file=sys.stderr,
+                  end="", flush=True)  # fmt: skip
             try:
                 step = compile_step(self._outline, cfg, self._mesh)
                 self._found[key] = self._weigh(step)
             except TooLarge as error:
                 self._found[key] = error
+            print(_in_words(self._found[key]), file=sys.stderr)
         return self._found[key]
 
     def _weigh(self, step: Step) -> Step | TooLarge:
@@ -44,6 +49,12 @@ class Tried:
         """The refusal that was nearest to fitting."""
         refused = [found for found in self._found.values() if isinstance(found, TooLarge)]
         return min(refused, key=lambda error: error.needed)
+
+
+def _in_words(found: Step | TooLarge) -> str:
+    if isinstance(found, Step):
+        return f"{found.memory.total / 1e9:.2f} GB a device"
+    return f"does not fit ({found})"
 
 
 def usable(chip: Chip | None) -> float:

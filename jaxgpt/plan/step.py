@@ -107,9 +107,8 @@ def compile_step(outline: Outline, cfg: RunConfig, mesh: Mesh) -> Step:
             placed(shapes, sharding.shardings(mesh, shapes))
             for shapes in (jax.eval_shape(make, trainable, stage.carry), frozen)
         )
-        blank = stage.next_batch({}, {}, 0)
-        rows = {name: sharding.row_sharding(mesh, array.shape) for name, array in blank.items()}
-        batch = placed(blank, rows)
+        rows = {name: sharding.row_sharding(mesh, a.shape) for name, a in stage.batch.items()}
+        batch = placed(stage.batch, rows)
         traced = train.jit_step(stage, cfg, mesh, optimizer, state).trace(state, frozen, batch)
         held = _held(state, frozen, batch)
         try:
@@ -123,8 +122,8 @@ def compile_step(outline: Outline, cfg: RunConfig, mesh: Mesh) -> Step:
         devices=mesh.size,
         parameters=tree.count(stage.params),
         trained=tree.count(trainable),
-        tokens=math.prod(blank["tokens"].shape),
-        flops_per_token=metrics.flops_per_token(cfg.model, blank["tokens"].shape[-1]),
+        tokens=math.prod(stage.batch["tokens"].shape),
+        flops_per_token=metrics.flops_per_token(cfg.model, stage.batch["tokens"].shape[-1]),
         flops=flops.count(traced.jaxpr),
         memory=_memory(held, compiled.memory_analysis(), mesh.devices.flat[0].platform),
         memory_traffic=seen.memory_bytes,

@@ -4,11 +4,9 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxgpt import files, losses, scoring, sharding, train, tree
 from jaxgpt.config import DistillConfig, ModelConfig
@@ -23,7 +21,7 @@ from jaxgpt.model import gpt
 from jaxgpt.rollouts import Problems, Rollouts
 from jaxgpt.sampling.sample import Sampling, for_decoding, generate
 from jaxgpt.tasks.environment import Question
-from jaxgpt.train import Stage
+from jaxgpt.train import Stage, spec
 from jaxgpt.types import Array, Batch, Metrics, Params
 
 ANSWERED = 64  # prompts that the teacher answers at a time
@@ -41,8 +39,8 @@ def begin(cfg: DistillConfig) -> Loaded:
     return teacher._replace(config=model, params=None)
 
 
-def build(cfg: DistillConfig, start: Loaded) -> Stage:
-    """Trains the student on text or conversations, towards what the teacher says of each token."""
+def data(cfg: DistillConfig, start: Loaded) -> Stage:
+    """The objective with its batches, of text or conversations, or of the student's answers."""
     teacher = _load_teacher(cfg, partial(sharding.place, jax.sharding.get_mesh()))
     _require_same_vocabulary(start, teacher)
     width = examples.row_width(
@@ -72,20 +70,24 @@ def build(cfg: DistillConfig, start: Loaded) -> Stage:
         kl = apart(params, batch, "forward_kl", 1.0)
         return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "kl": (kl, weight)}
 
-    return outline(cfg, start.params, teacher.config, teacher.params)._replace(
+    return objective(cfg, start.params, teacher)._replace(
         next_batch=next_batch,
         evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
         prompts=examples.prompts(held_out, cfg.model.context_length),
     )
 
 
-def outline(cfg: DistillConfig, params: Params, model: ModelConfig, teacher: Params) -> Stage:
-    """The stage without its data: batches are blank, and the parameters may be shapes.
+def objective(cfg: DistillConfig, params: Params, teacher: Loaded | None = None) -> Stage:
+    """What is trained, towards what: the teacher's opinion of each token; `params` may be shapes.
 
     Args:
-        model: the teacher's.
+        teacher: None: its parameters are shapes, too.
     """
-    networks = {"policy": params} if cfg.top_k else {"policy": params, "teacher": teacher}
+    model = teacher.config if teacher else teacher_config(cfg)
+    shapes = lambda: jax.eval_shape(lambda: gpt.init(model, jax.random.key(0)))
+    networks = {"policy": params}
+    if not cfg.top_k:
+        networks["teacher"] = teacher.params if teacher else shapes()
     apart = partial(_divergence, cfg, model)
 
     def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
@@ -99,19 +101,15 @@ def outline(cfg: DistillConfig, params: Params, model: ModelConfig, teacher: Par
         soft *= cfg.temperature**2  # or its gradient would shrink with the temperature
         return cfg.hard * hard + (1 - cfg.hard) * soft, weight, metrics
 
-    def blank(*_: Any) -> Batch:
-        shortest = min(cfg.model.context_length, model.context_length)
-        B, T = cfg.train.batch_size, examples.row_width(cfg.data.max_tokens, shortest)
-        K = min(cfg.top_k, model.vocab_size - 1)
-        known = {"teacher_logprobs": np.float32, "teacher_ids": np.int32} if K else {}
-        zeros = {name: np.broadcast_to(kind(0), (B, K, T)) for name, kind in known.items()}
-        return examples.blank(B, T) | zeros
-
+    shortest = min(cfg.model.context_length, model.context_length)
+    B, T = cfg.train.batch_size, examples.row_width(cfg.data.max_tokens, shortest)
+    K = min(cfg.top_k, model.vocab_size - 1)
+    known = {"teacher_logprobs": jnp.float32, "teacher_ids": jnp.int32} if K else {}
     return Stage(
         params=networks,
         trainable="^policy/",
         loss=loss,
-        next_batch=blank,
+        batch=spec(examples.KINDS, B, T) | spec(known, B, K, T),
         updates_per_rollout=cfg.rollout.updates if cfg.on_policy else 0,
         skips=cfg.on_policy,
     )
@@ -189,6 +187,11 @@ def _own_answers(
 
     nothing_more = lambda rows, carry: ({}, {})
     return Rollouts(cfg, cfg.rollout, writer, prompts, score, nothing_more, ())
+
+
+def vocab_size(cfg: DistillConfig) -> int:
+    """The student's vocabulary is the teacher's."""
+    return teacher_config(cfg).vocab_size
 
 
 def teacher_config(cfg: DistillConfig) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
 from jaxgpt.data import examples, preferences
 from jaxgpt.data.examples import Examples
-from jaxgpt.train import Stage
+from jaxgpt.train import Stage, spec
 from jaxgpt.types import Array, Batch, Metrics, Params
 
 ALONE = ("orpo", "simpo")  # losses that look at no reference
@@ -32,8 +32,8 @@ class Answers(NamedTuple):
         return self.logprobs_B2 / jnp.maximum(self.counts_B2, 1)
 
 
-def build(cfg: DpoConfig, start: Loaded) -> Stage:
-    """Trains the network to prefer the chosen answers, near a frozen copy of itself."""
+def data(cfg: DpoConfig, start: Loaded) -> Stage:
+    """The objective with its batches of answers."""
     read = preferences.ratings if cfg.loss == "kto" else preferences.pairs
     train_pairs, held_out = read(
         cfg.data,
@@ -46,7 +46,7 @@ def build(cfg: DpoConfig, start: Loaded) -> Stage:
     if cfg.loss not in ALONE and cfg.reference == "precomputed":
         train_pairs = _with_reference(cfg, start.params, train_pairs, "train")
         held_out = _with_reference(cfg, start.params, held_out, "val")
-    stage = outline(cfg, start.params)
+    stage = objective(cfg, start.params)
 
     @jax.jit
     def held_out_metrics(params: Params, batch: Batch) -> Metrics:
@@ -60,8 +60,8 @@ def build(cfg: DpoConfig, start: Loaded) -> Stage:
     )
 
 
-def outline(cfg: DpoConfig, params: Params) -> Stage:
-    """The stage without its data: batches are blank, and `params` may be shapes."""
+def objective(cfg: DpoConfig, params: Params) -> Stage:
+    """What is trained, towards what: chosen answers, near a frozen copy; `params` may be shapes."""
     networks = {"policy": params}
     if cfg.loss not in ALONE and cfg.reference == "live":
         networks["reference"] = params
@@ -81,16 +81,13 @@ def outline(cfg: DpoConfig, params: Params) -> Stage:
             return _kto(cfg, policy, reference, batch["desirable"], weight_B)
         return _pairs(cfg, policy, reference, weight_B)
 
-    def blank(*_: Any) -> Batch:
-        width = examples.row_width(cfg.data.max_tokens, cfg.model.context_length)
-        numbers = ["desirable" if cfg.loss == "kto" else "margin"]
-        if cfg.loss not in ALONE and cfg.reference == "precomputed":
-            numbers += [f"reference_{arm}" for arm in ARMS]
-        zeros_B = np.zeros(cfg.train.batch_size, np.float32)
-        arms = examples.blank(cfg.train.batch_size, width, len(ARMS))
-        return arms | dict.fromkeys(numbers, zeros_B)
-
-    return Stage(params=networks, trainable="^policy/", loss=loss, next_batch=blank)
+    width = examples.row_width(cfg.data.max_tokens, cfg.model.context_length)
+    numbers = ["desirable" if cfg.loss == "kto" else "margin"]
+    if cfg.loss not in ALONE and cfg.reference == "precomputed":
+        numbers += [f"reference_{arm}" for arm in ARMS]
+    B = cfg.train.batch_size
+    batch = spec(examples.KINDS, B, len(ARMS), width) | spec(dict.fromkeys(numbers, np.float32), B)
+    return Stage(params=networks, trainable="^policy/", loss=loss, batch=batch)
 
 
 def score(cfg: DpoConfig, params: Params, batch: Batch) -> Answers:

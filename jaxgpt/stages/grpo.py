@@ -14,15 +14,14 @@ from jaxgpt import policy_losses, scoring, tasks
 from jaxgpt.config import GrpoConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
-from jaxgpt.data import examples
 from jaxgpt.episodes import Writer
-from jaxgpt.rollouts import Rollouts, Rows, from_task
+from jaxgpt.rollouts import Rollouts, Rows, from_task, minibatch
 from jaxgpt.train import Stage
 from jaxgpt.types import Array, Batch, Carry, Metrics, Params
 
 
-def build(cfg: GrpoConfig, start: Loaded) -> Stage:
-    """Trains the network on its own answers to a task's problems."""
+def data(cfg: GrpoConfig, start: Loaded) -> Stage:
+    """The objective with its rollouts: the policy\'s answers to a task\'s problems."""
     data = cfg.data
     task = tasks.find(data.path, data.val_path, data.split, data.tools, data.columns, data.roles)
     if cfg.data.format_weight:
@@ -32,7 +31,7 @@ def build(cfg: GrpoConfig, start: Loaded) -> Stage:
         cfg, cfg.rollout, writer, from_task(task, False), jax.jit(partial(score, cfg)),
         partial(advantages, cfg), _kept(cfg), cfg.resample,
     )  # fmt: skip
-    return outline(cfg, start.params)._replace(
+    return objective(cfg, start.params)._replace(
         next_batch=rollouts,
         evaluate=partial(
             rollouts.evaluate, from_task(task, True), cfg.eval.batches * cfg.train.batch_size
@@ -40,16 +39,14 @@ def build(cfg: GrpoConfig, start: Loaded) -> Stage:
     )
 
 
-def outline(cfg: GrpoConfig, params: Params) -> Stage:
-    """The stage without its rollouts: batches are blank, and `params` may be shapes."""
+def objective(cfg: GrpoConfig, params: Params) -> Stage:
+    """What is trained, towards what; `params` may be shapes."""
     networks = {"policy": params} | ({"reference": params} if cfg.kl else {})
-    shape = (cfg.train.batch_size, cfg.model.context_length)  # no rollout is longer
-    known = dict.fromkeys(_kept(cfg), np.broadcast_to(np.float32(0), shape))
     return Stage(
         params=networks,
         trainable="^policy/",
         loss=partial(loss, cfg),
-        next_batch=lambda *_: examples.blank(*shape) | known,
+        batch=minibatch(cfg, _kept(cfg)),
         updates_per_rollout=cfg.rollout.updates,
         skips=True,
     )

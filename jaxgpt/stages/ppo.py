@@ -18,9 +18,8 @@ from jaxgpt import policy_losses, rundir, scoring, sharding, tasks
 from jaxgpt.config import ModelConfig, PpoConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load
-from jaxgpt.data import examples
 from jaxgpt.episodes import Writer
-from jaxgpt.rollouts import Rollouts, Rows, from_task
+from jaxgpt.rollouts import Rollouts, Rows, from_task, minibatch
 from jaxgpt.train import Stage
 from jaxgpt.types import Array, Batch, Carry, Metrics, Params
 
@@ -28,14 +27,14 @@ KEPT = ("logprobs", "reference", "values", "advantages", "returns")  # of every 
 KL_GAIN = 0.5  # of the adaptive weight: by at most a tenth, since the error is clipped to a fifth
 
 
-def build(cfg: PpoConfig, start: Loaded) -> Stage:
-    """Trains the network and its value network on its own answers to a task's problems."""
+def data(cfg: PpoConfig, start: Loaded) -> Stage:
+    """The objective with its rollouts: the policy\'s answers to a task\'s problems."""
     data = cfg.data
     task = tasks.find(data.path, data.val_path, data.split, data.tools, data.columns, data.roles)
     if cfg.data.format_weight:
         task = tasks.with_format(task, cfg.data.format_weight)
     writer = Writer(cfg.model, chatting.chat_format(start), start.stop_ids)
-    stage = outline(cfg, start.params)
+    stage = objective(cfg, start.params)
     params, judge = stage.params | {"value": _value(cfg, start.params)}, None
     if cfg.reward_model:
         judge, params["reward"] = _load_judge(cfg, start)
@@ -56,21 +55,19 @@ def build(cfg: PpoConfig, start: Loaded) -> Stage:
     )
 
 
-def outline(cfg: PpoConfig, params: Params) -> Stage:
-    """The stage without its rollouts: batches are blank, and `params` may be shapes.
+def objective(cfg: PpoConfig, params: Params) -> Stage:
+    """What is trained, towards what; `params` may be shapes.
 
     A reward model, which is not read, counts as one of the policy's shape.
     """
     value = jax.eval_shape(partial(_value, cfg), params)
     judge = {"reward": jax.eval_shape(partial(_with_head, cfg), params)} if cfg.reward_model else {}
-    shape = (cfg.train.batch_size, cfg.model.context_length)  # no rollout is longer
-    known = dict.fromkeys(KEPT, np.broadcast_to(np.float32(0), shape))
     counters = dict.fromkeys(("update", "stopped", "kl", "answers"), 0.0) | {"kl_weight": cfg.kl}
     return Stage(
         params={"policy": params, "reference": params, "value": value} | judge,
         trainable="^(policy|value)/",
         loss=partial(loss, cfg),
-        next_batch=lambda *_: examples.blank(*shape) | known,
+        batch=minibatch(cfg, KEPT),
         # Of NumPy: the devices that a plan is for need not be here.
         carry={name: np.float32(value) for name, value in counters.items()},
         after_step=partial(after_step, cfg),

@@ -17,14 +17,26 @@ from jaxgpt.data import corpus, datasets, rows
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.datasets import Rows, Source
 from jaxgpt.data.rows import Paths
-from jaxgpt.train import Stage
-from jaxgpt.types import Array, Batch, Carry, CarryFn, Metrics, Params
+from jaxgpt.train import Stage, spec
+from jaxgpt.types import Array, Batch, Carry, CarryFn, Params
 
 Place = Callable[[Callable[[np.ndarray], Rows]], Batch]  # reads the asked rows onto the mesh
 
 
 def begin(cfg: PretrainConfig) -> Loaded:
-    """Tokenises the text, if that is still to be done; a random network of the asked shape."""
+    """A random network of the asked shape, which reads what the text was tokenised with."""
+    tokenizer = tokenizers.load(tokenise(cfg))
+    model = replace(cfg.model, vocab_size=cfg.model.vocab_size or tokenizer.vocab_size)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids; "
+            "use 0 to take its size, or more"
+        )
+    return Loaded(model, None, tokenizer)
+
+
+def tokenise(cfg: PretrainConfig) -> str:
+    """Makes token files of the text, if that is still to be done; the tokenizer's name."""
     data, run = cfg.data, Path(cfg.run)
     name = str(run / "tokenizer.json") if cfg.init else data.tokenizer
     for path, directory in zip(data.mixture or [data.path], _token_paths(cfg), strict=True):
@@ -37,14 +49,7 @@ def begin(cfg: PretrainConfig) -> Loaded:
         raise ValueError(
             f"data.tokenizer is empty, and {data.path} does not say what made it; set it"
         )
-    tokenizer = tokenizers.load(name)
-    model = replace(cfg.model, vocab_size=cfg.model.vocab_size or tokenizer.vocab_size)
-    if model.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids; "
-            "use 0 to take its size, or more"
-        )
-    return Loaded(model, None, tokenizer)
+    return name
 
 
 def _tokenise(path: Paths, directory: str | Path, tokenizer: str, data: DataConfig) -> None:
@@ -68,8 +73,25 @@ def vocab_size(cfg: PretrainConfig) -> int:
     return cfg.data.vocab_size
 
 
-def build(cfg: PretrainConfig, start: Loaded) -> Stage:
-    """Trains the network on the token files."""
+def objective(cfg: PretrainConfig, params: Params) -> Stage:
+    """What is trained, towards what: the next token of every text; `params` may be shapes."""
+    biased = cfg.model.num_experts > 0 and cfg.model.balance == "bias"
+    return Stage(
+        params={"policy": params},
+        trainable="^policy/",
+        loss=scoring.next_token(cfg),
+        batch=spec(
+            datasets.kinds(cfg.data.documents), cfg.train.batch_size, cfg.model.context_length
+        ),
+        carry={"router_bias": _no_bias(cfg.model)} if biased else {},
+        after_step=_move_bias(cfg.model.balance_weight) if biased else None,
+    )
+
+
+def data(cfg: PretrainConfig, start: Loaded) -> Stage:
+    """The objective with its batches, from the token files."""
+    if cfg.init:  # else `begin` has done it
+        tokenise(cfg)
     weights = list(cfg.data.mixture.values()) or [1.0]
     source = datasets.source(
         dict(zip(map(str, _token_paths(cfg)), weights, strict=True)),
@@ -80,35 +102,9 @@ def build(cfg: PretrainConfig, start: Loaded) -> Stage:
         cfg.data.documents,
     )
     place: Place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
-    return outline(cfg, start.params)._replace(
+    return objective(cfg, start.params)._replace(
         next_batch=lambda params, carry, step: place(partial(source.rows, step)),
         evaluate=partial(evaluate, cfg, source, place) if source.num_val_batches() else None,
-    )
-
-
-def outline(cfg: PretrainConfig, params: Params) -> Stage:
-    """The stage without its data: batches are blank, and `params` may be shapes."""
-    options = {
-        "z_loss": cfg.train.z_loss,
-        "label_smoothing": cfg.train.label_smoothing,
-        "chunk": cfg.train.loss_chunk,
-    }
-
-    def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
-        return scoring.next_token_loss(
-            cfg.model, params["policy"], batch, rng_B, params["carry"], **options
-        )
-
-    biased = cfg.model.num_experts > 0 and cfg.model.balance == "bias"
-    return Stage(
-        params={"policy": params},
-        trainable="^policy/",
-        loss=loss,
-        next_batch=lambda *_: datasets.blank(
-            cfg.train.batch_size, cfg.model.context_length, cfg.data.documents
-        ),
-        carry={"router_bias": _no_bias(cfg.model)} if biased else {},
-        after_step=_move_bias(cfg.model.balance_weight) if biased else None,
     )
 
 

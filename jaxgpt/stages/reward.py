@@ -1,7 +1,6 @@
 """A reward model: one number for an answer, higher for those that people prefer."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +12,14 @@ from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
 from jaxgpt.data import examples, preferences
 from jaxgpt.model import gpt
-from jaxgpt.train import Stage
+from jaxgpt.train import Stage, spec
 from jaxgpt.types import Array, Batch, Metrics, Params
 
 BINS = 5  # of confidence, when the calibration is measured
 
 
-def build(cfg: RewardConfig, start: Loaded) -> Stage:
-    """Trains the network with a scalar head in the place of its vocabulary."""
+def data(cfg: RewardConfig, start: Loaded) -> Stage:
+    """The objective with a random scalar head in the place of the vocabulary, and its batches."""
     train, held_out = preferences.pairs(
         cfg.data,
         chatting.chat_format(start),
@@ -31,7 +30,7 @@ def build(cfg: RewardConfig, start: Loaded) -> Stage:
     mesh = jax.sharding.get_mesh()
     place = partial(sharding.place_rows, mesh, cfg.train.batch_size)
 
-    stage = outline(cfg, start.params)
+    stage = objective(cfg, start.params)
     placed = sharding.shardings(mesh, {"reward": stage.params["reward"]})["reward"]
     head = jax.jit(partial(_head, cfg), out_shardings=placed)()
 
@@ -50,8 +49,8 @@ def build(cfg: RewardConfig, start: Loaded) -> Stage:
     )
 
 
-def outline(cfg: RewardConfig, params: Params) -> Stage:
-    """The stage without its data: batches are blank, the head and maybe `params` shapes."""
+def objective(cfg: RewardConfig, params: Params) -> Stage:
+    """What is trained, towards what; the head, and maybe `params`, are shapes."""
 
     def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
         reward_B2 = score_pairs(cfg.model, params, batch)
@@ -70,16 +69,14 @@ def outline(cfg: RewardConfig, params: Params) -> Stage:
         }
         return (loss_B * weight_B).sum(), weight, metrics
 
-    def blank(*_: Any) -> Batch:
-        width = examples.row_width(cfg.data.max_tokens, cfg.model.context_length)
-        margin_B = np.zeros(cfg.train.batch_size, np.float32)
-        return examples.blank(cfg.train.batch_size, width, 2) | {"margin": margin_B}
-
+    width = examples.row_width(cfg.data.max_tokens, cfg.model.context_length)
+    B = cfg.train.batch_size
     return Stage(
         params={"policy": params, "reward": jax.eval_shape(partial(_head, cfg))},
         trainable="^(policy|reward)/",
         loss=loss,
-        next_batch=blank,
+        batch=spec(examples.KINDS, B, 2, width) | spec({"margin": np.float32}, B),
+        prompts=None,  # a reward model writes nothing
     )
 
 

@@ -11,8 +11,8 @@ from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
 from jaxgpt.data import examples, instructions
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.train import Stage
-from jaxgpt.types import Array, Batch, Metrics, Params
+from jaxgpt.train import Stage, spec
+from jaxgpt.types import Batch, Metrics, Params
 
 
 def begin(cfg: SftConfig) -> Loaded:
@@ -22,8 +22,19 @@ def begin(cfg: SftConfig) -> Loaded:
     return Loaded(model, None, tokenizer)
 
 
-def build(cfg: SftConfig, start: Loaded) -> Stage:
-    """Trains the network on conversations, and on plain text beside them if asked."""
+def objective(cfg: SftConfig, params: Params) -> Stage:
+    """What is trained, towards what: the assistant's next token; `params` may be shapes."""
+    width = examples.row_width(cfg.data.max_tokens, cfg.model.context_length)
+    return Stage(
+        params={"policy": params},
+        trainable="^policy/",
+        loss=scoring.next_token(cfg),
+        batch=spec(examples.KINDS, cfg.train.batch_size, width),
+    )
+
+
+def data(cfg: SftConfig, start: Loaded) -> Stage:
+    """The objective with its batches: conversations, and plain text beside them if asked."""
     train, held_out = instructions.batches(
         cfg.data,
         instructions.dialogues(cfg.data),
@@ -42,30 +53,8 @@ def build(cfg: SftConfig, start: Loaded) -> Stage:
         )
         return {"loss": metrics["nll"], "accuracy": metrics["accuracy"]}
 
-    return outline(cfg, start.params)._replace(
+    return objective(cfg, start.params)._replace(
         next_batch=lambda params, carry, step: place(partial(train.rows, step)),
         evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
         prompts=examples.prompts(held_out, cfg.model.context_length),
-    )
-
-
-def outline(cfg: SftConfig, params: Params) -> Stage:
-    """The stage without its data: batches are blank, and `params` may be shapes."""
-    options = {
-        "z_loss": cfg.train.z_loss,
-        "label_smoothing": cfg.train.label_smoothing,
-        "chunk": cfg.train.loss_chunk,
-    }
-
-    def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
-        return scoring.next_token_loss(
-            cfg.model, params["policy"], batch, rng_B, params["carry"], **options
-        )
-
-    width = examples.row_width(cfg.data.max_tokens, cfg.model.context_length)
-    return Stage(
-        params={"policy": params},
-        trainable="^policy/",
-        loss=loss,
-        next_batch=lambda *_: examples.blank(cfg.train.batch_size, width),
     )

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import config, hardware, rundir, sharding, stages, train
+from jaxgpt import config, hardware, run, rundir, sharding, train
 from jaxgpt.config import (
     DpoConfig,
     GrpoConfig,
@@ -57,7 +57,7 @@ def rolled():
 
 @pytest.fixture(scope="module")
 def steps(rolled) -> dict[str, Step]:
-    build = partial(stages.outline, "pretrain")
+    build = partial(run.outline, "pretrain")
     return {name: compile_step(build, CFG, mesh_of(**sizes)) for name, sizes in MESHES.items()}
 
 
@@ -153,12 +153,10 @@ def kind_of(name: str) -> str:
 def test_every_stage_has_an_outline_that_can_be_traced(name):
     cfg = dataclasses.replace(OTHERS[name], model=WIDE, train=CFG.train)
     with jax.set_mesh(mesh_of()):
-        stage = stages.outline(kind_of(name), cfg)
-        blank = stage.next_batch({}, {}, 0)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), blank)
+        stage = run.outline(kind_of(name), cfg)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 16))
         params = stage.params | {"carry": stage.carry}
-        loss, weight, _ = jax.eval_shape(stage.loss, params, shapes, keys)
+        loss, weight, _ = jax.eval_shape(stage.loss, params, stage.batch, keys)
     assert loss.shape == weight.shape == ()
     assert ("reference" in stage.params) == (
         name in ("dpo", "kto", "qlora", "grpo near a reference", "ppo", "ppo by a judge")
@@ -272,7 +270,7 @@ def test_a_batch_that_no_device_divides_is_refused():
         search.divisions(12, mesh_of(data=8))
     cfg = search.with_setting(CFG, 4, "none")
     with pytest.raises(ValueError, match=r"train\.micro_batches=4: leaves 4 rows"):
-        compile_step(partial(stages.outline, "pretrain"), cfg, mesh_of(data=8))
+        compile_step(partial(run.outline, "pretrain"), cfg, mesh_of(data=8))
 
 
 # ---- runs that follow it
@@ -298,15 +296,15 @@ def test_a_run_keeps_what_was_chosen_and_never_compiles_twice(tmp_path, monkeypa
     jit_step = train.jit_step
     monkeypatch.setattr(train, "jit_step", lambda *a: compiled.append(jit_step(*a)) or compiled[-1])
     cfg = run_config(tmp_path)
-    stages.launch("pretrain", cfg)
+    run.launch("pretrain", cfg)
     assert compiled[-1]._cache_size() == 1, "the second step was compiled again"
     settings = (tmp_path / "run" / "config.yaml").read_text()
     assert "micro_batches: 2" in settings and "remat: full" in settings
 
     rundir.enter(cfg)  # the same command is no other config
-    again = stages._fitted("pretrain", cfg, sharding.make_mesh(cfg.mesh))
+    again = run.fitted("pretrain", cfg, sharding.make_mesh(cfg.mesh))
     assert (again.train.micro_batches, again.model.remat) == (2, "full")
-    elsewhere = stages._fitted("pretrain", cfg, mesh_of())
+    elsewhere = run.fitted("pretrain", cfg, mesh_of())
     assert (elsewhere.train.micro_batches, elsewhere.model.remat) == (4, "dots")
 
 
@@ -335,7 +333,7 @@ def test_a_tpu_gathers_each_kernel_once_and_scatters_its_gradient(remat, fsdp, t
     cfg = dataclasses.replace(CFG, model=model, train=dataclasses.replace(CFG.train, batch_size=64))
     axes = MeshConfig(data=1, fsdp=fsdp, tensor=tensor)
     mesh = sharding.make_mesh(axes, devices.topology("v5e:2x4"))
-    step = compile_step(partial(stages.outline, "pretrain"), cfg, mesh)
+    step = compile_step(partial(run.outline, "pretrain"), cfg, mesh)
     assert report.per_layer(step)["all-gather"] == {"forward": 7, "backward": 7}
     assert report.per_layer(step)["reduce-scatter"] == {"forward": 0, "backward": 7}
     added = [c for c in step.collectives if c.kind == "all-reduce" and c.loops[-1:] == (3,)]
@@ -358,13 +356,13 @@ def test_llama_8b_trains_whole_on_eight_chips_of_16_gb(monkeypatch):
         "--optim.moments", "bfloat16",
     ])  # fmt: skip
     mesh = sharding.make_mesh(cfg.mesh, devices.topology("v5e:2x4"))
-    step = search.as_given(partial(stages.outline, "pretrain"), cfg, mesh)
+    step = search.as_given(partial(run.outline, "pretrain"), cfg, mesh)
     assert step.memory.total < 15.5e9
     assert report.per_layer(step)["all-gather"] == {"forward": 7, "backward": 7}
     assert report.per_layer(step)["reduce-scatter"] == {"forward": 0, "backward": 7}
     with pytest.raises(ValueError, match="lacks"):
         in_float32 = dataclasses.replace(cfg, optim=config.OptimConfig())
-        search.as_given(partial(stages.outline, "pretrain"), in_float32, mesh)
+        search.as_given(partial(run.outline, "pretrain"), in_float32, mesh)
 
 
 @pytest.mark.slow
@@ -387,7 +385,7 @@ def test_every_stage_is_planned_for_devices_that_are_not_here(name):
         model = dataclasses.replace(model, num_experts=4, balance="bias")
     cfg = dataclasses.replace(OTHERS.get(name, CFG), model=model, train=CFG.train)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4), devices.topology("v5e:2x4"))
-    step = compile_step(partial(stages.outline, kind_of(name)), cfg, mesh)
+    step = compile_step(partial(run.outline, kind_of(name)), cfg, mesh)
     assert 0 < step.memory.total < 16e9 and step.collectives
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import sharding, stages, tree
+from jaxgpt import run, sharding, tree
 from jaxgpt.config import MeshConfig, ModelConfig, PeftConfig, SftConfig
 from jaxgpt.convert import hf
 from jaxgpt.convert.load import own_files
@@ -26,7 +26,7 @@ def test_initial_weights_go_straight_onto_the_mesh(kind, tmp_path):
     cfg = SftConfig(init=str(tmp_path / "model"), peft=PeftConfig(kind=kind))
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
     with jax.set_mesh(mesh):
-        start = stages._begin("sft", cfg)
+        start = run.begin("sft", cfg)
     for name, leaf in tree.flatten(start.params).items():
         assert leaf.sharding.spec == sharding.spec_of(name, leaf.shape, mesh), name
     placed, expected = tree.flatten(start.params), tree.flatten(params)

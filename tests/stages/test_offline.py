@@ -35,6 +35,7 @@ from jaxgpt.convert.load import Loaded
 from jaxgpt.data import show, synthetic
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.model import gpt
+from jaxgpt.run import efficient
 
 # With remat the layers stay rolled, which compiles in half the time.
 MODEL = ModelConfig(
@@ -100,7 +101,7 @@ def make(kind: str, tmp_path: Path, **changes: Any) -> Run:
 
 def stage_of(kind: str, cfg: RunConfig, start: Loaded) -> train.Stage:
     name = kind.split("-")[0]
-    return stages._efficient(cfg.peft, stages.BUILD[STAGE.get(name, name)](cfg, start))
+    return efficient(cfg.peft, stages.STAGES[STAGE.get(name, name)].data(cfg, start))
 
 
 @pytest.fixture(autouse=True)
@@ -246,7 +247,7 @@ def test_the_layers_of_a_student_are_the_teachers() -> None:
 def test_the_reward_does_not_see_the_padding(tmp_path: Path) -> None:
     run = make("reward", tmp_path)
     with jax.set_mesh(mesh_of()):
-        stage = stages.BUILD["reward"](run.cfg, run.start)
+        stage = stages.STAGES["reward"].data(run.cfg, run.start)
         batch = stage.next_batch({}, {}, 0)
         wide = {
             name: np.pad(array, [(0, 0), (0, 0), (0, 24)]) if array.ndim == 3 else array
@@ -300,7 +301,7 @@ def test_plain_text_takes_its_share_of_the_rows(tmp_path: Path) -> None:
     run.start.tokenizer.save(Path(run.cfg.run) / "tokenizer.json")
     data = replace(run.cfg.data, text_share=0.25, text_path=str(text))
     with jax.set_mesh(mesh_of()):
-        stage = stages.BUILD["sft"](replace(run.cfg, data=data), run.start)
+        stage = stages.STAGES["sft"].data(replace(run.cfg, data=data), run.start)
         batches = [stage.next_batch({}, {}, step) for step in range(4)]
     plain = [row for batch in batches for row in np.asarray(batch["roles"]) if not row.any()]
     assert len(plain) == 8

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt import checkpoint, metrics, peft, rollouts, sharding, stages, tasks, train, tree
+from jaxgpt import checkpoint, metrics, peft, rollouts, run, sharding, stages, tasks, train, tree
 from jaxgpt.config import (
     CheckpointConfig,
     DistillConfig,
@@ -81,7 +81,7 @@ def make(kind: str, folder: Path, **changes: Any) -> tuple[Any, Loaded]:
 
 def build(cfg: Any, start: Loaded) -> train.Stage:
     names = {GrpoConfig: "grpo", PpoConfig: "ppo", DistillConfig: "distill"}
-    return stages.BUILD[names[type(cfg)]](cfg, start)
+    return stages.STAGES[names[type(cfg)]].data(cfg, start)
 
 
 def fit(cfg: Any, start: Loaded, change: Callable = lambda stage: stage) -> None:
@@ -364,7 +364,7 @@ def test_a_stopped_rollout_changes_nothing(tmp_path):
 def test_adapters_learn_and_their_base_is_the_reference(kind, tmp_path):
     cfg, start = make(kind, tmp_path, peft=PeftConfig(kind="lora", rank=2))
     adapted = peft.add(cfg.peft, start.params, jax.random.key(0))
-    fit(cfg, start._replace(params=adapted), lambda stage: stages._efficient(cfg.peft, stage))
+    fit(cfg, start._replace(params=adapted), lambda stage: run.efficient(cfg.peft, stage))
     trained = checkpoint.read_arrays(tmp_path / "checkpoints" / "8")
     names = [name for name in trained if name.startswith("params/")]
     assert names and all("/kernel/" in name or "/score/" in name for name in names)
