@@ -231,7 +231,7 @@ def share(run: Path, rule: str, temperature: float = 0.0) -> float:
 def pleased(taste: Path, run: Path) -> float:
     """A reward model's mean reward of sampled answers to held-out problems."""
     from jaxgpt.data import synthetic
-    from jaxgpt.evals.judges import Judge
+    from jaxgpt.judge import Judge
 
     said = [
         [

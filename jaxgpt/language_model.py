@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxgpt import episodes, files, lineage, peft, rundir, tree
+from jaxgpt import inspect as inspection
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import ModelConfig, RunConfig
 from jaxgpt.convert import chatting, hf, peft_hf, table, tokenizer_files
@@ -22,6 +23,8 @@ from jaxgpt.convert.load import load as load_parts
 from jaxgpt.data import chat as conversation
 from jaxgpt.data.chat import Format, Message
 from jaxgpt.episodes import Episode, Writer
+from jaxgpt.inspect import Inspection
+from jaxgpt.judge import Judge
 from jaxgpt.model import gpt
 from jaxgpt.sampling import likelihood
 from jaxgpt.sampling.sample import Completion, Sampling, for_decoding, generate
@@ -72,6 +75,7 @@ class LanguageModel:
         self.name = name
         self._files = dict(parts.files)
         self.adapters: dict[str, Params] = {}  # the network with each of them
+        self._judge: Judge | None = None
         self._decoding: dict[tuple[Any, ...], Params] = {}
 
     def __repr__(self) -> str:
@@ -202,11 +206,7 @@ class LanguageModel:
         """
         if self.chat_template is None:
             raise ValueError(f"{self.name}: has no chat template; use generate, or tune it first")
-        parts = Loaded(
-            self.config, self.params, self.tokenizer, self.chat_template, self.begin_ids,
-            self.stop_ids, self._files,
-        )  # fmt: skip
-        return chatting.chat_format(parts)
+        return chatting.chat_format(self._parts())
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the assistant answers."""
@@ -277,6 +277,64 @@ class LanguageModel:
         logprobs = [found.logprobs[-windows[n].scored :] for n, found in scores]
         return float(np.exp(-np.concatenate(logprobs).mean(dtype=np.float64)))
 
+    def inspect(
+        self,
+        text: str | Sequence[Message] | Sequence[int],
+        adapter: str | None = None,
+        **sampling: Any,
+    ) -> Inspection:
+        """What the model computes on its way through a text, as named arrays.
+
+        Args:
+            text: a text, the messages of a conversation, or ids of tokens.
+            adapter: which of the loaded adapters reads it; None: the base.
+            sampling: fields of Sampling, which decide what `Inspection.truncated_TV` excludes.
+
+        Raises:
+            ValueError: nothing to read, or more than the context holds.
+        """
+        start = 0
+        if isinstance(text, str):
+            tokens, start = self.encode(text), len(self.begin_ids)
+        elif text and isinstance(text[0], Mapping):
+            rendered = self.render(text, add_generation_prompt=False)  # type: ignore[arg-type]
+            tokens = self.tokenizer.encode(rendered, allow_special=True)
+        else:
+            tokens = [int(token) for token in text]  # type: ignore[arg-type]
+        (name,) = self._chosen(1, adapter)
+        params = self.params if name is None else self.adapters[name]
+        settings = Sampling(**sampling)
+        return inspection.inspect(self.config, params, self.tokenizer, tokens, settings, start)
+
+    def induction_scores(self, adapter: str | None = None) -> np.ndarray:
+        """How far each head [L, N] is an induction head: 1 reads only what followed before.
+
+        Measured on random tokens that are repeated once (arXiv:2209.11895).
+        """
+        length = min(48, self.config.context_length // 2)
+        tokens = inspection.repeated_tokens(self.config.vocab_size, length)
+        return self.inspect(tokens, adapter).induction_LN
+
+    def score(self, text: str | Sequence[Message]) -> float:
+        """What a reward model thinks of a text, or of a conversation that ends in an answer.
+
+        Raises:
+            ValueError: the model is no run of scripts/reward.py, or the text is longer than the
+                context.
+        """
+        if self._judge is None:
+            self._judge = Judge(self.name, "checkpoint", self._parts())
+        if isinstance(text, str):
+            if not (tokens := self.encode(text)):
+                raise ValueError("text: is empty; a reward model judges what it has read")
+            found = self._judge.score([tokens], batch_tokens=1)
+        else:
+            found = self._judge.rewards([text], batch_tokens=1)
+        ((_, reward, truncated),) = found
+        if truncated:
+            raise ValueError(f"text: is longer than the context of {self.config.context_length}")
+        return reward
+
     def save(
         self, path: str | Path, format: Literal["huggingface", "jaxgpt"] = "huggingface"
     ) -> None:
@@ -314,6 +372,12 @@ class LanguageModel:
         checkpoints = Checkpoints(run / "checkpoints")
         checkpoints.save(0, {"params": {"policy": self.params}}, meta={})
         checkpoints.wait()
+
+    def _parts(self) -> Loaded:
+        return Loaded(
+            self.config, self.params, self.tokenizer, self.chat_template, self.begin_ids,
+            self.stop_ids, self._files,
+        )  # fmt: skip
 
     def _chosen(
         self, num_rows: int, adapter: str | Sequence[str | None] | None

@@ -20,7 +20,7 @@ LAYERS = (
     {"lineage"},
     {"runlog", "report"},
     {"sampling", "convert", "train", "scoring"},
-    {"episodes"},
+    {"episodes", "inspect", "judge"},
     {"language_model", "rollouts", "plan"},
     # jaxgpt is the front door, jaxgpt/__init__.py
     {"stages", "evals", "serve"},

@@ -11,9 +11,9 @@ from jaxgpt import tasks
 from jaxgpt.config import EvaluateConfig
 from jaxgpt.data import synthetic
 from jaxgpt.data.chat import Message
-from jaxgpt.evals import judges, queries, records, statistics
-from jaxgpt.evals.judges import Judge
+from jaxgpt.evals import queries, records, statistics
 from jaxgpt.evals.statistics import Measures
+from jaxgpt.judge import Judge
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.sampling.sample import Sampling
 from jaxgpt.tasks import verify
@@ -85,7 +85,7 @@ def score(
     else:
         texts_of = queries.write(lm, samples, settings, stop, cfg.batch_tokens, cfg.seed)
         written = ((row, (text, 0)) for row, text in texts_of)
-    judge = judges.Judge(cfg.reward_model, "reward_model") if cfg.reward_model else None
+    judge = Judge(cfg.reward_model, "reward_model") if cfg.reward_model else None
     texts: dict[int, dict[int, tuple[str, int]]] = {}
     for row, answer in written:
         number, sample = divmod(row, cfg.samples)

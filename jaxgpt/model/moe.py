@@ -47,14 +47,7 @@ class MoE(nn.Module):
     ) -> tuple[Array, RouterStats]:
         cfg, (B, T, D) = self.cfg, x_BTD.shape
         router_DE = Kernel((D, cfg.num_experts), INIT_STD, name="router")()
-        scores_BTE = jax.nn.softmax(
-            jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE), axis=-1
-        )
-        choose_BTE = scores_BTE if bias_E is None else scores_BTE + bias_E[None, None]
-        _, expert_BTJ = jax.lax.top_k(choose_BTE, cfg.experts_per_token)
-        gate_BTJ = jnp.take_along_axis(scores_BTE, expert_BTJ, axis=-1)
-        if cfg.normalize_expert_weights:
-            gate_BTJ = gate_BTJ / gate_BTJ.sum(-1, keepdims=True)
+        scores_BTE, expert_BTJ, gate_BTJ = route(cfg, x_BTD, router_DE, bias_E)
 
         real_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0
         kernels = self._expert_kernels(D)
@@ -95,6 +88,21 @@ class Kernel(nn.Module):
     @nn.compact
     def __call__(self) -> Array:
         return parameter(self, "kernel", self.std, self.shape)
+
+
+def route(
+    cfg: ModelConfig, x_BTD: Array, router_DE: Array, bias_E: Array | None
+) -> tuple[Array, Array, Array]:
+    """The router's distribution [B, T, E], each token's experts [B, T, J] and their gates."""
+    scores_BTE = jax.nn.softmax(
+        jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE), axis=-1
+    )
+    choose_BTE = scores_BTE if bias_E is None else scores_BTE + bias_E[None, None]
+    _, expert_BTJ = jax.lax.top_k(choose_BTE, cfg.experts_per_token)
+    gate_BTJ = jnp.take_along_axis(scores_BTE, expert_BTJ, axis=-1)
+    if cfg.normalize_expert_weights:
+        gate_BTJ = gate_BTJ / gate_BTJ.sum(-1, keepdims=True)
+    return scores_BTE, expert_BTJ, gate_BTJ
 
 
 def router_stats(

@@ -179,7 +179,7 @@ def rolled(cfg: ModelConfig) -> ModelConfig:
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, list[int]]]:
     """(width, numbers of those that fit into it), longest first: it shows what fits."""
-    widths = [_bucket(length) for length in lengths]
+    widths = [bucket(length) for length in lengths]
     order = sorted(range(len(widths)), key=widths.__getitem__, reverse=True)
     for width, same in itertools.groupby(order, key=widths.__getitem__):
         numbers = list(same)
@@ -196,13 +196,13 @@ def _parts(
     left.sort(key=lambda pair: -len(texts[pair[0]][pair[1]]))
     while left:
         row, i = left[0]
-        width = _bucket(len(texts[row][i]), smallest=4)
+        width = bucket(len(texts[row][i]), smallest=4)
         count = _batch_size(len(left), width, part_tokens)
         yield width, count, left[:count]
         left = left[count:]
 
 
-def _bucket(length: int, smallest: int = 16) -> int:
+def bucket(length: int, smallest: int = 16) -> int:
     """The next of 16, 24, 32, 48, 64, 96, 128, … so that few shapes are compiled."""
     sizes = (
         size

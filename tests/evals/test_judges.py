@@ -14,7 +14,7 @@ from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import EvaluateConfig
 from jaxgpt.data import synthetic
 from jaxgpt.evals import exact_match, judges
-from jaxgpt.evals.judges import Judge
+from jaxgpt.judge import Judge
 from jaxgpt.language_model import LanguageModel, load
 from jaxgpt.model import gpt
 
@@ -137,3 +137,23 @@ def test_another_run_is_no_judge(lm, tmp_path) -> None:
 def test_settings_that_do_not_fit(settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         EvaluateConfig(checkpoint="x", data="x", **settings)
+
+
+def test_the_library_scores_as_the_judge_does(run, lm) -> None:
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    expected = reward(run, "Hi", "Hello!")
+    assert lm.score(said) == pytest.approx(expected, abs=1e-4)
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>"
+    assert lm.score(text) == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_the_library_cannot_score_is_refused(lm, tmp_path) -> None:
+    for text, message in (
+        ("", "is empty"), ("x" * 500, "longer than the context"),
+        ([{"role": "user", "content": "Hi"}], "no answer"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            lm.score(text)
+    lm.save(tmp_path / "plain", "jaxgpt")
+    with pytest.raises(ValueError, match="is no run of scripts/reward"):
+        load(tmp_path / "plain").score("x")

@@ -1,0 +1,93 @@
+"""What a forward pass computes on its way: the residual stream, attention's weights, the experts.
+
+The modules are watched from outside (Flax's interceptors), so no layer has a flag for it, and what
+is seen is what the layers themselves computed, adapters and quantised kernels included. Only the
+softmax of attention is written again, since fast kernels never build its weights.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.model import gpt
+from jaxgpt.model.attention import Attention
+from jaxgpt.model.layers import make_norm, rotate
+from jaxgpt.model.moe import MoE, route
+from jaxgpt.types import Array, Params
+
+
+class Inside(NamedTuple):
+    """Of a batch of texts; A counts the places between blocks: before the first, after each."""
+
+    hidden_ABTD: Array  # the residual stream, before the final norm
+    logits_BTV: Array
+    q_LBTNH: Array  # queries and keys as they meet: normed and rotated
+    k_LBSKH: Array
+    expert_LBTJ: Array | None  # each token's experts, best first; None without experts
+    gate_LBTJ: Array | None  # their weights
+
+
+def look(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Inside:
+    """Runs the model and keeps what passes between its parts."""
+    seen: dict[str, Any] = {}  # of the block that is being traced
+
+    def watch(
+        call: Callable[..., Any], args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+    ) -> Any:
+        module, out = context.module, call(*args, **kwargs)
+        if context.method_name != "__call__":
+            return out
+        parent = type(module.parent)
+        if issubclass(parent, Attention) or issubclass(parent, MoE):
+            seen[f"{parent.__name__}/{module.name}"] = out
+        elif isinstance(module, Attention):
+            seen["q"], seen["k"] = _queries_and_keys(cfg, seen, rope=args[1].rope)
+        elif isinstance(module, MoE):
+            _, seen["expert"], seen["gate"] = route(cfg, args[0], seen["MoE/router"], args[1])
+        elif isinstance(module, gpt.Block):
+            (after_BTD, cache), _ = out
+            kept = {name: seen.get(name) for name in ("q", "k", "expert", "gate")}
+            # What a block returns beside the stream is stacked over the layers.
+            return (after_BTD, cache), {**kept, "before": args[0][0], "after": after_BTD}
+        return out
+
+    with nn.intercept_methods(watch):
+        output = gpt.apply(cfg, params, tokens_BT)
+    found: Any = output.router
+    hidden_ABTD = jnp.concatenate([found["before"][:1], found["after"]])
+    logits_BTV = gpt.logits(params, output.hidden_BTD)
+    return Inside(hidden_ABTD, logits_BTV, found["q"], found["k"], found["expert"], found["gate"])
+
+
+def attention_weights(cfg: ModelConfig, q_BTNH: Array, k_BSKH: Array) -> Array:
+    """softmax(q k^T / sqrt(H)) of one layer, [B, N, T, S] in float32."""
+    (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH.astype(jnp.float32)) * H**-0.5
+    distance_TS = jnp.arange(T)[:, None] - jnp.arange(S)[None]
+    visible_TS = (distance_TS >= 0) & (distance_TS < (cfg.sliding_window or T))
+    scores_BKGTS = jnp.where(visible_TS[None, None, None], scores_BKGTS, -jnp.inf)
+    return jax.nn.softmax(scores_BKGTS, axis=-1).reshape(B, N, T, S)
+
+
+def lens(cfg: ModelConfig, params: Params, hidden_BTD: Array) -> Array:
+    """The logits [B, T, V] that the head reads from a residual stream, after the final norm."""
+    norm = make_norm(cfg, "final_norm")
+    normed_BTD: Any = norm.clone(name=None).apply({"params": params["final_norm"]}, hidden_BTD)
+    return gpt.logits(params, normed_BTD)
+
+
+def _queries_and_keys(
+    cfg: ModelConfig, seen: dict[str, Array], rope: tuple[Array, Array] | None
+) -> tuple[Array, Array]:
+    def heads(name: str) -> Array:
+        projected_BTF = seen[f"Attention/{name}"]
+        x_BTNH = projected_BTF.reshape(*projected_BTF.shape[:2], -1, cfg.head_width)
+        x_BTNH = seen[f"Attention/{name}_norm"] if cfg.qk_norm else x_BTNH
+        return (x_BTNH if rope is None else rotate(x_BTNH, rope)).astype(cfg.dtype)
+
+    return heads("query"), heads("key")
