@@ -1,7 +1,7 @@
 """What a model computes on its way through a text: `lm.inspect(text)` gives an Inspection.
 
-Letters beside those of STYLE.md: A places between blocks (before the first, after each), J a
-token's experts, C the likeliest tokens, U stretches of a text.
+Axes of this file: A places between blocks (before the first, after each), J a token's experts,
+C the likeliest tokens, U stretches of a text.
 """
 
 import itertools
@@ -162,7 +162,7 @@ def inspect(
     # One row, without what fills it up; dense models have no experts.
     own: Any = lambda x_LBT: None if x_LBT is None else x_LBT[:, 0, :T]
     return Inspection(
-        cfg, params, settings, tuple(_pieces(tokenizer, tokens)), start, tokens_T,
+        cfg, params, settings, tuple(pieces(tokenizer, tokens)), start, tokens_T,
         logits_1TV[0, :T], *map(own, found),
     )  # fmt: skip
 
@@ -220,16 +220,18 @@ def repeated_tokens(vocab_size: int, length: int = 48, seed: int = 0) -> list[in
     return [*once.tolist(), *once.tolist()]
 
 
-def _width(cfg: ModelConfig, num_tokens: int) -> int:
-    """Positions that are computed. Slots of experts are shared by all, so none may be added."""
-    return num_tokens if cfg.expert_capacity else min(bucket(num_tokens), cfg.context_length)
-
-
-def _pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> Iterator[bytes]:
-    """Some decoders treat a text's first token differently, so each is decoded after another."""
+def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> Iterator[bytes]:
+    """What each token writes. A decoder may treat the first one differently, so each is decoded
+    after another.
+    """
     yield tokenizer.decode_bytes(tokens[:1])
     for before, token in itertools.pairwise(tokens):
         yield tokenizer.decode_bytes([before, token])[len(tokenizer.decode_bytes([before])) :]
+
+
+def _width(cfg: ModelConfig, num_tokens: int) -> int:
+    """Positions that are computed. Slots of experts are shared by all, so none may be added."""
+    return num_tokens if cfg.expert_capacity else min(bucket(num_tokens), cfg.context_length)
 
 
 @partial(jax.jit, static_argnames="cfg")

@@ -7,6 +7,7 @@ from jaxgpt.config.command_line import exit_cleanly, join_lists, parse, to_yaml
 from jaxgpt.config.commands import (
     ConvertConfig,
     EvaluateConfig,
+    InspectConfig,
     PlanSettings,
     PrepareConfig,
     TokenizerConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "EvalConfig",
     "EvaluateConfig",
     "GrpoConfig",
+    "InspectConfig",
     "LogConfig",
     "MeshConfig",
     "ModelConfig",

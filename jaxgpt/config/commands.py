@@ -151,6 +151,32 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
+class InspectConfig:
+    """Which model is looked into, and on which text."""
+
+    checkpoint: LocalPath
+    """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
+    text: str
+    """What the model reads."""
+    against: LocalPath = ""
+    """Another model, whose probabilities of the same text stand beside; empty: none."""
+    output: LocalPath = "page.html"
+    """HTML file to write, which needs nothing else."""
+    temperature: Weight = 1.0
+    """Of the distributions after truncation; 0: only the likeliest token is left."""
+    top_p: Annotated[float, within("(0, 1]")] = 0.95
+    """Leave the fewest tokens whose probabilities reach this sum (nucleus); 1: all."""
+    top_k: Amount = 0
+    """Leave this many of the likeliest tokens; 0: all."""
+    min_p: BelowOne = 0.0
+    """Leave only tokens at least this times as likely as the likeliest; 0: all."""
+
+    def __post_init__(self) -> None:
+        check("", self)
+        require(bool(self.text), "text", "", "is empty; give what the model shall read")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """What to measure, and on what."""
 

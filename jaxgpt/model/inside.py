@@ -3,6 +3,8 @@
 The modules are watched from outside (Flax's interceptors), so no layer has a flag for it, and what
 is seen is what the layers themselves computed, adapters and quantised kernels included. Only the
 softmax of attention is written again, since fast kernels never build its weights.
+
+Axes of this file: A places between blocks (before the first, after each), J a token's experts.
 """
 
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from jaxgpt.types import Array, Params
 
 
 class Inside(NamedTuple):
-    """Of a batch of texts; A counts the places between blocks: before the first, after each."""
+    """Of a batch of texts."""
 
     hidden_ABTD: Array  # the residual stream, before the final norm
     logits_BTV: Array
