@@ -286,7 +286,7 @@ class LanguageModel:
         """What the model computes on its way through a text, as named arrays.
 
         Args:
-            text: a text, the messages of a conversation, or ids of tokens.
+            text: a text; messages, up to the assistant's answer or with it; or ids of tokens.
             adapter: which of the loaded adapters reads it; None: the base.
             sampling: fields of Sampling, which decide what `Inspection.truncated_TV` excludes.
 
@@ -297,8 +297,11 @@ class LanguageModel:
         if isinstance(text, str):
             tokens, start = self.encode(text), len(self.begin_ids)
         elif text and isinstance(text[0], Mapping):
-            rendered = self.render(text, add_generation_prompt=False)  # type: ignore[arg-type]
-            tokens = self.tokenizer.encode(rendered, allow_special=True)
+            messages: Sequence[Message] = text  # type: ignore[assignment]
+            if messages[-1].get("role") == "assistant":
+                tokens = conversation.encode(self.chat_format, messages)[-1].tokens_T.tolist()
+            else:
+                tokens = self.encode_chat(messages)
         else:
             tokens = [int(token) for token in text]  # type: ignore[arg-type]
         (name,) = self._chosen(1, adapter)
