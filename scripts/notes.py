@@ -11,6 +11,7 @@ block of code; a failing one stops with its file and line, and exit status 2.
 import argparse
 import functools
 import http.server
+import os
 from pathlib import Path
 
 from jaxgpt import config
@@ -35,6 +36,9 @@ def main() -> None:
     output = Path(args.output)
     if args.action == "serve":
         return serve(output, args.port)
+    # Before JAX looks for devices: the chapter on many devices cuts arrays over eight of them.
+    eight = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {eight}"
     from jaxgpt import hardware
     from jaxgpt.notes import chapter, site
 
