@@ -5,11 +5,13 @@ A default lives here and nowhere else; the text under a field is what `--help` p
 
 from jaxgpt.config.command_line import exit_cleanly, join_lists, parse, to_yaml
 from jaxgpt.config.commands import (
+    ChatConfig,
     ConvertConfig,
     EvaluateConfig,
     InspectConfig,
     PlanSettings,
     PrepareConfig,
+    ServeConfig,
     TokenizerConfig,
     WriteConfig,
     planned,
@@ -40,6 +42,7 @@ from jaxgpt.config.tuning import (
 
 __all__ = [
     "RUN_CONFIGS",
+    "ChatConfig",
     "ChatDataConfig",
     "CheckpointConfig",
     "ConversationConfig",
@@ -66,6 +69,7 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "SampleConfig",
+    "ServeConfig",
     "SftConfig",
     "TaskConfig",
     "TokenizerConfig",

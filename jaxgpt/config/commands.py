@@ -101,6 +101,94 @@ class WriteConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """Serve a model by OpenAI's API."""
+
+    checkpoint: LocalPath
+    """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
+    adapter: list[str] = field(default_factory=list)
+    """Adapters as NAME=PATH: runs with --peft.kind lora or qlora on this checkpoint, or PEFT
+    directories; a request names one as its model."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in."""
+    port: Annotated[int, within("[0, 65535]")] = 8000
+    """Port to listen at; 0: any that is free."""
+    slots: Count = 8
+    """Number of answers that are written at a time."""
+    context: Amount = 0
+    """Tokens that a slot holds; 0: the model's context, halved until the memory holds all slots."""
+    queue: Amount = 64
+    """Number of answers that may wait for a slot; more are refused with status 429."""
+    request_seconds: Positive = 600.0
+    """Seconds that an answer may take, with its time in the queue."""
+    body_seconds: Positive = 30.0
+    """Seconds in which the body of a request must arrive."""
+    send_seconds: Positive = 60.0
+    """Seconds after which a reader of a stream who takes nothing is left."""
+    max_body: Count = 8_000_000
+    """Largest number of bytes in the body of a request."""
+    prefix_cache: Amount = 256
+    """MiB of keys and values that are kept of the beginnings of prompts; 0: none."""
+    api_key: list[str] = field(default_factory=list)
+    """Keys, of which a request must carry one; none: all requests are answered."""
+    cors: list[str] = field(default_factory=list)
+    """Origins whose pages may ask, such as http://localhost:3000; none: only the server's own."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute type; null: the one that the model was trained with."""
+    quantize: Literal["int8"] | None = None
+    """int8: weights of a quarter of float32's bytes, which are read for every token; null: the
+    weights as they are."""
+
+    def __post_init__(self) -> None:
+        check("", self)
+        names = []
+        for named in self.adapter:
+            name, _, path = named.partition("=")
+            require(bool(name and path), "adapter", named, "must be NAME=PATH")
+            names.append(name)
+        require(len({*names}) == len(names), "adapter", self.adapter, "gives one name twice")
+        require("" not in self.api_key, "api_key", self.api_key, "holds an empty key; drop it")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a model in the terminal."""
+
+    checkpoint: LocalPath
+    """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
+    system: str = ""
+    """System prompt; empty: the template's own, if it has one."""
+    tools: list[str] = field(default_factory=list)
+    """Tools that the assistant may call: calculator."""
+    adapter: str = ""
+    """Adapter: a run with --peft.kind lora or qlora on this checkpoint, or a PEFT directory."""
+    context: Amount = 0
+    """Tokens of the longest conversation; 0: the model's context, if the memory holds it."""
+    max_new_tokens: Count = 1024
+    """Tokens of an answer at most."""
+    temperature: Weight = 0.8
+    """Below 1 likely tokens become likelier, above 1 less likely; 0: always the likeliest."""
+    top_p: Annotated[float, within("(0, 1]")] = 0.95
+    """Draw from the fewest tokens whose probabilities reach this sum (nucleus); 1: from all."""
+    top_k: Amount = 0
+    """Draw from this many of the likeliest tokens; 0: from all."""
+    min_p: BelowOne = 0.0
+    """Draw only from tokens at least this times as likely as the likeliest; 0: from all."""
+    repetition_penalty: Positive = 1.0
+    """Makes tokens that were written before less likely; 1: does not."""
+    seed: int = 0
+    """Seed of the draws: the same seed writes the same answers."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute type; null: the one that the model was trained with."""
+    quantize: Literal["int8"] | None = None
+    """int8: weights of a quarter of float32's bytes, which are read for every token; null: the
+    weights as they are."""
+
+    def __post_init__(self) -> None:
+        check("", self)
+
+
+@dataclass(frozen=True)
 class TokenizerConfig:
     """What to learn a vocabulary from."""
 

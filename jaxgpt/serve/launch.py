@@ -1,0 +1,119 @@
+"""From a checkpoint to a port that answers: load, compile, then open."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+
+import jax
+import psutil
+import uvicorn
+
+from jaxgpt import hardware, language_model, peft
+from jaxgpt.config import ModelConfig, ServeConfig
+from jaxgpt.kernels.platform import accumulator_dtype
+from jaxgpt.language_model import LanguageModel
+from jaxgpt.sampling.sample import for_decoding
+from jaxgpt.serve.app import Server, build
+from jaxgpt.serve.engine import Engine
+
+GRACE = 5.0  # seconds in which a server whose engine failed still says so
+SMALLEST = 512  # tokens: a slot is not made smaller to fit into the memory
+
+
+def serve(cfg: ServeConfig, show: Callable[[str], None]) -> int:
+    """Serves until it is stopped; the exit status.
+
+    Raises:
+        ValueError: a checkpoint that cannot be opened, or settings that it does not have.
+        OSError: the port is not free.
+    """
+    hardware.use_compilation_cache()
+    with _bound(cfg) as listener:
+        began = time.perf_counter()
+        server = Server(cfg, *open_engine(cfg, show))
+        show(f"compiled in {time.perf_counter() - began:.1f} s")
+        server.engine.start()
+        return asyncio.run(_listen(cfg, server, listener, show))
+
+
+def open_engine(cfg: ServeConfig, show: Callable[[str], None]) -> tuple[LanguageModel, Engine]:
+    """Loads the model and compiles every program; the engine's thread is not started yet."""
+    adapters = dict(named.split("=", 1) for named in cfg.adapter)
+    lm = language_model.load(
+        cfg.checkpoint, dtype=cfg.dtype, adapters=adapters, quantize=cfg.quantize
+    )
+    capacity = _capacity(cfg, lm.config)
+    show(f"{lm}: {cfg.slots} slots of {capacity:,} tokens")
+    params = _decoding_params(lm, cfg.slots)
+    engine = Engine(
+        lm.config, params, cfg.slots, capacity, cfg.queue, prefix_bytes=cfg.prefix_cache << 20
+    )
+    engine.compile(lambda what: show(f"compiling: {what}"))
+    return lm, engine
+
+
+def _decoding_params(lm: LanguageModel, num_rows: int) -> dict:
+    networks = [lm.params, *lm.adapters.values()]
+    params = peft.for_rows(networks, range(len(networks))) if lm.adapters else lm.params
+    return for_decoding(lm.config, params, num_rows)
+
+
+def slot_bytes(cfg: ModelConfig, capacity: int) -> int:
+    """Keys and values of one slot."""
+    width = accumulator_dtype(cfg.dtype).itemsize
+    return 2 * cfg.num_layers * cfg.kv_heads * cfg.head_width * width * capacity
+
+
+def _capacity(cfg: ServeConfig, model: ModelConfig) -> int:
+    """The tokens of a slot: those asked for, or what the memory has for each."""
+    if cfg.context > model.context_length:
+        raise ValueError(
+            f"context={cfg.context}: the model's context is {model.context_length}; give no more"
+        )
+    if cfg.context:
+        return cfg.context
+    device, capacity = jax.devices()[0], model.context_length
+    stats = device.memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    free = free if free > 0 else psutil.virtual_memory().available
+    while capacity > SMALLEST and cfg.slots * slot_bytes(model, capacity) > free / 4:
+        capacity //= 2
+    return capacity
+
+
+def _bound(cfg: ServeConfig) -> socket.socket:
+    """The port, taken before the long work begins; it is opened after it."""
+    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((cfg.host, cfg.port))
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"port={cfg.port}: {cfg.host} cannot be had, {error.strerror}") from None
+    return listener
+
+
+async def _listen(
+    cfg: ServeConfig, server: Server, listener: socket.socket, show: Callable[[str], None]
+) -> int:
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    web = uvicorn.Server(
+        uvicorn.Config(build(server), log_level="warning", timeout_graceful_shutdown=5)
+    )
+    work = asyncio.create_task(web.serve(sockets=[listener]))
+    while not web.started and not work.done():
+        await asyncio.sleep(0.01)
+    show(f"ready: {address}/v1")
+    while not work.done() and server.engine.alive:
+        await asyncio.wait([work], timeout=0.2)
+    failure = server.engine.failure
+    if not work.done():
+        show(f"error: the engine has stopped: {type(failure).__name__}: {failure}")
+        await asyncio.wait([work], timeout=GRACE)
+        web.should_exit = True
+    await work
+    server.engine.stop()
+    return 1 if failure else 0

@@ -1,0 +1,38 @@
+"""A server in a process of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def running(*args: str, seconds: float = 240) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The address of a server process, which is gone afterwards."""
+    command = [sys.executable, str(ROOT / "scripts/serve.py"), "--port", "0", *args]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    try:
+        lines, end = [], time.monotonic() + seconds
+        while time.monotonic() < end:
+            line = process.stdout.readline()
+            lines.append(line)
+            if line.startswith("ready: ") or not line:
+                break
+        assert lines[-1].startswith("ready: "), "".join(lines)
+        yield lines[-1].split()[1].removesuffix("/v1"), process
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(20)
+        process.stdout.close()
