@@ -105,9 +105,9 @@ def begin(name: str, cfg: RunConfig) -> Loaded:
         raise ValueError("init is empty: this stage starts from trained weights; give --init PATH")
     if not stage.chats:
         return start
-    if name in ("dpo", "grpo", "ppo") and start.chat_template is None:
-        _warn(f"init={cfg.init}: has no chat template: it was never tuned to answer; run "
-              "scripts/sft.py first")  # fmt: skip
+    if name in ("dpo", "grpo", "ppo"):
+        none = [f"init={cfg.init}: has no chat template, so it was never tuned to chat"]
+        _warn(*(none if start.chat_template is None else rundir.untuned("init", cfg.init)))
     template: str = cfg.data.template  # type: ignore[attr-defined]
     return chatting.with_format(start, chatting.chat_format(start, template))
 

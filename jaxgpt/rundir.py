@@ -94,6 +94,16 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "config.yaml").is_file()
 
 
+def untuned(setting: str, path: str | Path) -> list[str]:
+    """A warning where a run is to chat that has read no conversation.
+
+    A vocabulary of ours has tokens for chat, so that such a run has a template all the same.
+    """
+    if not is_run(path) or (Path(path) / "chat_template.jinja").exists():
+        return []
+    return [f"{setting}={path}: was never tuned to chat; run scripts/sft.py --init {path} first"]
+
+
 def model_config(path: str | Path) -> ModelConfig:
     """The network of a run."""
     settings = yaml.safe_load((Path(path) / "config.yaml").read_text())["model"]

@@ -33,7 +33,8 @@ def evaluate(cfg: EvaluateConfig) -> None:
 
     if cfg.task != "reward":
         lineage.require_writer("checkpoint", cfg.checkpoint)
-    for line in idle.of_evaluation(cfg):
+    untuned = rundir.untuned("checkpoint", cfg.checkpoint) if cfg.chat else []
+    for line in [*idle.of_evaluation(cfg), *untuned]:
         print(f"warning: {line}", file=sys.stderr)
     hardware.use_compilation_cache()
     lm = jaxgpt.load(cfg.checkpoint, dtype=cfg.dtype)
