@@ -34,12 +34,7 @@ SIDES = {
     **dict.fromkeys(("user", "human", "input", "prompt", "instruction", "question"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "output", "response", "answer"), "assistant"),
 }
-# How a message's parts are written, by their type; as Qwen's models write them.
-PARTS = {
-    "text": "{}",
-    "reasoning": "<think>\n{}\n</think>\n\n",
-    "tool_call": "<tool_call>\n{}\n</tool_call>\n",
-}
+KINDS = ("text", "reasoning", "tool_call")  # of a message's parts
 CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 CALL_TAGS = re.compile(r"^\s*<[a-z_]+>|</[a-z_]+>\s*$")
 TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant): ?")
@@ -415,6 +410,10 @@ def _message(turn: dict[str, Any], row: Row) -> Message:
         rest["tool_calls"] = calls
     if role == "tool" and not isinstance(content, (str, type(None))) and not _is_parts(content):
         content = json.dumps(content, ensure_ascii=False)
+    if role == "assistant" and isinstance(content, list) and _is_parts(content):
+        content, made = _parted(content, row.place)
+        rest |= made
+        calls = rest.get("tool_calls")
     silent = content is None and (calls or rest.get("reasoning_content") or rest.get("thinking"))
     return {"role": role, "content": None if silent else _text(content, row.place), **rest}
 
@@ -442,19 +441,34 @@ def _is_parts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(p, dict) for p in value)
 
 
+def _parted(parts: list[dict[str, Any]], place: str) -> tuple[str | None, dict[str, Any]]:
+    """The text of an assistant's parts, and what they are beside it: a thought and calls."""
+    said = {
+        kind: [_part(p, place, KINDS) for p in parts if p.get("type", "text") == kind]
+        for kind in KINDS
+    }
+    fields: dict[str, Any] = {}
+    if said["reasoning"]:
+        fields["reasoning_content"] = "".join(said["reasoning"])
+    if said["tool_call"]:
+        fields["tool_calls"] = [call for text in said["tool_call"] for call in _calls(text, place)]
+    return "".join(said["text"]) or (None if fields else ""), fields
+
+
 def _text(value: Any, place: str) -> str:
     if _is_parts(value):
-        value = "".join(_part(part, place) for part in value)
+        value = "".join(_part(part, place, ("text",)) for part in value)
     if not isinstance(value, str):
         raise ValueError(f"{place}: a message's content must be text, not {value!r:.40}")
     return value
 
 
-def _part(part: dict[str, Any], place: str) -> str:
-    """One of several parts of a message, such as {"type": "text", "text": …}."""
-    kind, text = part.get("type", "text"), part.get("text", part.get("value"))
-    if kind not in PARTS or not isinstance(text, str):
+def _part(part: dict[str, Any], place: str, kinds: Sequence[str]) -> str:
+    """The text of one of several parts of a message, such as {"type": "text", "text": …}."""
+    kind = part.get("type", "text")
+    text = part.get("text", part.get("value", part.get(kind)))
+    if kind not in kinds or not isinstance(text, str):
         raise ValueError(
-            f"{place}: a message's part must be text of type {', '.join(PARTS)}, not {part!r:.60}"
+            f"{place}: a message's part must be text of type {', '.join(kinds)}, not {part!r:.60}"
         )
-    return PARTS[kind].format(text)
+    return text

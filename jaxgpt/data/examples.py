@@ -1,6 +1,7 @@
 """Rows of conversations: packed or padded, in an order that is a function of (seed, step)."""
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,18 @@ class Tally:
         reasons = "".join(f", {count:,} {why}" for why, count in self.dropped.items())
         dropped = f"{self.dropped.total():,} dropped{reasons}"
         return f"{self.used:,} used, {self.truncated:,} truncated, {dropped}"
+
+    def report(self, name: str) -> None:
+        """Prints it, and warns where most is left out: then the data or the settings are wrong."""
+        print(f"{name}: {self}", file=sys.stderr)
+        total = self.used + self.dropped.total()
+        if 2 * self.dropped.total() > total:
+            why, count = self.dropped.most_common(1)[0]
+            print(
+                f"warning: {name}: {self.dropped.total() / total:.0%} are dropped, {count:,} of "
+                f"them {why}; raise data.max_tokens, shorten them or choose other data",
+                file=sys.stderr,
+            )
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def batches(
         tally = Tally()
         encoded = _encode(cfg, part, form, width, tally)
         if part:
-            print(f"{name} conversations: {tally}", file=sys.stderr)
+            tally.report(f"{name} conversations")
         made.append(encoded)
     unseen = 0 if "tools" in form.template else sum(bool(d.tools) for part in splits for d in part)
     if unseen:

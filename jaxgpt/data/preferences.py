@@ -3,7 +3,6 @@
 The arrays of a batch are [B, 2, T]: for pairs, the chosen answer before the rejected one.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -120,7 +119,7 @@ def _splits(
     for name, part in zip(("training", "held-out"), found, strict=True):
         tally = Tally()
         items, numbers = lay_out(part, tally)
-        print(f"{name} answers: {tally}", file=sys.stderr)
+        tally.report(f"{name} answers")
         made.append(Examples(items, width, batch_size, seed, numbers=numbers))
     first = [sequence[0] for item in made[0].items for sequence in item]
     examples.check_targets(first, form)

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxgpt.config import EvaluateConfig
 from jaxgpt.data import conversations, synthetic
+from jaxgpt.data.columns import Columns
 from jaxgpt.data.conversations import Preference
 from jaxgpt.evals import statistics
 from jaxgpt.evals.statistics import Measures
@@ -19,7 +20,7 @@ def read(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Preference]
     """Pairs in any format of data/conversations.py, or the held-out ones of an embedded task."""
     if cfg.data in synthetic.PREFERENCES:
         return synthetic.preferences(cfg.data, held_out=True)
-    return list(conversations.preferences(str(path)))
+    return list(conversations.preferences(cfg.data, columns=Columns(setting="")))
 
 
 def score(

@@ -181,23 +181,30 @@ def test_every_shape_of_conversation_is_read(name: str, form: str, tmp_path: Pat
     ]
 
 
-def test_the_parts_of_a_message_are_one_text(tmp_path: Path) -> None:
+CALLING = '{"name": "f", "arguments": {}}'
+
+
+def test_the_parts_of_a_message_are_its_text_its_thought_and_its_calls(tmp_path: Path) -> None:
     part = lambda kind, text, name="text": {"type": kind, name: text}
     row = {
         "messages": [
             {"role": "user", "content": [part("text", "What "), part("text", "time?", "value")]},
             {
                 "role": "assistant",
-                "content": [part("reasoning", "Ask.", "value"), part("tool_call", "{}", "value")],
+                "content": [
+                    part("reasoning", "Ask.", "value"),
+                    part("tool_call", CALLING, "value"),
+                ],
             },
         ]
     }
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(row))
     (found,) = conversations.dialogues(str(file))
-    assert [message["content"] for message in found.messages] == [
-        "What time?",
-        "<think>\nAsk.\n</think>\n\n<tool_call>\n{}\n</tool_call>\n",
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    assert found.messages == [
+        {"role": "user", "content": "What time?"},
+        {"role": "assistant", "content": None, "reasoning_content": "Ask.", "tool_calls": [call]},
     ]
     row["messages"][0]["content"] = [{"type": "image_url", "image_url": "x.png"}]
     file.write_text(json.dumps(row))

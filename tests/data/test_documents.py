@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from jaxgpt.data import corpus as corpora
 from jaxgpt.data import documents, rows
 from jaxgpt.data.documents import Corpus
 from jaxgpt.data.rows import read_text
@@ -181,3 +182,37 @@ def test_a_hub_name_without_network_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(hub.HfApi, "dataset_info", fail)
     with pytest.raises(ValueError, match="someone/something: no such file or folder, and the Hub"):
         Corpus(("someone/something",)).describe()
+
+
+def test_rows_without_text_are_counted_and_columns_named(tmp_path, capsys):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    table = [{"id": 1, "text": "a"}, {"id": 2, "text": None}, {"id": 3, "text": ""}]
+    jsonl(tmp_path / "a.jsonl", table)
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        corpus = Corpus((str(tmp_path / name),), val_fraction=0.0)
+        assert [piece.text for piece in corpus.pieces()] == ["a"]
+        corpus.found.report("text")
+        assert capsys.readouterr().err == (
+            "3 rows, 2 dropped without text; columns read: text; not read: id\n"
+        )
+
+
+def test_the_advice_is_the_command_s_own(tmp_path):
+    (tmp_path / "a.txt").write_bytes("Grüße".encode("latin-1"))
+    jsonl(tmp_path / "a.jsonl", [{"body": "a"}])
+    for name, options, training in [
+        ("a.txt", "--errors replace", "scripts/prepare_data.py --errors replace"),
+        ("a.jsonl", "--column", "--data.columns"),
+    ]:
+        with pytest.raises(ValueError, match=options) as error:
+            texts(tmp_path / name)
+        assert "scripts" not in str(error.value) and "--data" not in str(error.value)
+        with pytest.raises(ValueError, match=training):
+            corpora.prepare(tmp_path / name, tmp_path / "out", "byte")
+    out = corpora.prepare(
+        tmp_path / "a.jsonl", tmp_path / "ours", "byte", column="body", val_fraction=0
+    )
+    assert (out / "manifest.json").is_file()

@@ -145,3 +145,30 @@ def test_tasks_need_no_jax() -> None:
 
     code = "import jaxgpt.tasks, sys; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_answers_that_no_reply_can_equal_are_named_before_training(tmp_path, capsys) -> None:
+    worked = {"question": "2 + 5?", "answer": "First there are 2.\nThen 5 more, which makes 7."}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"question": "1 + 1?", "answer": 2}, worked])))
+    assert [row.answer for row in tasks.read_rows(str(path))] == ["2", worked["answer"]]
+    warning = capsys.readouterr().err.splitlines()[-1]
+    assert warning.startswith("warning: 1 of 2 answers, the first at ") and "line 2" in warning
+    path.write_text(json.dumps(worked))
+    with pytest.raises(ValueError, match=r"data.path: 1 of 1 answers.*#### 7"):
+        tasks.find(str(path))
+
+
+def test_questions_may_be_messages_in_columns_of_any_name(tmp_path) -> None:
+    said = [{"from": "oracle", "value": "Count."}, {"from": "human", "value": "2 + 5?"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"dialogue": said, "result": 7.0}))
+    task = tasks.find(
+        str(path), str(path), columns={"answer": "result"}, roles={"oracle": "system"}
+    )
+    (row,) = task.problems(False)
+    assert task.prompt(row) == [
+        {"role": "system", "content": "Count."}, {"role": "user", "content": "2 + 5?"},
+    ]  # fmt: skip
+    assert (row.question, row.answer) == ("2 + 5?", "7")
+    assert task.reward(row, "so 7") == 1.0

@@ -36,6 +36,11 @@ def test_last_number(text, number):
         ("<answer>2 * (3 + 4)</answer>", "14", True),
         ("<answer>1/3</answer>", "0.3333333333", False),
         ("<answer>Paris </answer>", "paris", True),
+        (r"so \\boxed{42}.", "42", True),
+        (r"so \\boxed{\\frac{1}{2}} of 3", r"\\frac{1}{2}", True),
+        (r"\\boxed{", "5", False),
+        ("Paris", "paris", True),
+        ("The capital is Paris", "Paris", False),
         ("<answer></answer> 5", "5", False),
         ("<answer>" + "9" * 5000 + "</answer>", "5", False),
         ("9" * 5000, "5", False),
@@ -72,3 +77,24 @@ def test_values_are_exact():
 )
 def test_well_formed(text, formed):
     assert verify.well_formed(text) == float(formed)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("7", "7"), (" Paris ", "Paris"), ("2 + 5 = 7\n#### 7", "7"), ("#### 1,200 boats", "1200"),
+        (r"so it is \boxed{\frac{1}{2}}", r"\frac{1}{2}"), ("x\n<answer>7</answer>", "7"),
+        ("x\n####", None), ("It leaves at nine.", "It leaves at nine."),
+    ],
+)  # fmt: skip
+def test_what_a_data_sets_answer_states(text, answer):
+    assert verify.expected(text) == answer
+    assert not verify.is_worked(answer or "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2 + 5 = 7\nso 7", "There are two and then five more boats, which makes seven in all."],
+)
+def test_a_worked_answer_states_nothing(text):
+    assert verify.is_worked(verify.expected(text))
