@@ -17,7 +17,7 @@ from jaxgpt import episodes, files, lineage, peft, rundir, tree
 from jaxgpt import inspect as inspection
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import ModelConfig, RunConfig
-from jaxgpt.convert import chatting, hf, peft_hf, table, tokenizer_files
+from jaxgpt.convert import chatting, gguf_write, hf, peft_hf, table, tokenizer_files
 from jaxgpt.convert.load import Loaded, load_with_adapters, source_of
 from jaxgpt.convert.load import load as load_parts
 from jaxgpt.data import chat as conversation
@@ -339,25 +339,41 @@ class LanguageModel:
         return reward
 
     def save(
-        self, path: str | Path, format: Literal["huggingface", "jaxgpt"] = "huggingface"
+        self,
+        path: str | Path,
+        format: Literal["huggingface", "jaxgpt", "gguf"] = "huggingface",
+        base_name: str = "",
+        type: str = "f16",
     ) -> None:
-        """Writes a directory that transformers (or `load`) opens; never over something else's.
+        """Writes a directory that transformers (or `load`) opens, or a GGUF file.
+
+        Nothing else's directory or file is replaced.
 
         Low-rank changes beside their base are written as PEFT's, which opens them on that base.
         A run's lineage goes along, with a model card (README.md).
 
+        Args:
+            base_name: what they call their base, such as org/name on the Hub; default: its path.
+            type: how GGUF stores matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
+
         Raises:
             ValueError: the directory holds other files, or no Hugging Face family has this model.
         """
-        self._write(path, format)
-        lineage.carry(self.name, path, repr(self))
+        self._write(path, format, base_name, type)
+        if format != "gguf":
+            lineage.carry(self.name, path, repr(self))
 
-    def _write(self, path: str | Path, format: str) -> None:
-        if format not in ("huggingface", "jaxgpt"):
-            raise ValueError(f"format={format}: must be huggingface or jaxgpt")
+    def _write(self, path: str | Path, format: str, base_name: str, type: str) -> None:
+        if format not in ("huggingface", "jaxgpt", "gguf"):
+            raise ValueError(f"format={format}: must be huggingface, jaxgpt or gguf")
         if format == "huggingface" and peft.has_changes(self.params):
-            peft_hf.save(path, self.config, self.params, str(source_of(self.name) or ""))
+            base = base_name or str(source_of(self.name) or "")
+            peft_hf.save(path, self.config, self.params, base)
             return
+        if base_name:
+            raise ValueError(
+                f"base_name={base_name}: {self.name} is no adapter beside its base; leave it out"
+            )
         if tree.flatten(self.params).keys() != table.parameter_shapes(self.config).keys():
             raise ValueError(
                 f"{self.name}: its weights carry an adapter or are quantised, which {format} does "
@@ -368,6 +384,9 @@ class LanguageModel:
                 path, self.config, self.params, tokenizer_files=self._files,
                 special_ids=tokenizer_files.special_ids(self._files),
             )  # fmt: skip
+            return
+        if format == "gguf":
+            gguf_write.save(path, self.config, self.params, self._files, type, self.stop_ids)
             return
         run = rundir.enter(RunConfig(run=str(path), model=self.config))
         for name, content in self._files.items():

@@ -169,6 +169,9 @@ def for_rows(networks: Sequence[Params], choice: Sequence[int]) -> Params:
     rows = np.asarray(choice)
 
     def stacked(name: str, *kernels: Kernel) -> Kernel:
+        bases = [jax.tree.leaves(k.w if isinstance(k, Lora) else k) for k in kernels]
+        if any(a is not b for base in bases for a, b in zip(base, bases[0], strict=True)):
+            raise ValueError(f"{name}: an adapter has its own, where rows share one")
         changes = [k for k in kernels if isinstance(k, Lora)]
         if not changes:
             return kernels[0]

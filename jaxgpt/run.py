@@ -28,7 +28,7 @@ from jaxgpt import (
 )
 from jaxgpt.config import ModelConfig, PeftConfig, RunConfig, idle
 from jaxgpt.convert import chatting
-from jaxgpt.convert.load import Loaded, load, model_config
+from jaxgpt.convert.load import Loaded, check_vocabulary, load, model_config
 from jaxgpt.convert.table import Place
 from jaxgpt.data import chat, show
 from jaxgpt.model import gpt
@@ -103,6 +103,7 @@ def begin(name: str, cfg: RunConfig) -> Loaded:
         start = stage.begin(cfg)
     else:
         raise ValueError("init is empty: this stage starts from trained weights; give --init PATH")
+    check_vocabulary(start.config, start.tokenizer)
     if not stage.chats:
         return start
     if name in ("dpo", "grpo", "ppo"):

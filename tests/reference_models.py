@@ -55,12 +55,17 @@ def build(name: str) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(
         CONFIGS[name](transformers), attn_implementation="eager"
     )
+    return randomize(model).eval()
+
+
+def randomize(model: Any) -> Any:
+    """The model with other numbers: fresh ones are alike, or zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise + ("norm" in key or "ln_" in key) * key.endswith("weight"))
-    return model.eval()
+    return model
 
 
 def open_hf(path: Any) -> Any:

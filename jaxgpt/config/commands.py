@@ -339,11 +339,15 @@ class ConvertConfig:
     checkpoint: LocalPath
     """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
     output: LocalPath
-    """Directory to write; never over something else's."""
-    to: Literal["huggingface", "jaxgpt"] = "huggingface"
-    """Layout to write: Hugging Face's, or a run directory."""
+    """Directory, or .gguf file, to write; never over something else's."""
+    to: Literal["huggingface", "jaxgpt", "gguf"] = "huggingface"
+    """Layout to write: Hugging Face's, a run directory, or a GGUF file (llama.cpp, Ollama)."""
+    type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "f16"
+    """How a GGUF file stores its matrices; norms, biases and routers stay float32."""
     merge_lora: bool = False
     """true: fold adapters into the weights that they adapt."""
+    base_name: str = ""
+    """What an exported adapter calls its base, such as org/name; empty: the base's path here."""
 
     def __post_init__(self) -> None:
         check("", self)

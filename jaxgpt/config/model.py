@@ -8,16 +8,36 @@ from jaxgpt.config.checks import at_least, require
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of RoPE to contexts longer than the trained one."""
+    """How RoPE is stretched to contexts longer than the trained one."""
 
+    kind: Literal["llama3", "linear", "dynamic", "yarn", "longrope"] = "llama3"
+    """llama3: Llama 3.1's; linear: position interpolation (arXiv:2306.15595); dynamic: the base
+    grows with the text (NTK); yarn: arXiv:2309.00071; longrope: arXiv:2402.13753."""
     factor: float = 8.0
-    """How many times longer the context becomes."""
+    """How many times longer the context becomes; longrope has one factor per frequency instead."""
     low_freq_factor: float = 1.0
-    """Wavelengths above original_context / this are stretched whole."""
+    """llama3: wavelengths above original_context / this are stretched whole."""
     high_freq_factor: float = 4.0
-    """Wavelengths below original_context / this stay."""
+    """llama3: wavelengths below original_context / this stay."""
     original_context: int = 8192
-    """Context length of the original training."""
+    """Context length of the original training; linear does not read it."""
+    attention_factor: float = 1.0
+    """yarn and longrope: cos and sin are multiplied by this."""
+    beta_fast: float = 32.0
+    """yarn: frequencies that turn more often than this over original_context stay."""
+    beta_slow: float = 1.0
+    """yarn: frequencies that turn less often than this over it are stretched whole."""
+    truncate: bool = True
+    """yarn: the border frequencies are rounded to whole numbers of the head's pairs."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: what divides each frequency in texts up to original_context."""
+    long_factors: tuple[float, ...] = ()
+    """longrope: what divides each frequency in longer texts."""
+
+    def __post_init__(self) -> None:
+        at_least("model.rope_scaling", self, factor=1, original_context=1)
+        for name in ("short_factors", "long_factors"):  # a YAML file has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -57,7 +77,9 @@ class ModelConfig:
     rope_base: float = 10000.0
     """RoPE's theta."""
     rope_scaling: RopeScaling | None = None
-    """Llama 3's context extension; null: none."""
+    """Context extension; null: none."""
+    rope_share: float = 1.0
+    """Share of each head that is rotated, from its beginning; the rest stays."""
     bias: Literal["none", "qkv", "all"] = "none"
     """Biases nowhere, on query/key/value (Qwen2), or on every linear layer and norm (GPT-2)."""
     tie_embeddings: bool = True
@@ -104,10 +126,20 @@ class ModelConfig:
             f"must divide model.num_heads={self.num_heads}",
         )  # fmt: skip
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+        require(0 < self.rope_share <= 1, "model.rope_share", self.rope_share, "must be in (0, 1]")
         require(
-            self.position != "rope" or self.head_width % 2 == 0, "model.head_dim", self.head_width,
-            "must be even for model.position=rope",
+            self.position != "rope" or self.rotary_width % 2 == 0, "model.head_dim",
+            self.head_width, "must be even for model.position=rope",
         )  # fmt: skip
+        scaling = self.rope_scaling
+        if self.position == "rope" and scaling is not None and scaling.kind == "longrope":
+            for name in ("short_factors", "long_factors"):
+                factors = getattr(scaling, name)
+                require(
+                    len(factors) == self.rotary_width // 2 and min(factors, default=0) > 0,
+                    f"model.rope_scaling.{name}", factors,
+                    f"must be {self.rotary_width // 2} positive numbers",
+                )  # fmt: skip
         require(
             self.num_experts > 0 or self.shared_mlp_dim == 0, "model.shared_mlp_dim",
             self.shared_mlp_dim, "stands beside a mixture; set model.num_experts",
@@ -125,6 +157,11 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         return self.model_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_width(self) -> int:
+        """Entries of a head that RoPE rotates."""
+        return int(self.head_width * self.rope_share)
 
     @property
     def mlp_width(self) -> int:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxgpt.config import ModelConfig, RopeScaling
+from jaxgpt.config import ModelConfig
+from jaxgpt.convert import rope
+from jaxgpt.convert.rope import number, refuse
 from jaxgpt.convert.table import Row
 
 REQUIRED = object()  # a setting that config.json must state
@@ -19,10 +21,34 @@ ACTIVATIONS = {  # ours -> theirs, the first of which is written
 # Settings that change the function in ways the model does not have, with the value that does not.
 NEUTRAL = {
     "quantization_config": None,
-    "partial_rotary_factor": 1.0,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
+    "is_causal": True,
+    "attention_chunk_size": None,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
 }
+# What `transformers` keeps in config.json and no forward pass of a trained model reads.
+INERT = """
+    architectures auto_map dtype exported_by model_type name_or_path torch_dtype
+    transformers_version _name_or_path _attn_implementation attn_implementation
+    attention_dropout attention_probs_dropout_prob hidden_dropout_prob embd_pdrop resid_pdrop
+    attn_pdrop initializer_range initializer_factor mup_init use_cache cache_implementation
+    output_attentions output_hidden_states output_router_logits output_scores return_dict
+    return_dict_in_generate router_aux_loss_coef router_jitter_noise router_z_loss_coef
+    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
+    chunk_size_feed_forward cross_attention_hidden_size finetuning_task id2label is_decoder
+    label2id num_labels prefix problem_type task_specific_params tokenizer_class torchscript
+    tie_encoder_decoder use_bfloat16 tf_legacy_loss pretraining_tp reorder_and_upcast_attn n_ctx
+    summary_type summary_use_proj summary_activation summary_proj_to_labels
+    summary_first_dropout bad_words_ids begin_suppress_tokens suppress_tokens
+    forced_bos_token_id forced_eos_token_id do_sample temperature top_k top_p typical_p
+    num_beams num_beam_groups num_return_sequences diversity_penalty early_stopping
+    length_penalty repetition_penalty encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty max_length min_length no_repeat_ngram_size
+    remove_invalid_values unsloth_fixed unsloth_version
+"""
 # Fields of ModelConfig that only training reads: no family states them.
 TRAINING = ("dropout", "balance_weight", "dtype", "remat")
 
@@ -45,6 +71,8 @@ class Family:
     defaults: dict[str, Any] = field(
         default_factory=dict
     )  # of settings that `settings` does not hold
+    inert: tuple[str, ...] = ()  # as INERT, for this family
+    partial_rope: bool = False  # whether a share of each head may stay unrotated
     buffers: str = r"rotary_emb\.inv_freq$"  # tensors that are no parameters
 
 
@@ -54,14 +82,13 @@ def read(family: Family, theirs: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: a setting that the model does not have, by its name.
     """
-    theirs = {family.renamed.get(key, key): value for key, value in theirs.items()}
-    theirs = family.defaults | theirs
+    theirs = family.defaults | _renamed(family, theirs)
     for key, value in (NEUTRAL | family.neutral).items():
         if theirs.get(key) not in (None, value):
-            _refuse(key, theirs[key], f"jaxgpt's model has only {value}")
+            refuse(key, theirs[key], f"jaxgpt's model has only {value}")
     kinds = theirs.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        _refuse("layer_types", kinds, "jaxgpt's model has only full_attention")
+        refuse("layer_types", kinds, "jaxgpt's model has only full_attention")
 
     ours = dict(family.fixed)
     for name, key, default in family.settings:
@@ -70,8 +97,19 @@ def read(family: Family, theirs: Mapping[str, Any]) -> ModelConfig:
     if family.biases:
         ours["bias"] = _bias(family, theirs)
     if family.rope_base is not None:
-        ours["rope_base"], ours["rope_scaling"] = _rope(theirs, family.rope_base)
+        ours |= rope.read(theirs, family.rope_base, family.partial_rope, ours["context_length"])
     return ModelConfig(**ours)
+
+
+def unknown(family: Family, theirs: Mapping[str, Any]) -> list[str]:
+    """Settings that neither this family nor `transformers` has: they change nothing."""
+    known = {key for _, key, _ in family.settings} | {family.activation, "layer_types"}
+    known |= set(INERT.split())
+    known |= set(NEUTRAL) | set(family.neutral) | set(family.defaults) | set(family.inert)
+    known |= set().union(*family.biases.values()) | set(family.renamed)
+    known |= set(rope.KEYS if family.rope_base is not None else ())
+    found = [key for key in theirs if key not in known]
+    return found if family.rope_base is None else found + rope.unknown(theirs)
 
 
 def write(family: Family, cfg: ModelConfig) -> dict[str, Any]:
@@ -87,7 +125,7 @@ def write(family: Family, cfg: ModelConfig) -> dict[str, Any]:
         theirs[key] = key in family.biases.get(cfg.bias, ())
     theirs |= family.neutral
     if family.rope_base is not None:
-        theirs |= _write_rope(cfg)
+        theirs |= rope.write(cfg, family.partial_rope)
     return theirs
 
 
@@ -97,10 +135,15 @@ def differences(family: Family, cfg: ModelConfig) -> list[str]:
         told = resolve(read(family, write(family, cfg)))
     except ValueError:  # its own rules, such as heads that divide the width
         told = ModelConfig(**family.fixed)
-    asked = resolve(cfg)
-    names = [f.name for f in dataclasses.fields(cfg) if f.name not in TRAINING]
+    names = unlike(told, resolve(cfg))
     if family.fixed.get("bias") == "all":  # zeros stand in for biases that the model lacks
-        names.remove("bias")
+        names = [name for name in names if name != "bias"]
+    return names
+
+
+def unlike(told: ModelConfig, asked: ModelConfig) -> list[str]:
+    """Fields in which two resolved configs do not compute the same."""
+    names = [f.name for f in dataclasses.fields(asked) if f.name not in TRAINING]
     return [name for name in names if getattr(told, name) != getattr(asked, name)]
 
 
@@ -111,7 +154,7 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
     }  # fmt: skip
     idle = []
     if cfg.position != "rope":
-        idle += ["rope_base", "rope_scaling"]
+        idle += ["rope_base", "rope_scaling", "rope_share"]
     if not cfg.num_experts:
         idle += ["experts_per_token", "normalize_expert_weights", "expert_capacity", "balance"]
     elif cfg.balance == "none":
@@ -122,8 +165,14 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(cfg, **stated, **{name: getattr(default, name) for name in idle})
 
 
-def _refuse(key: str, value: Any, reason: str) -> None:
-    raise ValueError(f"config.json: {key}={value!r:.80}: {reason}")
+def _renamed(family: Family, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting under its first name; two names may not say two things."""
+    found: dict[str, Any] = {}
+    for key, value in theirs.items():
+        name = family.renamed.get(key, key)
+        if found.setdefault(name, value) != value:
+            refuse(key, value, f"is another name of {name}, which is {found[name]!r:.80}")
+    return found
 
 
 def _typed(name: str, key: str, value: Any) -> Any:
@@ -135,18 +184,12 @@ def _typed(name: str, key: str, value: Any) -> Any:
         return None
     if isinstance(default, bool):
         if not isinstance(value, bool):
-            _refuse(key, value, "must be true or false")
+            refuse(key, value, "must be true or false")
     elif isinstance(default, float):
-        value = _number(key, value)
+        value = number(key, value)
     elif type(value) is not int or not 0 < value <= LARGEST:
-        _refuse(key, value, "must be a positive whole number")
+        refuse(key, value, "must be a positive whole number")
     return value
-
-
-def _number(key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < LARGEST:
-        _refuse(key, value, "must be a positive number")
-    return float(value)
 
 
 def _activation(family: Family, theirs: Mapping[str, Any]) -> str:
@@ -166,39 +209,3 @@ def _bias(family: Family, theirs: Mapping[str, Any]) -> str:
             return ours
     stated = ", ".join(f"{key}={key in on}" for key in keys)
     raise ValueError(f"config.json: {stated}: jaxgpt's model has these biases together or not")
-
-
-def _rope(theirs: Mapping[str, Any], default: float) -> tuple[float, RopeScaling | None]:
-    """transformers 5 has rope_parameters; before, rope_theta stood beside rope_scaling."""
-    key = "rope_parameters" if theirs.get("rope_parameters") else "rope_scaling"
-    rope = theirs.get(key) or {}
-    if not isinstance(rope, dict):
-        _refuse(key, rope, "must be a table of settings")
-    base = rope.get("rope_theta", theirs.get("rope_theta", default))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        _refuse(f"{key}.partial_rotary_factor", rope["partial_rotary_factor"], "must be 1")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return _number("rope_theta", base), None
-    if kind != "llama3":
-        _refuse(f"{key}.rope_type", kind, "jaxgpt's model has default and llama3")
-    number = lambda name: _number(f"{key}.{name}", rope.get(name))
-    return _number("rope_theta", base), RopeScaling(
-        number("factor"), number("low_freq_factor"), number("high_freq_factor"),
-        int(number("original_max_position_embeddings")),
-    )  # fmt: skip
-
-
-def _write_rope(cfg: ModelConfig) -> dict[str, Any]:
-    """Both forms, so that readers older than transformers 5 find theirs."""
-    scaling, rope = cfg.rope_scaling, {"rope_type": "default", "rope_theta": cfg.rope_base}
-    if scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        }
-    older = {"rope_theta": cfg.rope_base, "rope_scaling": None if scaling is None else rope}
-    return {**older, "rope_parameters": rope}

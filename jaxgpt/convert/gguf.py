@@ -1,27 +1,40 @@
-"""GGUF files: weights, de-quantised by the `gguf` library, settings, tokenizer, chat template.
+"""GGUF files: weights, de-quantised by the `gguf` library, settings, tokenizer, chat template."""
 
-The header is parsed here: the library's own reader trusts the counts in it, and a damaged file
-makes it loop until memory runs out.
-"""
-
+import json
 import math
-import struct
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxgpt.config import ModelConfig, RopeScaling
-from jaxgpt.convert import table, tokenizer_files
+from jaxgpt.convert import gguf_file, table, tokenizer_files, words
+from jaxgpt.convert.gguf_file import Source
 from jaxgpt.types import Params
 
-# Value types of the metadata; 8 is a string, 9 an array.
-SCALARS = {
-    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+# Settings that change the function in ways the model does not have, with what does not.
+NEUTRAL = {
+    "attention.sliding_window": 0, "attention.causal": True, "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0, "attention.scale": 0.0, "use_parallel_residual": False,
+    "attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0, "logit_scale": 1.0,
+    "residual_scale": 1.0, "embedding_scale": 1.0, "expert_weights_scale": 1.0,
+    "expert_gating_func": 1, "leading_dense_block_count": 0, "nextn_predict_layers": 0,
+    "rope.scaling.yarn_log_multiplier": 0.0, "rope.scaling.yarn_ext_factor": 1.0,
+    "pooling_type": 0,
 }  # fmt: skip
-STRING, ARRAY = 8, 9
-LARGEST_ARRAY = 2**22  # entries; the largest vocabularies have a quarter of a million
-READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+# Settings that are read here, or that say what the tensors say too.
+KNOWN = """
+    attention.head_count attention.head_count_kv attention.key_length attention.value_length
+    attention.layer_norm_epsilon attention.layer_norm_rms_epsilon block_count context_length
+    embedding_length expert_count expert_feed_forward_length expert_used_count expert_weights_norm
+    expert_shared_feed_forward_length feed_forward_length rope.dimension_count rope.freq_base
+    rope.scale_linear rope.scaling.attn_factor rope.scaling.factor rope.scaling.finetuned
+    rope.scaling.original_context_length rope.scaling.type rope.scaling.yarn_beta_fast
+    rope.scaling.yarn_beta_slow tensor_data_layout vocab_size
+"""
+HUGGING_FACE = "tokenizer.huggingface.json"  # the whole tokenizer.json
+END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 LAYER = "blk.{layer}."
 ROPE_FACTORS = "rope_freqs.weight"
@@ -137,6 +150,7 @@ ARCHITECTURES: dict[str, tuple[tuple[table.Row, ...], dict[str, Any]]] = {
     "qwen3": (SPLIT, LIKE_LLAMA | {"qk_norm": True}),
     "qwen3moe": (SPLIT, LIKE_LLAMA | {"qk_norm": True}),
 }
+MIXTURES = ("llama", "qwen2moe", "qwen3moe")  # architectures that may have experts
 
 
 def load(
@@ -149,7 +163,7 @@ def load(
             a tokenizer that jaxgpt does not have.
     """
     path = Path(path)
-    metadata, source = _open(path)
+    metadata, source = gguf_file.open_file(path)
     try:
         architecture = metadata.get("general.architecture")
         if architecture not in ARCHITECTURES:
@@ -157,35 +171,35 @@ def load(
                 f"general.architecture={architecture!r:.80}: must be one of "
                 + ", ".join(ARCHITECTURES)
             )
-        rows, fixed = ARCHITECTURES[architecture]
-        cfg = _config(metadata, architecture, fixed, source)
+        rows, _ = ARCHITECTURES[architecture]
+        cfg = config(metadata, architecture, source)
+        if unknown := _Settings(metadata, architecture).unknown():
+            print(f"warning: {path}: {', '.join(unknown)}: not read", file=sys.stderr)
         files = _tokenizer(metadata)
         return cfg, table.read(rows, cfg, source, place, dtype), files
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _config(
-    metadata: dict[str, Any], architecture: str, fixed: dict[str, Any], source: "_Source"
-) -> ModelConfig:
-    def get(key: str, kind: type, default: Any = None) -> Any:
-        value = metadata.get(f"{architecture}.{key}", default)
-        if type(value) is not kind or not 0 < value < 2**31:
-            raise ValueError(
-                f"{architecture}.{key}={value!r:.80}: must be a positive {kind.__name__}"
-            )
-        # Stored as float32: 1e-5, not 9.999999747e-06.
-        return float(str(np.float32(value))) if kind is float else value
+def config(metadata: dict[str, Any], architecture: str, source: Source) -> ModelConfig:
+    """The ModelConfig of a file.
 
-    for key, neutral in (("rope.scaling.type", "none"), ("attention.sliding_window", 0)):
+    Raises:
+        ValueError: a setting that is missing, or that the model does not have.
+    """
+    fixed = ARCHITECTURES[architecture][1]
+    get = _Settings(metadata, architecture)
+    for key, neutral in NEUTRAL.items():
         value = metadata.get(f"{architecture}.{key}", neutral)
         if value != neutral:
             raise ValueError(f"{architecture}.{key}={value!r:.80}: jaxgpt reads only {neutral}")
     dim, heads = get("embedding_length", int), get("attention.head_count", int)
     width = get("attention.key_length", int, dim // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if get(key, int, width) != width:
-            raise ValueError(f"{architecture}.{key}: must be the width of a head, {width}")
+    if get("attention.value_length", int, width) != width:
+        raise ValueError(f"{architecture}.attention.value_length: must be key_length, {width}")
+    rotary = get("rope.dimension_count", int, width)
+    if rotary > width or int(width * (rotary / width)) != rotary:
+        raise ValueError(f"{architecture}.rope.dimension_count={rotary}: must be {width} or less")
     if "token_embd.weight" not in source.shapes:
         raise ValueError("the weights lack token_embd.weight")
     some = lambda key: get(key, int) if metadata.get(f"{architecture}.{key}") else 0
@@ -196,7 +210,10 @@ def _config(
             "experts_per_token": get("expert_used_count", int),
             "shared_mlp_dim": some("expert_shared_feed_forward_length"),
         }
-    base = get("rope.freq_base", float, 10000.0)
+    if fixed["position"] == "rope":
+        base = get("rope.freq_base", float, 10000.0)
+        scaling = _rope_scaling(get, source, base, rotary)
+        fixed = fixed | {"rope_base": base, "rope_scaling": scaling, "rope_share": rotary / width}
     eps = "epsilon" if fixed["norm"] == "layernorm" else "rms_epsilon"
     return ModelConfig(
         vocab_size=source.shapes["token_embd.weight"][0],
@@ -208,14 +225,63 @@ def _config(
         head_dim=width,
         mlp_dim=some("expert_feed_forward_length") or get("feed_forward_length", int),
         norm_eps=get(f"attention.layer_norm_{eps}", float),
-        rope_base=base,
-        rope_scaling=_rope_scaling(source, base, width),
         tie_embeddings="output.weight" not in source.shapes,
         **fixed,
     )  # fmt: skip
 
 
-def _rope_scaling(source: "_Source", base: float, width: int) -> RopeScaling | None:
+class _Settings:
+    """The metadata of one architecture, each value of the asked kind and positive."""
+
+    def __init__(self, metadata: dict[str, Any], architecture: str):
+        self.metadata, self.architecture = metadata, architecture
+
+    def __call__(self, key: str, kind: type, default: Any = None) -> Any:
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        if type(value) is not kind or not 0 < value < 2**31:
+            raise ValueError(
+                f"{self.architecture}.{key}={value!r:.80}: must be a positive {kind.__name__}"
+            )
+        # Stored as float32: 1e-5, not 9.999999747e-06.
+        return float(str(np.float32(value))) if kind is float else value
+
+    def unknown(self) -> list[str]:
+        """Settings of the architecture that are read nowhere here."""
+        begin = f"{self.architecture}."
+        own = [key.removeprefix(begin) for key in self.metadata if key.startswith(begin)]
+        return [begin + key for key in own if key not in NEUTRAL and key not in KNOWN.split()]
+
+
+def _rope_scaling(get: _Settings, source: Source, base: float, rotary: int) -> RopeScaling | None:
+    """What the settings say, or what the factors that are stored as a tensor stand for."""
+    state = lambda key: get.metadata.get(f"{get.architecture}.rope.{key}")
+    kind = state("scaling.type")
+    factor_key = "scaling.factor" if state("scaling.factor") is not None else "scale_linear"
+    if kind is None and state(factor_key) not in (None, 0, 1):
+        kind = "linear"  # as llama.cpp reads a factor alone
+    if kind in (None, "none"):
+        return _llama3_scaling(source, base, rotary)
+    if kind not in ("linear", "yarn"):
+        raise ValueError(
+            f"{get.architecture}.rope.scaling.type={kind!r:.80}: must be none, linear or yarn"
+        )
+    factor = get(f"rope.{factor_key}", float)
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor)
+    strength = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_context=get(
+            "rope.scaling.original_context_length", int, get("context_length", int)
+        ),
+        attention_factor=get("rope.scaling.attn_factor", float, 1.0) * strength,
+        beta_fast=get("rope.scaling.yarn_beta_fast", float, 32.0),
+        beta_slow=get("rope.scaling.yarn_beta_slow", float, 1.0),
+    )
+
+
+def _llama3_scaling(source: Source, base: float, width: int) -> RopeScaling | None:
     """Llama 3's stretching; a file has what it divides each frequency by, not the settings.
 
     All of Meta's models differ in the factor alone, which is the largest of these.
@@ -228,13 +294,18 @@ def _rope_scaling(source: "_Source", base: float, width: int) -> RopeScaling | N
         raise ValueError(f"{ROPE_FACTORS}: must be {width // 2} factors of 1 and more")
     scaling = RopeScaling(factor=float(found_H.max()))
     frequency_H = base ** (-np.arange(width // 2) / (width // 2))
-    turns_H = scaling.original_context * frequency_H / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep_H = np.clip((turns_H - low) / (high - low), 0, 1)
-    expected_H = 1 / (keep_H + (1 - keep_H) / scaling.factor)
+    expected_H = rope_factors(scaling, frequency_H)
     if not np.allclose(found_H, expected_H, rtol=1e-5):
         raise ValueError(f"{ROPE_FACTORS}: is not Llama 3's stretching of rotary positions")
     return scaling
+
+
+def rope_factors(scaling: RopeScaling, frequency_H: np.ndarray) -> np.ndarray:
+    """What Llama 3's stretching divides each frequency by."""
+    turns_H = scaling.original_context * frequency_H / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep_H = np.clip((turns_H - low) / (high - low), 0, 1)
+    return 1 / (keep_H + (1 - keep_H) / scaling.factor)
 
 
 def _tokenizer(metadata: dict[str, Any]) -> dict[str, bytes]:
@@ -242,28 +313,47 @@ def _tokenizer(metadata: dict[str, Any]) -> dict[str, bytes]:
     get = lambda key: metadata.get(f"tokenizer.ggml.{key}")
     tokens = _list(metadata, "tokens", str)
     kinds = _list(metadata, "token_type", int) if get("token_type") else [1] * len(tokens)
-    special = [i for i, kind in enumerate(kinds[: len(tokens)]) if kind in (3, 4)]  # control, user
+    numbered = list(enumerate(kinds[: len(tokens)]))
+    # Control tokens, and those that users defined, such as <think>. Text spells only these.
+    special = [i for i, kind in numbered if kind == 3 or (kind == 4 and _is_turn(tokens[i]))]
+    whole = [i for i, kind in numbered if kind == 4 and not _is_turn(tokens[i])]
     name_of = lambda i: tokens[i] if type(i) is int and 0 <= i < len(tokens) else None
-    sentencepiece = get("model") == "llama"
+    sentencepiece, cut = get("model") == "llama", str(get("pre") or "default")
     if sentencepiece:
         scores, unknown = _list(metadata, "scores", float), get("unknown_token_id") or 0
         if len(scores) != len(tokens) or name_of(unknown) is None:
             raise ValueError("tokenizer.ggml: scores or unknown_token_id do not fit the tokens")
-        files = tokenizer_files.sentencepiece(tokens, scores, special, unknown)
+        prefix = get("add_space_prefix")
+        files = tokenizer_files.sentencepiece(
+            tokens, scores, special, unknown, whole=whole,
+            space_prefix=True if prefix is None else bool(prefix),
+        )  # fmt: skip
     elif get("model") == "gpt2":
         merges = _list(metadata, "merges", str)
-        files = tokenizer_files.byte_level(tokens, merges, special, str(get("pre") or "default"))
+        files = tokenizer_files.byte_level(tokens, merges, special, cut, whole)
     else:
         raise ValueError(f"tokenizer.ggml.model={get('model')!r:.80}: must be gpt2 or llama")
+    ends = sorted({i for i in map(get, END_IDS) if i is not None and name_of(i) is not None})
+    if len(ends) > 1:  # a text's and a turn's
+        told = json.dumps({"eos_token_id": ends})
+        files |= {"generation_config.json": told.encode()}
+    if isinstance(whole_file := metadata.get(HUGGING_FACE), str):  # says more than the rest
+        files |= {"tokenizer.json": whole_file.encode()}
     template, add_bos = metadata.get("tokenizer.chat_template"), get("add_bos_token")
+    begins = sentencepiece or words.KINDS[cut].begins
     return tokenizer_files.with_settings(
         files,
         bos_token=name_of(get("bos_token_id")),
         eos_token=name_of(get("eos_token_id")),
         pad_token=name_of(get("padding_token_id")),
-        add_bos_token=sentencepiece if add_bos is None else bool(add_bos),
+        add_bos_token=begins if add_bos is None else bool(add_bos),
         chat_template=template if isinstance(template, str) else None,
     )
+
+
+def _is_turn(token: str) -> bool:
+    """Whether a token looks like <|im_start|>, which some converters note as the users' own."""
+    return token[:2] in ("<|", "<\uff5c") and token[-2:] in ("|>", "\uff5c>")  # DeepSeek's are wide
 
 
 def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
@@ -271,119 +361,3 @@ def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
     if not isinstance(values, list) or any(type(value) is not kind for value in values):
         raise ValueError(f"tokenizer.ggml.{key}: must be a list of {kind.__name__}")
     return values
-
-
-class _Source:
-    """The tensors by name; each is de-quantised when it is read."""
-
-    def __init__(self, data: np.ndarray):
-        self.shapes: dict[str, table.Shape] = {}
-        self._data = data
-        self._stored: dict[str, tuple[Any, int, int]] = {}  # quantisation, start, bytes
-
-    def add(self, name: str, shape: table.Shape, kind: int, start: int) -> None:
-        import gguf
-
-        names = {member.value: member.name for member in gguf.GGMLQuantizationType}
-        if names.get(kind) not in READABLE:
-            raise ValueError(
-                f"{name} is stored as {names.get(kind, kind)}; only {', '.join(READABLE)} are read"
-            )
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-        if shape[-1] % block or name in self.shapes:
-            raise ValueError(
-                f"{name}: {shape[-1]} does not fill blocks of {block}, or stands twice"
-            )
-        length = math.prod(shape) // block * size
-        if start + length > len(self._data):
-            raise ValueError(f"{name} ends behind the end of the file")
-        self.shapes[name] = shape
-        self._stored[name] = (gguf.GGMLQuantizationType(kind), start, length)
-
-    def read(self, name: str) -> np.ndarray:
-        from gguf import quants
-
-        kind, start, length = self._stored[name]
-        rows = math.prod(self.shapes[name][:-1])
-        stored = np.asarray(self._data[start : start + length]).reshape(rows, -1)
-        if kind.name in ("F32", "F16"):
-            return stored.view(np.float32 if kind.name == "F32" else np.float16).reshape(
-                self.shapes[name]
-            )
-        return quants.dequantize(stored, kind).reshape(self.shapes[name])
-
-
-def _open(path: Path) -> tuple[dict[str, Any], _Source]:
-    """Metadata and tensors; every count is held against the file's length before it is used."""
-    if path.stat().st_size < 24:
-        raise ValueError(f"{path}: too short for a GGUF file")
-    data = np.memmap(path, np.uint8, "r")
-    try:
-        header = _Header(data)
-        if data[:4].tobytes() != b"GGUF" or header.scalar("I", skip=4) not in (2, 3):
-            raise ValueError("not a GGUF file of version 2 or 3")
-        num_tensors, num_values = header.scalar("Q"), header.scalar("Q")
-        metadata = {}
-        for _ in range(num_values):
-            key = header.string()
-            metadata[key] = header.value(header.scalar("I"))
-        infos = [header.tensor() for _ in range(num_tensors)]
-        alignment = metadata.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment={alignment!r:.80}: must be a power of two")
-        start = -(-header.offset // alignment) * alignment
-        source = _Source(data)
-        for name, shape, kind, offset in infos:
-            if offset % alignment:
-                raise ValueError(f"{name} does not begin at a multiple of {alignment} bytes")
-            source.add(name, shape, kind, start + offset)
-    except (ValueError, struct.error) as error:
-        raise ValueError(f"{path}: {error}") from None
-    return metadata, source
-
-
-class _Header:
-    """A cursor over the file; reading beyond the end raises struct.error or ValueError."""
-
-    def __init__(self, data: np.ndarray):
-        self._data = memoryview(data)  # type: ignore[arg-type]
-        self.offset = 0
-
-    def scalar(self, code: str, skip: int = 0) -> Any:
-        self.offset += skip
-        (value,) = struct.unpack_from("<" + code, self._data, self.offset)
-        self.offset += struct.calcsize("<" + code)
-        return value
-
-    def string(self) -> str:
-        return str(self._take(self.scalar("Q")), "utf-8")
-
-    def value(self, kind: int) -> Any:
-        if kind in SCALARS:
-            return self.scalar(SCALARS[kind])
-        if kind == STRING:
-            return self.string()
-        if kind != ARRAY:
-            raise ValueError(f"unknown type {kind} of a value")
-        kind, count = self.scalar("I"), self.scalar("Q")
-        if count > LARGEST_ARRAY:
-            raise ValueError(f"an array of {count} values is too long for metadata")
-        if kind == STRING:
-            return [self.string() for _ in range(count)]
-        if kind not in SCALARS:
-            raise ValueError(f"unknown type {kind} of an array")
-        bytes_ = self._take(count * struct.calcsize("<" + SCALARS[kind]))
-        return [value for (value,) in struct.iter_unpack("<" + SCALARS[kind], bytes_)]
-
-    def tensor(self) -> tuple[str, table.Shape, int, int]:
-        name, rank = self.string(), self.scalar("I")
-        if not 1 <= rank <= 4:
-            raise ValueError(f"{name}: has {rank} axes")
-        shape = tuple(self.scalar("Q") for _ in range(rank))[::-1]
-        return name, shape, self.scalar("I"), self.scalar("Q")
-
-    def _take(self, size: int) -> memoryview:
-        if size > len(self._data) - self.offset:
-            raise ValueError("the header ends behind the end of the file")
-        self.offset += size
-        return self._data[self.offset - size : self.offset]

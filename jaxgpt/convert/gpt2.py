@@ -57,10 +57,15 @@ GPT2 = Family(
     ),
     activation="activation_function",
     table=TABLE,
+    renamed={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
     neutral={
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
     },
     buffers=r"\.attn\.(bias|masked_bias)$",  # the causal mask of old checkpoints
 )  # fmt: skip

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,6 +47,12 @@ def load(
     path = Path(path)
     settings = tensors.read_json(path / "config.json")
     cfg, family = config_from_hf(settings), _family(settings)
+    if unknown := families.unknown(family, settings):
+        print(
+            f"warning: {path / 'config.json'}: {', '.join(unknown)}: no settings of a "
+            f"{family.model_type}; they change nothing here, as in transformers",
+            file=sys.stderr,
+        )
     with tensors.Tensors(path) as files:
         return cfg, table.read(family.table, cfg, _Canonical(files, family, cfg), place, dtype)
 

@@ -1,7 +1,7 @@
 """Any model on disk: a run directory, a Hugging Face directory, a GGUF or a llama2.c file."""
 
+import itertools
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxgpt import peft, rundir, tree
 from jaxgpt.config import ModelConfig, PeftConfig
-from jaxgpt.convert import gguf, hf, llama2c, peft_hf, tensors, tokenizer_files
+from jaxgpt.convert import gguf, hf, llama2c, peft_hf, spm, tensors, tokenizer_files
 from jaxgpt.convert.table import Place
 from jaxgpt.data import chat
 from jaxgpt.data import tokenizer as tokenizers
@@ -53,7 +53,7 @@ def load(path: str | Path, *, place: Place | None = None, merged: bool = False) 
     if rundir.is_run(path):
         files = own_files(tokenizer_files.read(path))
         params = _placed(_read_run(path, merged), place)
-        return _with_tokenizer(rundir.model_config(path), params, files)
+        return _with_tokenizer(rundir.model_config(path), params, files, path)
     if peft_hf.is_adapter(path):
         base = load(peft_hf.base_of(path), merged=True)
         params = peft_hf.load(path, base.config, base.params)
@@ -62,9 +62,9 @@ def load(path: str | Path, *, place: Place | None = None, merged: bool = False) 
         _require_model(path)
         cfg, params = hf.load(path, place=place)
         settings = tensors.read_json(path / "config.json")
-        return _with_tokenizer(cfg, params, tokenizer_files.read(path), settings)
+        return _with_tokenizer(cfg, params, tokenizer_files.read(path), path, settings)
     cfg, params, files = _reader(path)(path, place=place)
-    return _with_tokenizer(cfg, params, files)
+    return _with_tokenizer(cfg, params, files, path)
 
 
 def _require_model(path: Path) -> None:
@@ -133,7 +133,7 @@ def load_with_adapters(
     base = base._replace(params=jax.tree.map(jnp.asarray, base.params))
     if runs:  # its conversations have the form that the first of them was taught
         files = own_files(tokenizer_files.read(next(iter(runs))))
-        base = _with_tokenizer(base.config, base.params, files)
+        base = _with_tokenizer(base.config, base.params, files, path)
 
     def beside(adapter: Path) -> Params:
         if adapter not in runs:
@@ -189,32 +189,59 @@ def _with_tokenizer(
     cfg: ModelConfig,
     params: Params,
     files: dict[str, bytes],
+    name: str | Path,
     settings: Mapping = MappingProxyType({}),
 ) -> Loaded:
     """Args:
+    name: of what was opened, for error messages.
     settings: config.json, which tells the end token where no other file does.
+
+    Raises:
+        ValueError: the tokenizer has ids beyond the embedding, or no vocabulary.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        for name, content in files.items():
-            (Path(directory) / name).write_bytes(content)
-        tokenizer = tokenizers.load(directory)
-    ids = tokenizer_files.special_ids(files)
-    end = ids.get("eos_token_id", settings.get("eos_token_id"))
-    template = tokenizer_files.chat_template(files)
+    try:
+        files = spm.complete(files)
+        tokenizer = tokenizers.from_files(files, "tokenizer")
+        check_vocabulary(cfg, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"checkpoint={name}: {error}") from None
+    own, told = tokenizer_files.own_ids(files), tokenizer_files.special_ids(files)
+    end = told.get("eos_token_id", settings.get("eos_token_id"))
     stops = {*end} if isinstance(end, list) else {tokenizer.eos_id if end is None else end}
+    if "eos_token_id" in own:  # also where generation_config.json names others
+        stops.add(own["eos_token_id"])
+    template = tokenizer_files.chat_template(files)
     if template and IM_END in template and IM_END in tokenizer.special:
         stops.add(tokenizer.special[IM_END])
-    begin = _begin_ids(tokenizer, files, ids.get("bos_token_id", settings.get("bos_token_id")))
+    if not all(0 <= token < cfg.vocab_size for token in stops):
+        raise ValueError(
+            f"checkpoint={name}: eos_token_id={sorted(stops)}: must lie below the "
+            f"{cfg.vocab_size} rows of the embedding; mend generation_config.json"
+        )
+    begin = _begin_ids(tokenizer, files, told.get("bos_token_id", settings.get("bos_token_id")))
     return Loaded(cfg, params, tokenizer, template, begin, tuple(sorted(stops)), files)
 
 
+def check_vocabulary(cfg: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer with ids for which the network has no embedding; fewer ids are fine."""
+    if tokenizer.vocab_size > cfg.vocab_size:
+        top = tokenizer.vocab_size - 1
+        raise ValueError(
+            f"model.vocab_size={cfg.vocab_size}: the tokenizer has ids up to {top} "
+            f"({tokenizer.decode([top])!r}); use 0 to take its size in a new model, enlarge a "
+            "trained one (transformers' resize_token_embeddings), or take its own tokenizer"
+        )
+
+
 def _begin_ids(tokenizer: Tokenizer, files: dict[str, bytes], bos: int | None) -> tuple[int, ...]:
-    """What the tokenizer puts before a text by itself, or is told to put there."""
-    told = json.loads(files.get("tokenizer_config.json", b"{}"))
+    """What transformers puts before a text: as tokenizer.json says, else tokenizer_config.json."""
     if isinstance(tokenizer, HuggingFace):
-        own = tuple(tokenizer.engine.encode("", add_special_tokens=True).ids)
-        if own:
-            return own[:1]  # what follows, such as </s>, ends the text
+        text = tokenizer.engine.encode("a", add_special_tokens=True)
+        added = zip(text.ids, text.special_tokens_mask, strict=True)
+        # What is added behind the text, such as </s>, is no beginning.
+        if own := tuple(i for i, _ in itertools.takewhile(lambda pair: pair[1], added)):
+            return own
+    told = json.loads(files.get("tokenizer_config.json", b"{}"))
     return (bos,) if told.get("add_bos_token") and bos is not None else ()
 
 

@@ -35,4 +35,5 @@ MIXTRAL = Family(
     activation="hidden_act",
     table=ENDS + ATTENTION + EXPERTS + FUSED_EXPERTS,
     rope_base=1e6,
+    renamed={"num_experts": "num_local_experts"},
 )

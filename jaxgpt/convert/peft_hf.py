@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,45 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxgpt import peft, tree
+from jaxgpt import peft, tree, weights
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert import hf, table
 from jaxgpt.convert.table import Row
-from jaxgpt.convert.tensors import read_json
+from jaxgpt.convert.tensors import read_json, save_file
 from jaxgpt.types import Params
 from jaxgpt.weights import Kernel, Lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Settings under which the tensors mean something else, with the values that they may have.
+NOTHING = (None, False, [], {}, "", 0)
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "bias": (None, "none"),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, []),
-    "layer_replication": (None, []),
-    "lora_bias": (None, False),
-    "init_lora_weights": (None, True, False, "gaussian"),  # the others change the base
+    # The others change the base, or what a and b mean.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
+    "layer_replication": NOTHING,
+    "lora_bias": NOTHING,
+    "target_parameters": NOTHING,
+    "use_qalora": NOTHING,
+    "use_bdlora": NOTHING,
+    "alora_invocation_tokens": NOTHING,
+    "arrow_config": NOTHING,
+    "kasa_config": NOTHING,
+    "monteclora_config": NOTHING,
+    "ensure_weight_tying": NOTHING,
 }
+# Settings that are read here, or that only training reads.
+KNOWN = """
+    r lora_alpha rank_pattern alpha_pattern use_rslora use_dora target_modules exclude_modules
+    layers_to_transform layers_pattern base_model_name_or_path fan_in_fan_out bias modules_to_save
+    trainable_token_indices auto_mapping corda_config eva_config inference_mode loftq_config
+    lora_dropout lora_ga_config megatron_config megatron_core peft_version qalora_group_size
+    revision runtime_config task_type velora_config
+"""
+MERGE = (
+    "merge in PEFT first: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
+    ".save_pretrained(directory), and give that directory"
+)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -68,21 +87,28 @@ def load(path: str | Path, cfg: ModelConfig, base: Params) -> Params:
     """
     path = Path(path)
     settings = read_json(path / CONFIG)
-    for name, allowed in NEUTRAL.items():
-        if settings.get(name) not in allowed:
-            raise ValueError(f"{path / CONFIG}: {name}={settings[name]!r:.80}: jaxgpt has not that")
+    for name, value in settings.items():
+        if name in NEUTRAL:
+            fine = value in NEUTRAL[name]
+        else:
+            fine = value in NOTHING or name in KNOWN.split()
+        if not fine:
+            raise ValueError(f"{path / CONFIG}: {name}={value!r:.80}: jaxgpt has not that; {MERGE}")
     found = _read(path / WEIGHTS)
-    kernels = peft.leaves(base)
-    for row in _rows(cfg):
-        names = table.parameters(row)
-        modules = [_module(theirs) for theirs, _ in table.pieces(row, cfg)]
-        layers = [_take(found, settings, module) for module in modules]
-        if any(layers):
-            for part, name in enumerate(names):
-                kernels[name] = _stack(kernels[name], layers, part, len(names))
-    if found:
-        odd = ", ".join(sorted(found)[:4])
-        raise ValueError(f"{path / WEIGHTS}: holds tensors that fit nowhere: {odd}")
+    try:
+        kernels = _with_whole(found, settings, cfg, peft.leaves(base))
+        for row in _rows(cfg):
+            names = table.parameters(row)
+            modules = [_module(theirs) for theirs, _ in table.pieces(row, cfg)]
+            layers = [_take(found, settings, module) for module in modules]
+            if any(layers):
+                for part, name in enumerate(names):
+                    kernels[name] = _stack(kernels[name], layers, part, len(names))
+        if found:
+            odd = ", ".join(sorted(found)[:4])
+            raise ValueError(f"holds tensors that fit nowhere: {odd}; {MERGE}")
+    except ValueError as error:
+        raise ValueError(f"{path / WEIGHTS}: {error}") from None
     return tree.nest(kernels)
 
 
@@ -127,7 +153,7 @@ def save(path: str | Path, cfg: ModelConfig, params: Params, base: str = "") -> 
     path.mkdir(parents=True, exist_ok=True)
     settings = _settings(scales, True in lengths, base, _conv1d(cfg))
     (path / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    safetensors.numpy.save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    save_file(path / WEIGHTS, tensors)
 
 
 def _rows(cfg: ModelConfig) -> list[Row]:
@@ -161,6 +187,77 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
 
 
+def _with_whole(
+    found: dict[str, np.ndarray],
+    settings: Mapping[str, Any],
+    cfg: ModelConfig,
+    kernels: dict[str, Kernel],
+) -> dict[str, Kernel]:
+    """The kernels with whatever the adapter holds whole, or in place of rows of the embedding.
+
+    That is modules_to_save, biases, new embeddings, and the weights under an adapted head.
+    """
+    kernels = dict(kernels)
+    for row in table.select(_family(cfg).table, table.parameter_shapes(cfg)):
+        names, axes = table.parameters(row), table.sizes(cfg, len(table.parameters(row)))
+        changed: dict[str, np.ndarray] = {}
+        for theirs, index in table.pieces(row, cfg):
+            old = lambda: _their_tensor([kernels[n] for n in names], row, index, axes)  # noqa: B023
+            new = _whole(found, settings, theirs, old)
+            if new is None:
+                continue
+            if new.shape != table.their_shape(row[2], axes):
+                wanted = list(table.their_shape(row[2], axes))
+                raise ValueError(f"{theirs} is {list(new.shape)} instead of {wanted}; {MERGE}")
+            parts = table.rearrange(new, row[2], axes)
+            for name, part in zip(names, parts if len(names) > 1 else [parts], strict=True):
+                changed.setdefault(name, np.array(weights.dense(kernels[name])))[index] = part
+        for name, array in changed.items():
+            same = np.array_equal(array, weights.dense(kernels[name]))
+            rows_alone = bool(settings.get("trainable_token_indices"))
+            if name == "embed/embedding" and cfg.tie_embeddings and not same and not rows_alone:
+                raise ValueError(
+                    f"a new embedding, but not a new head, which jaxgpt holds as one; {MERGE}"
+                )
+            kernels[name] = kernels[name] if same else jnp.asarray(array)
+    return kernels
+
+
+def _their_tensor(
+    kernels: list[Kernel], row: Row, index: tuple[int, ...], axes: Mapping[str, int]
+) -> np.ndarray:
+    block = [np.asarray(weights.dense(kernel))[index] for kernel in kernels]
+    whole = np.stack(block) if len(kernels) > 1 else block[0]
+    return table.rearrange(whole, table.inverse(row[2]), axes)
+
+
+def _whole(
+    found: dict[str, np.ndarray],
+    settings: Mapping[str, Any],
+    theirs: str,
+    old: Callable[[], np.ndarray],
+) -> np.ndarray | None:
+    """What the adapter makes of one tensor of the base; None: it stays."""
+    module, _, leaf = theirs.rpartition(".")
+    new = None
+    for name in (theirs, f"{module}.base_layer.{leaf}"):
+        new = found.pop(PREFIX + name, new)
+    rows = found.pop(f"{PREFIX}{module}.token_adapter.trainable_tokens_delta", None)
+    if rows is not None and leaf == "weight":
+        new = np.array(old() if new is None else new)
+        told = settings.get("trainable_token_indices") or ()
+        indices = told.get(module.rpartition(".")[2], ()) if isinstance(told, dict) else told
+        if len(indices) != len(rows) or max(indices) >= len(new):
+            raise ValueError(f"{module}: {len(rows)} rows for trainable_token_indices={indices}")
+        new[indices] = rows
+    a_RV = found.pop(f"{PREFIX}{module}.lora_embedding_A", None)
+    if a_RV is not None:
+        b_DR = found.pop(f"{PREFIX}{module}.lora_embedding_B")
+        change_VD = (b_DR @ a_RV).T * _strength(settings, module, len(a_RV))
+        new = (old() if new is None else new) + change_VD
+    return new
+
+
 def _take(
     found: dict[str, np.ndarray], settings: Mapping[str, Any], module: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
@@ -168,6 +265,8 @@ def _take(
     name = PREFIX + module
     if f"{name}.lora_A.weight" not in found:
         return None
+    if not _is_target(settings, module):
+        raise ValueError(f"holds a change of {module}, which {CONFIG} does not target")
     a_RD = found.pop(f"{name}.lora_A.weight").astype(np.float32)
     b_FR = found.pop(f"{name}.lora_B.weight", np.zeros((0, 0))).astype(np.float32)
     if a_RD.ndim != 2 or b_FR.ndim != 2 or b_FR.shape[1] != len(a_RD):
@@ -175,13 +274,42 @@ def _take(
     magnitude = found.pop(f"{name}.lora_magnitude_vector", None)
     if magnitude is None:
         magnitude = found.pop(f"{name}.lora_magnitude_vector.weight", None)
-    alpha = settings.get("lora_alpha", 8)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-    rank = len(a_RD)
-    strength = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    return a_RD, b_FR * strength, magnitude
+    if bool(settings.get("use_dora")) != (magnitude is not None):
+        raise ValueError(f"{name}: use_dora={settings.get('use_dora')}, unlike the tensors")
+    return a_RD, b_FR * _strength(settings, module, len(a_RD)), magnitude
+
+
+def _strength(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """What the low-rank change of a module is multiplied by; its first pattern decides."""
+
+    def setting(name: str, patterns: str) -> Any:
+        for pattern, value in (settings.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return settings.get(name, 8)
+
+    if setting("r", "rank_pattern") != rank:
+        told = setting("r", "rank_pattern")
+        raise ValueError(f"{module}: has rank {rank}, where {CONFIG} states {told}")
+    alpha = setting("lora_alpha", "alpha_pattern")
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _is_target(settings: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT adapts this module (its check_target_module_exists)."""
+
+    def named(told: Any) -> bool:
+        if isinstance(told, str):
+            return told == "all-linear" or re.fullmatch(told, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in told or ())
+
+    if named(settings.get("exclude_modules")) or not named(settings.get("target_modules")):
+        return False
+    layers = settings.get("layers_to_transform")
+    if layers in (None, []) or isinstance(settings["target_modules"], str):
+        return True
+    layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+    return layer is not None and int(layer[1]) in (layers if isinstance(layers, list) else [layers])
 
 
 def _stack(kernel: Kernel, layers: list[Any], part: int, num_parts: int) -> Lora:

@@ -29,6 +29,7 @@ EXPERTS = (
 )
 
 EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # has a mixture
+WINDOW = ("sliding_window", "max_window_layers")  # read only with use_sliding_window
 SHARED_EXPERT = (
     (
         "blocks/moe/shared_gate/kernel",
@@ -66,6 +67,7 @@ QWEN2 = Family(
     activation="hidden_act",
     table=ENDS + ATTENTION + QKV_BIAS + GATED_MLP,
     rope_base=10000.0,
+    inert=WINDOW,
     neutral={"use_sliding_window": False},
 )
 
@@ -89,6 +91,7 @@ QWEN2_MOE = Family(
     rope_base=10000.0,
     biases={"none": (), "qkv": ("qkv_bias",)},
     defaults={"qkv_bias": True},
+    inert=(*WINDOW, "intermediate_size"),
     neutral=EVERY_LAYER | {"use_sliding_window": False},
 )
 
@@ -106,6 +109,7 @@ QWEN3 = Family(
     activation="hidden_act",
     table=ENDS + ATTENTION + QK_NORM + GATED_MLP,
     rope_base=10000.0,
+    inert=WINDOW,
     neutral={"use_sliding_window": False, "attention_bias": False},
 )
 
@@ -127,5 +131,6 @@ QWEN3_MOE = Family(
     table=ENDS + ATTENTION + QK_NORM + EXPERTS + FUSED_EXPERTS,
     rope_base=10000.0,
     renamed={"num_local_experts": "num_experts"},
+    inert=(*WINDOW, "intermediate_size"),
     neutral=EVERY_LAYER | {"use_sliding_window": False, "attention_bias": False},
 )

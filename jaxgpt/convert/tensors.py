@@ -102,15 +102,24 @@ def save(
     """
     groups = _groups(sizes, shard)
     if len(groups) == 1:
-        _save(path / SINGLE, dict(tensors))
+        save_file(path / SINGLE, dict(tensors))
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        _save(path / file, dict(next(tensors) for _ in names))
+        save_file(path / file, dict(next(tensors) for _ in names))
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (path / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def save_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """One safetensors file, as readable to others as any new file here."""
+    file.touch()
+    mode = file.stat().st_mode
+    # transformers asks for the format's name.
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)  # the library makes files of mode 0600
 
 
 def as_dtype(name: str) -> np.dtype:
@@ -161,11 +170,6 @@ def _groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         groups[-1].append(name)
         filled += size
     return groups
-
-
-def _save(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    # transformers asks for the format's name.
-    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
 
 
 def size_of(shape: Shape, dtype: np.dtype) -> int:

@@ -5,24 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.convert import tensors
+from jaxgpt.convert import tensors, words
 
 NAMES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 SPACE = "▁"  # sentencepiece's visible space
-
-# How a text is cut into words before byte-level BPE, by GGUF's tokenizer.ggml.pre.
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_WORDS = QWEN2_WORDS.replace(r"\p{N}|", r"\p{N}{1,3}|")
-WORDS = {
-    "gpt-2": None, "default": None, "smollm": None,
-    "qwen2": QWEN2_WORDS, "llama-bpe": LLAMA3_WORDS,
-}  # fmt: skip
 
 
 def read(path: str | Path) -> dict[str, bytes]:
@@ -56,10 +45,37 @@ def chat_template(files: dict[str, bytes]) -> str | None:
     return found
 
 
+def special_tokens(files: dict[str, bytes]) -> dict[str, str]:
+    """The texts of bos_token, eos_token and pad_token, as far as the tokenizer's own files say."""
+    found = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            token = _content(files, file).get(name)
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str) and text:
+                found.setdefault(name, text)
+    return found
+
+
 def special_ids(files: dict[str, bytes]) -> dict[str, Any]:
-    """bos_token_id, eos_token_id (an id or several) and pad_token_id, as far as they are told."""
-    settings, told = (_content(files, f"{n}_config.json") for n in ("tokenizer", "generation"))
-    added = _content(files, "tokenizer.json").get("added_tokens", [])
+    """bos_token_id, eos_token_id (an id or several) and pad_token_id, as far as they are told.
+
+    What generation_config.json tells comes first; `own_ids` are the tokenizer's.
+    """
+    ids, told = own_ids(files), _content(files, "generation_config.json")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = told.get(name)
+        if value is not None:
+            if not all(type(i) is int for i in (value if isinstance(value, list) else [value])):
+                raise ValueError(f"generation_config.json: {name}={value!r:.80}: must be ids")
+            ids[name] = value
+    return ids
+
+
+def own_ids(files: dict[str, bytes]) -> dict[str, Any]:
+    """The ids of `special_tokens`: bos_token_id, eos_token_id, pad_token_id."""
+    definition = _content(files, "tokenizer.json")
+    added, model = definition.get("added_tokens", []), definition.get("model")
     if not isinstance(added, list) or not all(
         isinstance(token, dict)
         and isinstance(token.get("content"), str)
@@ -69,104 +85,163 @@ def special_ids(files: dict[str, bytes]) -> dict[str, Any]:
         raise ValueError(
             "tokenizer.json: added_tokens must be a list of tokens with id and content"
         )
-    id_of = {token["content"]: token["id"] for token in added}
-    ids = {}
-    for name in ("bos_token", "eos_token", "pad_token"):
-        token = settings.get(name)
-        text = token.get("content") if isinstance(token, dict) else token
-        value = told.get(f"{name}_id", id_of.get(text) if isinstance(text, str) else None)
-        if value is not None:
-            if not all(type(i) is int for i in (value if isinstance(value, list) else [value])):
-                raise ValueError(f"generation_config.json: {name}_id={value!r:.80}: must be ids")
-            ids[f"{name}_id"] = value
-    return ids
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):  # Unigram's, of pieces with scores
+        vocab = {entry[0]: i for i, entry in enumerate(vocab)}
+    id_of = (vocab or {}) | {token["content"]: token["id"] for token in added}
+    tokens = special_tokens(files)
+    return {f"{name}_id": id_of[text] for name, text in tokens.items() if text in id_of}
 
 
 def byte_level(
-    tokens: Sequence[str], merges: Sequence[str], special: Sequence[int], words: str
+    tokens: Sequence[str],
+    merges: Sequence[str],
+    special: Sequence[int],
+    cut: str,
+    whole: Sequence[int] = (),
 ) -> dict[str, bytes]:
-    """GPT-2's kind of BPE. `words` is a key of WORDS."""
-    if words not in WORDS:
-        raise ValueError(f"tokenizer.ggml.pre={words!r:.80}: must be one of {', '.join(WORDS)}")
-    pattern = WORDS[words]
-    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    cut: list[dict[str, Any]] = []
-    if words == "smollm":
-        cut = [{"type": "Digits", "individual_digits": True}]
-    elif pattern:
-        regex = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-        cut = [{**regex, "invert": False}]
+    """GPT-2's kind of BPE.
+
+    Args:
+        cut: a name in words.KINDS.
+        whole: tokens that are cut out of a text before anything else.
+    """
+    if cut not in words.KINDS:
+        known = ", ".join(words.KINDS)
+        raise ValueError(f"tokenizer.ggml.pre={cut!r:.80}: must be one of {known}")
+    kind = words.KINDS[cut]
     return _files(
         tokens,
         special,
-        merges=[merge.split(" ") for merge in merges],
-        normalizer={"type": "NFC"} if words == "qwen2" else None,
-        pre_tokenizer={
-            "type": "Sequence",
-            "pretokenizers": [*cut, {**letters, "use_regex": not pattern}],
+        _bpe(tokens, [merge.split(" ") for merge in merges], ignore_merges=kind.whole_words),
+        whole=whole,
+        normalizer={"type": "NFC"} if kind.composed else None,
+        pre_tokenizer=words.pre_tokenizer(kind),
+        decoder={
+            "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
         },
-        decoder={**letters, "use_regex": True},
-        ignore_merges=words == "llama-bpe",
-    )
+    )  # fmt: skip
 
 
 def sentencepiece(
-    tokens: Sequence[str], scores: Sequence[float], special: Sequence[int], unknown: int
+    tokens: Sequence[str],
+    scores: Sequence[float],
+    special: Sequence[int],
+    unknown: int,
+    *,
+    unigram: bool = False,
+    whole: Sequence[int] = (),
+    space_prefix: bool = True,
+    single_spaces: bool = False,
+    characters: str = "",
+    byte_fallback: bool = True,
 ) -> dict[str, bytes]:
-    """sentencepiece's BPE, where the pair whose union has the highest score merges first."""
-    id_of = {token: i for i, token in enumerate(tokens)}
+    """sentencepiece's BPE, where the pair whose union has the highest score merges first.
+
+    Args:
+        unigram: the likeliest pieces instead (arXiv:1804.10959).
+        whole: tokens that are cut out of a text before anything else.
+        space_prefix: a text is read as if a blank stood before it.
+        single_spaces: blanks at the ends, and after others, are dropped.
+        characters: what stands for which character, in sentencepiece's own form.
+    """
+    replace = lambda old, new: {"type": "Replace", "pattern": {"String": old}, "content": new}
+    normalizers: list[dict[str, Any]] = []
+    if characters:
+        normalizers += [{"type": "Precompiled", "precompiled_charsmap": characters}]
+    if single_spaces:
+        several = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+        normalizers += [{"type": "Strip", "strip_left": True, "strip_right": True}, several]
+    if space_prefix:
+        normalizers += [{"type": "Prepend", "prepend": SPACE}]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    if unigram:
+        model = {
+            "type": "Unigram", "unk_id": unknown, "byte_fallback": byte_fallback,
+            "vocab": [list(entry) for entry in zip(tokens, scores, strict=True)],
+        }  # fmt: skip
+    else:
+        merges = _sentencepiece_merges(tokens, scores, {*special, *whole})
+        model = _bpe(
+            tokens, merges, byte_fallback=byte_fallback, fuse_unk=True, unk_token=tokens[unknown]
+        )
+    return _files(
+        tokens,
+        special,
+        model,
+        whole=whole,
+        normalizer={"type": "Sequence", "normalizers": [*normalizers, replace(" ", SPACE)]},
+        pre_tokenizer=None,
+        decoder={
+            "type": "Sequence",
+            "decoders": [
+                replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"},
+                *([strip] if space_prefix else []),
+            ],
+        },
+    )  # fmt: skip
+
+
+def _sentencepiece_merges(
+    tokens: Sequence[str], scores: Sequence[float], apart: set[int]
+) -> list[list[str]]:
+    """Every pair of pieces whose union is one, but for those that no text spells."""
+    id_of = {token: i for i, token in enumerate(tokens) if i not in apart}
     joined = sorted(
         (-scores[i], left + right, left, right)
         for token, i in id_of.items()
         for left, right in ((token[:cut], token[cut:]) for cut in range(1, len(token)))
         if left in id_of and right in id_of
     )
-    replace = lambda old, new: {"type": "Replace", "pattern": {"String": old}, "content": new}
-    return _files(
-        tokens,
-        special,
-        merges=[[left, right] for _, _, left, right in joined],
-        normalizer={
-            "type": "Sequence",
-            "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace(" ", SPACE)],
-        },
-        pre_tokenizer=None,
-        decoder={
-            "type": "Sequence",
-            "decoders": [
-                replace(SPACE, " "),
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        byte_fallback=True,
-        fuse_unk=True,
-        unk_token=tokens[unknown],
-    )
+    return [[left, right] for _, _, left, right in joined]
 
 
 def with_settings(files: dict[str, bytes], **settings: Any) -> dict[str, bytes]:
-    """The files with these settings in tokenizer_config.json."""
+    """The files with these settings in tokenizer_config.json.
+
+    With add_bos_token, tokenizer.json too says that texts begin so: transformers looks only there.
+    """
     old = _content(files, "tokenizer_config.json")
     new = old | {name: value for name, value in settings.items() if value is not None}
     new.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-    return files | {"tokenizer_config.json": json.dumps(new, ensure_ascii=False).encode()}
+    files = files | {"tokenizer_config.json": json.dumps(new, ensure_ascii=False).encode()}
+    bos, number = settings.get("bos_token"), own_ids(files).get("bos_token_id")
+    definition = _content(files, "tokenizer.json")
+    if not settings.get("add_bos_token") or number is None or definition.get("post_processor"):
+        return files
+    text = lambda kind, which: {kind: {"id": which, "type_id": 0}}
+    begin = text("SpecialToken", bos)
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, text("Sequence", "A")],
+        "pair": [begin, text("Sequence", "A"), text("Sequence", "B")],
+        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
+    }
+    return files | {"tokenizer.json": json.dumps(definition, ensure_ascii=False).encode()}
 
 
 def _content(files: dict[str, bytes], name: str) -> dict[str, Any]:
     return tensors.parse_json(files.get(name, b"{}"), name)
 
 
+def _bpe(tokens: Sequence[str], merges: list[list[str]], **settings: Any) -> dict[str, Any]:
+    return {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+        "ignore_merges": False, **settings,
+        "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges,
+    }  # fmt: skip
+
+
 def _files(
     tokens: Sequence[str],
     special: Sequence[int],
+    model: dict[str, Any],
     *,
-    merges: list[list[str]],
+    whole: Sequence[int] = (),
     normalizer: dict[str, Any] | None,
     pre_tokenizer: dict[str, Any] | None,
     decoder: dict[str, Any],
-    **model: Any,
 ) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json; the library itself says whether they are sound."""
     import tokenizers
@@ -177,19 +252,15 @@ def _files(
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": tokens[i], **plain, "special": True} for i in sorted(special)
+            {"id": i, "content": tokens[i], **plain, "special": i in special}
+            for i in sorted({*special, *whole})
         ],
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
         "decoder": decoder,
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": False, **model,
-            "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges,
-        },
-    }  # fmt: skip
+        "model": model,
+    }
     content = json.dumps(definition, ensure_ascii=False)
     try:
         tokenizers.Tokenizer.from_str(content)

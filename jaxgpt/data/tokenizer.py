@@ -4,16 +4,19 @@ Byte-level BPE runs in tiktoken (25 MB/s on two cores); everything is saved in H
 tokenizer.json format, so that transformers reads it too.
 """
 
+import itertools
 import json
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.data import tokenizer_json
 from jaxgpt.data.engines import SPECIAL, Bpe, Bytes, HuggingFace
 
+PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # GPT-2's, under two names
+FILES = ("tokenizer.json", "tokenizer_config.json", *itertools.chain(*PAIRS))
 DOWNLOAD_SECONDS = 60  # tiktoken itself waits for ever
 
 
@@ -34,20 +37,43 @@ def load(name: str | Path) -> Tokenizer:
         return _load_tiktoken(str(name))
     path = Path(name)
     if path.is_dir():
-        if (path / "tokenizer.json").is_file():
-            return _load_json(path / "tokenizer.json")
-        for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-            if (path / vocab).is_file() and (path / merges).is_file():
-                return _load_gpt2_files(path / vocab, path / merges)
-        raise ValueError(
-            f"tokenizer={name}: holds no tokenizer.json and no vocab.json + merges.txt"
-        )
+        found = {file: path / file for file in FILES if (path / file).is_file()}
+        return from_files({file: found[file].read_bytes() for file in found}, f"tokenizer={name}")
     if path.is_file():
-        return _load_json(path)
+        settings = path.with_name("tokenizer_config.json")
+        beside = {settings.name: settings.read_bytes()} if settings.is_file() else {}
+        return from_files({"tokenizer.json": path.read_bytes(), **beside}, f"tokenizer={name}")
     raise ValueError(
         f"tokenizer={name}: no such file, and not one of byte, "
         + ", ".join(tiktoken.list_encoding_names())
     )
+
+
+def from_files(files: Mapping[str, bytes], name: str) -> Tokenizer:
+    """The tokenizer of a directory, from its files' contents by name.
+
+    Args:
+        name: of the directory or file, for error messages.
+
+    Raises:
+        ValueError: none of these files holds a vocabulary, or one is damaged.
+    """
+    if "tokenizer.json" in files:
+        definition = _parse(files["tokenizer.json"], f"{name}: tokenizer.json")
+        if "model" not in definition:
+            raise ValueError(f"{name}: tokenizer.json: has no model")
+        told = _parse(files.get("tokenizer_config.json", b"{}"), f"{name}: tokenizer_config.json")
+        end = told.get("eos_token")
+        end = end.get("content") if isinstance(end, dict) else end
+        try:
+            return _from_definition(definition, end if isinstance(end, str) else "")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for vocab, merges in PAIRS:
+        if vocab in files and merges in files:
+            content = _parse(files[vocab], f"{name}: {vocab}")
+            return _from_gpt2_files(content, files[merges].decode("utf-8"))
+    raise ValueError(f"{name}: holds no tokenizer.json and no vocab.json + merges.txt")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Bpe:
@@ -125,21 +151,18 @@ def _without_possessives(pattern: str) -> str:
     return re.sub(r"([+*?}])\+", r"\1", pattern).replace("$", r"\z")
 
 
-def _load_json(path: Path) -> Tokenizer:
+def _parse(content: bytes, name: str) -> dict[str, Any]:
     try:
-        definition = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"tokenizer={path}: not a tokenizer.json ({error})") from None
-    if not isinstance(definition, dict) or "model" not in definition:
-        raise ValueError(f"tokenizer={path}: not a tokenizer.json (it has no model)")
-    settings = path.with_name("tokenizer_config.json")
-    end = json.loads(settings.read_text()).get("eos_token") if settings.is_file() else None
-    return _from_definition(definition, end["content"] if isinstance(end, dict) else end or "")
+        found = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: must be a JSON object")
+    return found
 
 
-def _load_gpt2_files(vocab_path: Path, merges_path: Path) -> Tokenizer:
-    vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
-    lines = merges_path.read_text(encoding="utf-8").split("\n")
+def _from_gpt2_files(vocab: dict[str, int], merges_text: str) -> Tokenizer:
+    lines = merges_text.split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     made = {left + right for left, right in merges} | set(tokenizer_json.byte_chars().values())
     special = {token: i for token, i in vocab.items() if token not in made}

@@ -93,26 +93,83 @@ def dropout(x_BTD: Array, rng_B: Array | None, site: Array | int, rate: float) -
 
 
 def rope_tables(cfg: ModelConfig, positions_BT: Array) -> tuple[Array, Array]:
-    """cos and sin [B, T, H/2] of position * theta^(-2i/H) (arXiv:2104.09864), in float32."""
-    half = cfg.head_width // 2
-    frequency_H = cfg.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if cfg.rope_scaling is not None:
-        frequency_H = _stretch(frequency_H, cfg.rope_scaling)
-    angle_BTH = positions_BT[..., None].astype(jnp.float32) * frequency_H[None, None]
-    return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
+    """cos and sin [B, T, H/2] of position * theta^(-2i/H) (arXiv:2104.09864), in float32.
+
+    H is the rotated width of a head, `cfg.rotary_width`.
+    """
+    half, scaling = cfg.rotary_width // 2, cfg.rope_scaling
+    frequency_B1H = cfg.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)[None, None]
+    strength = 1.0
+    if scaling is not None:
+        # The farthest position of each row decides for dynamic and longrope.
+        length_B11 = positions_BT.max(axis=1)[:, None, None] + 1
+        frequency_B1H = STRETCH[scaling.kind](frequency_B1H, length_B11, cfg.rope_base, scaling)
+        strength = scaling.attention_factor
+    angle_BTH = positions_BT[..., None].astype(jnp.float32) * frequency_B1H
+    return strength * jnp.cos(angle_BTH), strength * jnp.sin(angle_BTH)
 
 
 def rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotates the pairs (i, i + H/2) of every head (the half-split layout of Hugging Face)."""
+    """Rotates the pairs (i, i + H/2) of every head (the half-split layout of Hugging Face).
+
+    Where the tables are narrower than H/2, what stands behind the rotated part stays.
+    """
     cos_BT1H, sin_BT1H = (table[:, :, None] for table in rope)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = (first * cos_BT1H - second * sin_BT1H, second * cos_BT1H + first * sin_BT1H)
+    half = cos_BT1H.shape[-1]
+    first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), (half, 2 * half), axis=-1)
+    rotated = (first * cos_BT1H - second * sin_BT1H, second * cos_BT1H + first * sin_BT1H, rest)
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
-def _stretch(frequency_H: Array, scaling: RopeScaling) -> Array:
+# How each kind of RopeScaling changes the frequencies [1, 1, H], for rows of the given lengths.
+
+
+def _llama3(frequency_B1H: Array, length_B11: Array, base: float, scaling: RopeScaling) -> Array:
     """Llama 3.1: long wavelengths are stretched, short ones kept, those between blended."""
-    turns_H = scaling.original_context * frequency_H / (2 * math.pi)
+    turns_B1H = scaling.original_context * frequency_B1H / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep_H = jnp.clip((turns_H - low) / (high - low), 0, 1)
-    return keep_H * frequency_H + (1 - keep_H) * frequency_H / scaling.factor
+    keep_B1H = jnp.clip((turns_B1H - low) / (high - low), 0, 1)
+    return keep_B1H * frequency_B1H + (1 - keep_B1H) * frequency_B1H / scaling.factor
+
+
+def _linear(frequency_B1H: Array, length_B11: Array, base: float, scaling: RopeScaling) -> Array:
+    return frequency_B1H / scaling.factor
+
+
+def _dynamic(frequency_B1H: Array, length_B11: Array, base: float, scaling: RopeScaling) -> Array:
+    """The base grows so that the slowest frequency is stretched as the text is too long."""
+    half = frequency_B1H.shape[-1]
+    excess_B11 = jnp.maximum(length_B11 / scaling.original_context, 1) - 1
+    power_H = -jnp.arange(half, dtype=jnp.float32) / max(half - 1, 1)
+    return frequency_B1H * (scaling.factor * excess_B11 + 1) ** power_H[None, None]
+
+
+def _yarn(frequency_B1H: Array, length_B11: Array, base: float, scaling: RopeScaling) -> Array:
+    """Pairs before the one that turns beta_fast times are kept, those after beta_slow stretched."""
+    half = frequency_B1H.shape[-1]
+    pair = lambda turns: (
+        half * math.log(scaling.original_context / (turns * 2 * math.pi)) / math.log(base)
+    )
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    width = high - low or 0.001
+    stretch_H = jnp.clip((jnp.arange(half, dtype=jnp.float32) - low) / width, 0, 1)
+    stretch_B1H = stretch_H[None, None]
+    return frequency_B1H * (1 - stretch_B1H + stretch_B1H / scaling.factor)
+
+
+def _longrope(frequency_B1H: Array, length_B11: Array, base: float, scaling: RopeScaling) -> Array:
+    short_B1H, long_B1H = (
+        jnp.asarray(factors, jnp.float32)[None, None]
+        for factors in (scaling.short_factors, scaling.long_factors)
+    )
+    long_row_B11 = length_B11 > scaling.original_context
+    return frequency_B1H / jnp.where(long_row_B11, long_B1H, short_B1H)
+
+
+STRETCH = {
+    "llama3": _llama3, "linear": _linear, "dynamic": _dynamic, "yarn": _yarn,
+    "longrope": _longrope,
+}  # fmt: skip

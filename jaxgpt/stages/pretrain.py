@@ -27,11 +27,6 @@ def begin(cfg: PretrainConfig) -> Loaded:
     """A random network of the asked shape, which reads what the text was tokenised with."""
     tokenizer = tokenizers.load(tokenise(cfg))
     model = replace(cfg.model, vocab_size=cfg.model.vocab_size or tokenizer.vocab_size)
-    if model.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids; "
-            "use 0 to take its size, or more"
-        )
     return Loaded(model, None, tokenizer)
 
 

@@ -16,11 +16,12 @@ from gguf import quants
 
 from jaxgpt import tree
 from jaxgpt.config import ModelConfig, RopeScaling
-from jaxgpt.convert import gguf, hf, table, tokenizer_files
+from jaxgpt.convert import gguf, gguf_file, hf, table, tokenizer_files
 from jaxgpt.convert.gpt2 import GPT2
 from jaxgpt.convert.llama import LLAMA
 from jaxgpt.convert.mixtral import MIXTRAL
 from jaxgpt.convert.qwen3 import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from jaxgpt.data import tokenizer
 from jaxgpt.model import gpt
 from jaxgpt.sampling import sample
 
@@ -73,7 +74,7 @@ def theirs(family, cfg, params):
         yield name, np.stack(arrays) if "exps" in name else arrays[0]
 
 
-def write(path, params, kind=TYPES.F32, family=LLAMA, cfg=CFG, **metadata):
+def write(path, params, kind=TYPES.F32, family=LLAMA, cfg=CFG, only=None, **metadata):
     """A GGUF file as llama.cpp's converter makes it."""
     names = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
     writer = library.GGUFWriter(path, names.get(family.model_type, family.model_type))
@@ -88,7 +89,8 @@ def write(path, params, kind=TYPES.F32, family=LLAMA, cfg=CFG, **metadata):
     else:
         writer.add_layer_norm_rms_eps(CFG.norm_eps)
         writer.add_rope_freq_base(cfg.rope_base)
-        writer.add_rope_dimension_count(CFG.head_width)
+        if "llama.rope.dimension_count" not in metadata:
+            writer.add_rope_dimension_count(CFG.head_width)
     if cfg.num_experts:
         writer.add_expert_count(cfg.num_experts)
         writer.add_expert_used_count(cfg.experts_per_token)
@@ -106,9 +108,13 @@ def write(path, params, kind=TYPES.F32, family=LLAMA, cfg=CFG, **metadata):
     writer.add_token_merges(["a b", "Ġ a"])
     writer.add_eos_token_id(0)
     writer.add_chat_template("{{ messages }}")
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+           bool: writer.add_bool}  # fmt: skip
     for key, value in metadata.items():
-        writer.add_uint32(key, value)
+        add[type(value)](key, value)
     for name, array in theirs(family, cfg, params):
+        if only is not None and name not in only:
+            continue
         stored = TYPES.F32 if array.ndim == 1 else kind
         raw = None if stored in (TYPES.F32, TYPES.F16) else stored
         writer.add_tensor(name, quants.quantize(array, stored), raw_dtype=raw)
@@ -219,16 +225,110 @@ def test_other_factors_of_rotary_positions_are_refused(params, tmp_path, monkeyp
         gguf.load(tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
-def test_k_quants_are_what_the_library_makes_of_them(kind):
+UNREADABLE = {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "Q1_0"}  # by the library
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in TYPES])
+def test_every_type_is_what_the_library_makes_of_it(kind):
     block, size = library.GGML_QUANT_SIZES[TYPES[kind]]
     # Small bytes, so that the half-precision scales among them are finite.
     stored = np.random.default_rng(0).integers(0, 60, (3, 2 * size), np.uint8)
-    source = gguf._Source(np.concatenate([np.zeros(32, np.uint8), stored.ravel()]))
-    source.add("w", (3, 2 * block), TYPES[kind].value, 32)
+    source, data = gguf_file.Source(), np.concatenate([np.zeros(32, np.uint8), stored.ravel()])
+    add = lambda: source.add("w", (3, 2 * block), TYPES[kind].value, data, 32)
+    if kind in UNREADABLE:
+        with pytest.raises(ValueError, match=f"w is stored as {kind}"):
+            add()
+        return
+    add()
     expected = quants.dequantize(stored, TYPES[kind])
     assert np.abs(expected).max() > 0
     assert np.array_equal(source.read("w"), expected)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({"rope.scaling.factor": 4.0}, RopeScaling(kind="linear", factor=4.0)),
+        ({"rope.scale_linear": 2.0}, RopeScaling(kind="linear", factor=2.0)),
+        ({"rope.scaling.factor": 1.0}, None),
+        ({"rope.scaling.factor": 4.0, "rope.scaling.type": "none"}, None),
+        (
+            {"rope.scaling.factor": 4.0, "rope.scaling.type": "yarn"},
+            RopeScaling(
+                kind="yarn", factor=4.0, original_context=32,
+                attention_factor=1 + 0.1 * math.log(4),
+            ),
+        ),
+        (
+            {
+                "rope.scaling.factor": 4.0, "rope.scaling.type": "yarn",
+                "rope.scaling.original_context_length": 8, "rope.scaling.attn_factor": 0.5,
+            },
+            RopeScaling(
+                kind="yarn", factor=4.0, original_context=8,
+                attention_factor=0.5 * (1 + 0.1 * math.log(4)),
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_scaling_of_rotary_positions_is_read_as_llama_cpp_reads_it(
+    params, tmp_path, metadata, scaling
+):
+    write(tmp_path / "model.gguf", params, **{f"llama.{k}": v for k, v in metadata.items()})
+    assert gguf.load(tmp_path / "model.gguf")[0].rope_scaling == scaling
+
+
+def test_a_part_of_each_head_may_be_rotated(params, tmp_path):
+    write(tmp_path / "model.gguf", params, **{"llama.rope.dimension_count": 8})
+    assert gguf.load(tmp_path / "model.gguf")[0].rotary_width == 8
+
+
+def test_unknown_settings_are_named(params, tmp_path, capsys):
+    write(tmp_path / "model.gguf", params, **{"llama.odd_setting": 8})
+    gguf.load(tmp_path / "model.gguf")
+    assert "llama.odd_setting: not read" in capsys.readouterr().err
+
+
+def test_a_split_file_is_read_whole(params, tmp_path):
+    write(tmp_path / "model.gguf", params)
+    whole = gguf.load(tmp_path / "model.gguf")
+    names = [name for name, _ in theirs(LLAMA, CFG, params)]
+    for number in range(3):
+        write(
+            tmp_path / f"part-{number + 1:05d}-of-00003.gguf", params, only=names[number::3],
+            **{"split.count": 3, "split.no": number},
+        )  # fmt: skip
+    cfg, found, _ = gguf.load(tmp_path / "part-00001-of-00003.gguf")
+    assert cfg == whole[0]
+    for name, leaf in tree.flatten(whole[1]).items():
+        assert np.array_equal(tree.flatten(found)[name], leaf)
+    with pytest.raises(ValueError, match=r"later part of a split file; give .*part-00001"):
+        gguf.load(tmp_path / "part-00002-of-00003.gguf")
+    (tmp_path / "part-00003-of-00003.gguf").unlink()
+    with pytest.raises(ValueError, match="parts are missing: part-00003"):
+        gguf.load(tmp_path / "part-00001-of-00003.gguf")
+
+
+@pytest.mark.parametrize("prefix", [True, False, None])
+def test_the_blank_before_a_sentencepiece_text(prefix):
+    tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "<", "/", "s", ">", "/s", "/s>"]
+    metadata = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0] + [-float(i) for i in range(3, len(tokens))],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.eot_token_id": 1,
+    }  # fmt: skip
+    if prefix is not None:
+        metadata["tokenizer.ggml.add_space_prefix"] = prefix
+    files = gguf._tokenizer(metadata)
+    reader = tokenizer.from_files(files, "here")
+    pieces = lambda text: [tokens[i] for i in reader.encode(text)]
+    assert pieces("ab") == (["a", "b"] if prefix is False else ["▁a", "b"])
+    assert reader.decode(reader.encode("ab a")) == "ab a"
+    assert "</s>" not in pieces("b</s>") and pieces("b</s>")[-3:] == ["b", "<", "/s>"]
+    assert reader.encode("b</s>", allow_special=True)[-1] == 2
+    assert tokenizer_files.special_ids(files)["eos_token_id"] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +336,9 @@ def test_k_quants_are_what_the_library_makes_of_them(kind):
     [
         ({"llama.expert_count": 8}, "llama.expert_used_count=None"),
         ({"llama.attention.sliding_window": 8}, "sliding_window=8"),
-        ({"llama.attention.key_length": 8}, "rope.dimension_count"),
+        ({"llama.attention.key_length": 8}, "attention.value_length|rope.dimension_count"),
+        ({"llama.attention.causal": False}, "attention.causal=False"),
+        ({"llama.rope.scaling.type": "su"}, "rope.scaling.type='su'"),
         ({"general.alignment": 3}, "general.alignment=3"),
     ],
 )

@@ -154,7 +154,15 @@ def ours_by_their_names(cfg, gradients):
     [
         ({"peft_type": "IA3"}, "peft_type='IA3': jaxgpt has not that"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters.*merge in PEFT"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"a_new_setting": 3}, "a_new_setting=3"),
+        ({"use_dora": True}, "use_dora=True, unlike the tensors"),
+        ({"r": 5}, "has rank 3, where adapter_config.json states 5"),
+        ({"rank_pattern": {"q_proj": 3, ".*": 4}}, "has rank 3, where .* states 4"),
+        ({"target_modules": ["q_proj"]}, "which adapter_config.json does not target"),
+        ({"exclude_modules": ["up_proj"]}, r"mlp.up_proj, which adapter_config.json does not"),
+        ({"layers_to_transform": [0]}, r"layers.1.* does not target"),
     ],
 )
 def test_what_means_something_else_is_refused(model, change, message, tmp_path):
@@ -176,3 +184,75 @@ def test_a_tensor_without_a_place_is_refused(model, tmp_path):
         peft_hf.load(tmp_path, smaller, {**params, "blocks": first})
     with pytest.raises(ValueError, match="base_model_name_or_path='': is not here"):
         peft_hf.base_of(tmp_path)
+
+
+# What an adapter may hold beside its low-rank changes, and how it may state their strength.
+KINDS = {
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "head-dora": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"], "use_rslora": True},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm", "down_proj"]},
+    "saved-embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 60]},
+    "tokens-by-module": {
+        "target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 2]},
+    },
+    "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    "regex": {"target_modules": r".*\.0\..*(q|o)_proj", "exclude_modules": ["o_proj"]},
+    "patterns": {
+        "target_modules": ["q_proj", "k_proj", "up_proj", "down_proj"],
+        "alpha_pattern": {"q_proj": 3, "self_attn.q_proj": 50, ".*_proj": 7, "up_proj": 90},
+        "rank_pattern": {r"layers\.1\.mlp\.up_proj": 2, "up_proj": 4, "1.self_attn.[qk]_proj": 1},
+    },
+    "patterns-rslora": {
+        "target_modules": ["q_proj", "up_proj"], "use_rslora": True,
+        "alpha_pattern": {"model.layers.0.self_attn.q_proj": 40, "proj": 3, "q_proj|up_proj": 5},
+    },
+}  # fmt: skip
+
+
+def random_adapter(path: Path, folder: Path, **settings):
+    """PEFT's model with every trained number changed, saved; its logits."""
+    options = {"task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 10} | settings
+    wrapped = theirs.get_peft_model(reference.open_hf(path), theirs.LoraConfig(**options))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.rand(parameter.shape, generator=generator))
+    wrapped.save_pretrained(folder)
+    return reference.logits(wrapped.eval(), reference.tokens())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_their_adapter_holds_gives_their_logits(model, kind, tmp_path):
+    _, path, cfg, params = model
+    expected = random_adapter(path, tmp_path, **KINDS[kind])
+    ours = peft.merge(peft_hf.load(tmp_path, cfg, params))
+    np.testing.assert_allclose(logits(cfg, ours, reference.tokens()), expected, atol=1e-4)
+    assert not np.allclose(expected, logits(cfg, params, reference.tokens()), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["head", "embedding", "saved", "saved-embedding", "tokens"])
+def test_an_adapter_of_a_tied_model_is_theirs_or_refused(kind, tmp_path):
+    reference.build("qwen3").save_pretrained(tmp_path / "base")
+    cfg, params = hf.load(tmp_path / "base")
+    assert cfg.tie_embeddings
+    expected = random_adapter(tmp_path / "base", tmp_path / "adapter", **KINDS[kind])
+    try:
+        ours = peft.merge(peft_hf.load(tmp_path / "adapter", cfg, params))
+    except ValueError as error:
+        assert kind != "tokens" and "merge in PEFT first" in str(error)
+        return
+    np.testing.assert_allclose(logits(cfg, ours, reference.tokens()), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_rows_share_what_an_adapter_holds_whole(model):
+    _, _, _, params = model
+    other = {**params, "final_norm": {"scale": params["final_norm"]["scale"] + 1}}
+    with pytest.raises(ValueError, match="final_norm/scale: an adapter has its own"):
+        peft.for_rows([params, other], [0, 1])

@@ -209,7 +209,7 @@ def test_a_network_that_never_answers_is_given_up(monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("not json", "not a tokenizer.json"), ('{"a": 1}', "no model"), ('{"model": {}}', "reads")],
+    [("not json", "not JSON"), ('{"a": 1}', "no model"), ('{"model": {}}', "reads")],
 )
 def test_a_bad_tokenizer_file_is_refused(tmp_path, content, message):
     (tmp_path / "tokenizer.json").write_text(content)
