@@ -1,16 +1,10 @@
 """How a model chats: the template and special tokens in its tokenizer's files, read and written."""
 
 import json
-from collections.abc import Mapping
 
 from jaxgpt.convert import tokenizer_files
 from jaxgpt.convert.load import Loaded
 from jaxgpt.data import chat
-
-# The names by which transformers gives special tokens to a template.
-NAMED = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
-)  # fmt: skip
 
 
 def chat_format(model: Loaded, template: str = "", system: str | None = None) -> chat.Format:
@@ -22,27 +16,11 @@ def chat_format(model: Loaded, template: str = "", system: str | None = None) ->
     Raises:
         ValueError: no such template, or it does not suit the vocabulary.
     """
-    named = special_tokens(model.files)
+    named = tokenizer_files.special_tokens(model.files)
     begin = tokenizer_files.special_ids(dict(model.files)).get("bos_token_id")
     if "bos_token" not in named and isinstance(begin, int):
         named["bos_token"] = model.tokenizer.decode([begin])
     return chat.find_format(template, model.chat_template, model.tokenizer, system, **named)
-
-
-def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
-    """The special tokens that the tokenizer's own files name.
-
-    What generation_config.json lists are tokens that end a text, which a template cannot write.
-    """
-    found = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        told = json.loads(files.get(file, b"{}"))
-        for name in NAMED:
-            token = told.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                found[name] = token
-    return found
 
 
 def with_format(model: Loaded, form: chat.Format) -> Loaded:

@@ -1,7 +1,7 @@
 """The files of a tokenizer as Hugging Face names them: read, checked, or made from a vocabulary."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,10 @@ from jaxgpt.convert import tensors, words
 NAMES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+# The names by which transformers gives special tokens to a template.
+NAMED = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
 SPACE = "▁"  # sentencepiece's visible space
 
@@ -45,15 +49,19 @@ def chat_template(files: dict[str, bytes]) -> str | None:
     return found
 
 
-def special_tokens(files: dict[str, bytes]) -> dict[str, str]:
-    """The texts of bos_token, eos_token and pad_token, as far as the tokenizer's own files say."""
+def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
+    """The special tokens that the tokenizer's own files name, such as bos_token, by their text.
+
+    What generation_config.json lists are tokens that end a text, which a template cannot write.
+    """
     found = {}
-    for name in ("bos_token", "eos_token", "pad_token"):
-        for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = _content(files, file).get(name)
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        told = _content(files, file)
+        for name in NAMED:
+            token = told.get(name)
             text = token.get("content") if isinstance(token, dict) else token
             if isinstance(text, str) and text:
-                found.setdefault(name, text)
+                found[name] = text
     return found
 
 
@@ -87,10 +95,13 @@ def own_ids(files: dict[str, bytes]) -> dict[str, Any]:
         )
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):  # Unigram's, of pieces with scores
-        vocab = {entry[0]: i for i, entry in enumerate(vocab)}
+        vocab = {entry[0]: i for i, entry in enumerate(vocab) if isinstance(entry, list)}
     id_of = (vocab or {}) | {token["content"]: token["id"] for token in added}
     tokens = special_tokens(files)
-    return {f"{name}_id": id_of[text] for name, text in tokens.items() if text in id_of}
+    wanted = {
+        name: tokens[name] for name in ("bos_token", "eos_token", "pad_token") if name in tokens
+    }
+    return {f"{name}_id": id_of[text] for name, text in wanted.items() if text in id_of}
 
 
 def byte_level(
@@ -220,7 +231,7 @@ def with_settings(files: dict[str, bytes], **settings: Any) -> dict[str, bytes]:
     return files | {"tokenizer.json": json.dumps(definition, ensure_ascii=False).encode()}
 
 
-def _content(files: dict[str, bytes], name: str) -> dict[str, Any]:
+def _content(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return tensors.parse_json(files.get(name, b"{}"), name)
 
 
