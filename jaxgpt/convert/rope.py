@@ -66,7 +66,8 @@ def write(cfg: ModelConfig, partial: bool) -> dict[str, Any]:
         rope["partial_rotary_factor"] = cfg.rope_share
     if scaling is None:
         return {"rope_parameters": rope}
-    stated = {key: getattr(scaling, name) for key, name in KINDS[scaling.kind].items()}
+    own = {key: getattr(scaling, name) for key, name in KINDS[scaling.kind].items()}
+    stated = {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
     found: dict[str, Any] = {"rope_parameters": rope | {"rope_type": scaling.kind} | stated}
     if scaling.kind == "dynamic":  # for which there is no other place
         found["max_position_embeddings"] = scaling.original_context

@@ -198,13 +198,12 @@ class HuggingFace:
 
     @cached_property
     def _plain(self) -> Any:
-        """The same tokenizer, to which special tokens are ordinary text."""
-        import tokenizers
+        """The same tokenizer, to which special tokens are ordinary text: no text has their names.
 
-        definition = json.loads(self.engine.to_str())
-        plain = tokenizers.Tokenizer.from_str(json.dumps(_unspelled(definition, self.special)))
-        plain.encode_special_tokens = True
-        return plain
+        Where the vocabulary holds one as an ordinary piece, too, as sentencepiece's do with </s>,
+        the library's own setting would still find it.
+        """
+        return _renamed(self.engine, {token: f"\U0010ffff{i}" for token, i in self.special.items()})
 
     @cached_property
     def _stand_ins(self) -> dict[int, Any]:
@@ -278,30 +277,6 @@ class HuggingFace:
         if any(char not in byte_of for char in text) or text in self.special:
             return text.encode()
         return bytes(byte_of[char] for char in text)
-
-
-def _unspelled(definition: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
-    """The definition in which no text spells a special token.
-
-    Where a vocabulary holds a special token as an ordinary piece, too, as sentencepiece's do with
-    </s>, the model would find it in plain text: the piece gets a name that no text has.
-    """
-    model = definition["model"]
-    vocab = model["vocab"]
-    pieces = set(vocab) if isinstance(vocab, dict) else {entry[0] for entry in vocab}
-    hidden = {text: f"\U0010ffff{i}" for text, i in special.items() if text in pieces}
-    name = lambda text: hidden.get(text, text)
-    if isinstance(vocab, dict):
-        model = {**model, "vocab": {name(piece): i for piece, i in vocab.items()}}
-    else:
-        model = {**model, "vocab": [[name(piece), score] for piece, score in vocab]}
-    if "merges" in model:
-        pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
-        model["merges"] = [p for p in pairs if not {"".join(p), *p} & hidden.keys()]
-    if model.get("unk_token"):
-        model["unk_token"] = name(model["unk_token"])
-    added = [{**token, "content": name(token["content"])} for token in definition["added_tokens"]]
-    return {**definition, "model": model, "added_tokens": added}
 
 
 def _utf8(text: str) -> bytes:

@@ -181,7 +181,7 @@ def test_our_own_tokenizers_have_no_name_but_a_warning(files, tmp_path, capsys):
         ({"adapter_dim": 4}, "model.gguf", "f16", "no architecture"),
         ({"sliding_window": 8}, "model.gguf", "f16", "model.sliding_window=8: no architecture"),
         ({"rope_scaling": RopeScaling("dynamic")}, "model.gguf", "f16", "model.rope_scaling="),
-        (MIXTURE | {"bias": "qkv"}, "model.gguf", "f16", "model.normalize_expert_weights=True"),
+        (MIXTURE | {"bias": "qkv"}, "model.gguf", "f16", "model.bias=qkv: no architecture"),
     ],
 )
 def test_what_cannot_be_written_is_refused_by_name(model, path, kind, message, files, tmp_path):
