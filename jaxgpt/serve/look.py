@@ -115,7 +115,7 @@ class Looker:
         return {"text": text, "step": step}
 
     def _model(self, name: str) -> tuple[LanguageModel, str | None, int]:
-        """A served model and its adapter, or the newest intact checkpoint of a run; and its step."""
+        """A served model and its adapter, or a run's newest intact checkpoint; and its step."""
         server = self.server
         if name in server.models:
             return server.lm, None if name == server.name else name, 0
