@@ -225,6 +225,12 @@ async def tool(server: "Server", request: Request, body: dict[str, Any]) -> Resp
     return JSONResponse({"result": found})
 
 
+ROUTES = {
+    "/look": look, "/look/about": about, "/look/lens": lens, "/look/attention": attention,
+    "/look/heads": heads, "/look/write": write, "/look/run": run, "/look/tool": tool,
+}  # fmt: skip
+
+
 def _names(name: str, value: Any) -> list[str]:
     if not isinstance(value, list):
         fields.refuse(name, value, "must be a list of tools")
