@@ -28,7 +28,7 @@ from jaxgpt.config import ServeConfig
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.sampling import slots
 from jaxgpt.sampling.sample import Sampling
-from jaxgpt.serve import fields, replies
+from jaxgpt.serve import fields, look, replies
 from jaxgpt.serve.answers import Answer
 from jaxgpt.serve.chats import Chats
 from jaxgpt.serve.engine import Busy, Engine, Failed, Job
@@ -48,6 +48,7 @@ class Server:
         self.models = {self.name: 0, **{n: i for i, n in enumerate(lm.adapters, 1)}}
         self.chats = Chats(lm, self.name)
         self.metrics = Metrics(engine)
+        self.looker = look.Looker(self)
         self.created = int(time.time())
         self.fingerprint = f"jax_{jax.__version__}"  # other versions may write other bits
         vocab_size = lm.config.vocab_size
@@ -128,6 +129,8 @@ def build(server: Server) -> Starlette:
             route("/v1/embeddings", _guarded(_embed), POST),
             route("/tokenize", _guarded(_tokenize), POST),
             route("/detokenize", _guarded(_detokenize), POST),
+            route("/", look.page, GET),
+            *[route(path, _guarded(endpoint), POST) for path, endpoint in look.ROUTES.items()],
         ],
         middleware=middleware,
         exception_handlers={Refused: _refused, HTTPException: _http_error, Exception: _broken},  # type: ignore[dict-item]

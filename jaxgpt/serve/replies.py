@@ -136,7 +136,7 @@ class Chat(_Reply):
         count = self.given.get("top_logprobs", 0)
         return {
             "content": [
-                {**self._shown(token.id, token.logprob),
+                {**self._shown(token.id, token.logprob), "token_id": token.id,
                  "top_logprobs": [self._shown(*pair) for pair in token.tops[:count]]}
                 for token in tokens
             ],
@@ -227,6 +227,7 @@ class Text(_Reply):
         found: dict[str, list[Any]] = {
             "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
         }  # fmt: skip
+        found["token_ids"] = [token.id for token in tokens]
         for token in tokens:
             text = shown(token.id)
             tops: dict[str, float] = {}

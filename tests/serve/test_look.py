@@ -17,8 +17,6 @@ import pytest
 
 pytest.importorskip("starlette", reason="the serve extra is not installed")
 
-from jaxgpt.serve.fields import Refused
-
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert.load import Loaded, own_files
@@ -26,6 +24,7 @@ from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import gpt
 from jaxgpt.serve import drawing, look
+from jaxgpt.serve.fields import Refused
 
 ROOT = Path(__file__).parents[2]
 TEXT = "a </script> naïve <b>"
