@@ -112,7 +112,8 @@ def ask(page, text):
 
 def stop(page):
     """Stops an answer that has begun."""
-    page.wait_for_function("document.querySelector('.assistant .cursor')?.textContent.length > 4")
+    begun = page.locator(".assistant .cursor")
+    playwright.expect(begun).to_have_text(re.compile(r"\S.*\S", re.DOTALL), timeout=120_000)
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("stopped").wait_for()
 
@@ -236,7 +237,7 @@ def test_two_models_stand_side_by_side_and_their_inside_is_shown(page):
     page.get_by_label("Layer", exact=True).select_option("0")
     page.get_by_text("Layer 0, head").wait_for()
     painted = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(Boolean)"
-    page.wait_for_function(f"({painted})(document.querySelector('.map canvas'))")
+    assert page.locator(".map canvas").evaluate(painted)
     page.get_by_role("button", name="Read every layer").click()
     page.wait_for_selector("table.grid")
     assert page.locator("table.grid tbody tr").count() == 3
