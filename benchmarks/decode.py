@@ -61,9 +61,9 @@ def main() -> None:
 
 def limit(name: str, dtype: str, gpu: Any) -> tuple[float, str] | None:
     """The seconds in which a GPU reads the weights once for every new token."""
-    from jaxgpt import hardware, metrics
+    from jaxgpt import machine, metrics
 
-    chip = hardware.chip(gpu) if gpu else None
+    chip = machine.chip(gpu) if gpu else None
     if chip is None:
         return None
     weights = metrics.flops_per_token(settings(name, DTYPES[0]), 0) / 6

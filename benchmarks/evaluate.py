@@ -58,11 +58,11 @@ def exported(path: Path) -> str:
 
 def jaxgpt_side(checkpoint: str, data: str, count: int) -> None:
     import jaxgpt
-    from jaxgpt import hardware
+    from jaxgpt import machine
     from jaxgpt.config import EvaluateConfig
     from jaxgpt.evals import choice
 
-    hardware.use_compilation_cache()
+    machine.use_compilation_cache()
     lm = jaxgpt.load(checkpoint)
     cfg = EvaluateConfig(checkpoint=checkpoint, task="hellaswag", data=data)
     items = dict(enumerate(choice.read_hellaswag(lm, cfg, Path(data))[:count]))

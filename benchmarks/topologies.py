@@ -42,12 +42,12 @@ def train(name: str, topology: str, override: list[str]) -> str:
     psum_scatter into an all-reduce, of which every device keeps its part. So where one axis has
     not memory enough, others hold a part of every matrix (`mesh.tensor`).
     """
-    from jaxgpt import config, hardware, run, sharding
+    from jaxgpt import config, machine, run, sharding
     from jaxgpt.plan import devices, report
 
     chips = devices.topology(topology)
     context, rows, chunk, most = MODELS[name]
-    chip = hardware.chip(chips[0])
+    chip = machine.chip(chips[0])
     assert chip is not None
     fsdp, fitting, problem = _longest(topology), [], ""
     for tensor in (n for n in (1, 2, 4, 8) if n <= most and fsdp * n <= len(chips)):
@@ -84,7 +84,7 @@ def train(name: str, topology: str, override: list[str]) -> str:
 
 def sample(name: str, topology: str, _: list[str]) -> str:
     """Prefill and decode for eight rows of each group of devices that has a copy of the weights."""
-    from jaxgpt import config, hardware, sharding
+    from jaxgpt import config, machine, sharding
     from jaxgpt.plan import devices, program
     from jaxgpt.plan.sampler import compile_sampler
     from jaxgpt.sampling.sample import SCAN_STEPS, Sampling
@@ -98,7 +98,7 @@ def sample(name: str, topology: str, _: list[str]) -> str:
     mesh = sharding.make_mesh(config.MeshConfig(data=-1, tensor=tensor), chips)
     rows, prompt = 8 * len(chips) // tensor, context // 2
     prefill, decode = compile_sampler(model, mesh, rows, prompt, Sampling())
-    chip = hardware.chip(chips[0])
+    chip = machine.chip(chips[0])
     assert chip is not None
     moved = program.read(decode.as_text())
     exchanged = sum(c.bytes * c.times for c in moved.collectives)

@@ -86,9 +86,9 @@ def main() -> None:
 
 def limit(name: str, tokens: int, gpu: Any) -> tuple[float, str] | None:
     """The seconds that a GPU at its peak would take."""
-    from jaxgpt import hardware, metrics
+    from jaxgpt import machine, metrics
 
-    peak = hardware.peak_flops(gpu) if gpu else None
+    peak = machine.peak_flops(gpu) if gpu else None
     if not peak:
         return None
     flops = metrics.flops_per_token(settings(name, DTYPES[0]).model, WORKLOADS[name].context)
@@ -109,11 +109,12 @@ def jaxgpt_side(dtype: str, name: str) -> None:
     import jax
     import numpy as np
 
-    from jaxgpt import heap, optim, scoring, train
+    from jaxgpt import optim, scoring, train
     from jaxgpt.kernels.platform import compiler_options
+    from jaxgpt.machine import memory
     from jaxgpt.model import gpt
 
-    heap.keep_freed()  # as a run does
+    memory.keep_freed()  # as a run does
     work, cfg = WORKLOADS[name], settings(name, dtype)
     model = cfg.model
     stage = train.Stage(
@@ -152,11 +153,11 @@ def torch_side(variant: str, name: str) -> None:
     import torch
     import transformers
 
-    from jaxgpt import heap
     from jaxgpt.convert.hf import config_to_hf
+    from jaxgpt.machine import memory
 
     if variant.endswith("kept"):
-        heap.keep_freed()
+        memory.keep_freed()
     work, model_settings = WORKLOADS[name], settings(name, "float32").model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import files, hardware, rundir
+from jaxgpt import files, machine, rundir
 from jaxgpt.config import RunConfig
 from jaxgpt.data import corpus, synthetic
 from jaxgpt.data.rows import names
@@ -73,9 +73,9 @@ def begin(stage: str, cfg: RunConfig) -> None:
         "data": [source(name, path) for name, path in _sources(stage, cfg)],
         "parents": [_parent(run, role, getattr(cfg, role, "")) for role in ROLES
                     if getattr(cfg, role, "")],
-        "code": {"commit": hardware.environment()["git_commit"],
-                 "changes": hardware.uncommitted()},
-        "environment": hardware.environment(),
+        "code": {"commit": machine.environment()["git_commit"],
+                 "changes": machine.uncommitted()},
+        "environment": machine.environment(),
         "sessions": before.get("sessions", []),
     }  # fmt: skip
     if before.get("result", {}).get("step") == cfg.train.steps:  # nothing is left to be done
@@ -94,7 +94,7 @@ def note(run: Path, session: Session) -> None:
     """Keeps what a session has spent so far; nothing to do where no lineage was begun."""
     if not (found := read(run)):
         return
-    session.peak_bytes = hardware.peak_memory()
+    session.peak_bytes = machine.peak_memory()
     others = [entry for entry in found["sessions"] if entry["begun"] != session.begun]
     _write(run, found | {"sessions": [*others, dataclasses.asdict(session)]})
 

@@ -13,13 +13,11 @@ from jax.sharding import Mesh
 
 from jaxgpt import (
     files,
-    hardware,
-    heap,
     kernels,
     lineage,
+    machine,
     metrics,
     peft,
-    processes,
     report,
     rundir,
     sharding,
@@ -31,6 +29,7 @@ from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, check_vocabulary, load, model_config
 from jaxgpt.convert.table import Place
 from jaxgpt.data import chat, show
+from jaxgpt.machine import processes
 from jaxgpt.model import gpt
 from jaxgpt.plan import search
 from jaxgpt.plan.step import Step
@@ -222,10 +221,7 @@ def efficient(cfg: PeftConfig, stage: Stage) -> Stage:
 
 def _prepare(cfg: RunConfig) -> Mesh:
     """The machine made ready, before JAX first asks for a device; the mesh."""
-    hardware.use_compilation_cache()
-    hardware.keep_collectives_in_order()
-    heap.keep_freed()
-    processes.join()
+    machine.prepare()
     metrics.require_sinks(cfg.log)
     return sharding.make_mesh(cfg.mesh)
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import jax
 
-from jaxgpt import files, hardware, lineage, metrics
+from jaxgpt import files, lineage, machine, metrics
 from jaxgpt.config import RunConfig
 from jaxgpt.types import Array, Report
 
@@ -37,7 +37,7 @@ class RunLog:
         self._rollout: list[str] = []
         self.clock = metrics.Clock()
         self._session = lineage.Session(lineage.now(), start, start)
-        peak = hardware.peak_flops(jax.devices()[0])
+        peak = machine.peak_flops(jax.devices()[0])
         self.throughput = metrics.Throughput(
             metrics.flops_per_token(cfg.model, cfg.model.context_length),
             peak and peak * jax.device_count(),
@@ -46,7 +46,7 @@ class RunLog:
     def __enter__(self) -> Self:
         self._sinks: list[metrics.Sink] = []
         if self._writes:
-            environment = json.dumps(hardware.environment(), indent=1)
+            environment = json.dumps(machine.environment(), indent=1)
             files.write(self._directory / "environment.json", environment)
             # A run that begins again repeats the evaluation before its first step, too.
             file = metrics.MetricsLog(self._directory / "metrics.jsonl", self._start)

@@ -18,10 +18,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxgpt import hardware, heap, optim, processes, sharding, tree
+from jaxgpt import machine, optim, sharding, tree
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import RunConfig
 from jaxgpt.kernels.platform import compiler_options
+from jaxgpt.machine import processes
 from jaxgpt.runlog import Diverged, RunLog
 from jaxgpt.types import (
     Array,
@@ -180,7 +181,7 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh) -> None:
     state, frozen = _place(stage, cfg, mesh, optimizer)
     stage = stage._replace(params={})  # of which the state is a copy
     meta = {
-        "environment": hardware.environment(),
+        "environment": machine.environment(),
         "frozen": fingerprint(frozen),
         "schedule": [cfg.train.steps, cfg.optim.decay_steps],
     }
@@ -199,18 +200,17 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh) -> None:
         log.flush()  # refuses to save, or to go on from, a state that has diverged
         average = state.params if state.ema is None else state.ema
         params = everything(average, frozen, state.carry)
-        heap.give_back()  # of the step's memory, and below of the evaluation's
-        if evaluates:
-            with log.clock("evaluation"):
-                log.held_out(done, evaluates(params))
-        if samples:
-            with log.clock("sampling"):
-                log.samples(done, stage.sample(params) if stage.sample else [])
-        if saves:
-            with log.clock("saving"):
-                checkpoints.save(done, state, meta, log.held_out_loss(done))
-                log.note(done)
-        heap.give_back()
+        with machine.between_steps():
+            if evaluates:
+                with log.clock("evaluation"):
+                    log.held_out(done, evaluates(params))
+            if samples:
+                with log.clock("sampling"):
+                    log.samples(done, stage.sample(params) if stage.sample else [])
+            if saves:
+                with log.clock("saving"):
+                    checkpoints.save(done, state, meta, log.held_out_loss(done))
+                    log.note(done)
 
     try:
         with (
@@ -338,11 +338,10 @@ def _resume(
     saved = checkpoints.meta(latest)
     if saved["frozen"] != meta["frozen"]:
         raise ValueError("init: the frozen weights are not those that this run began with")
-    for change in hardware.environment_changes(saved["environment"], meta["environment"]):
+    for change in machine.environment_changes(saved["environment"], meta["environment"]):
         print(f"warning: the resumed run may differ in the last bits: {change}", file=sys.stderr)
-    state = checkpoints.restore(latest, state)
-    heap.give_back()
-    return state
+    with machine.between_steps():
+        return checkpoints.restore(latest, state)
 
 
 @contextlib.contextmanager

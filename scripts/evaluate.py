@@ -25,7 +25,7 @@ def main() -> None:
 
 def evaluate(cfg: EvaluateConfig) -> None:
     import jaxgpt
-    from jaxgpt import evals, hardware, lineage, rundir
+    from jaxgpt import evals, lineage, machine, rundir
     from jaxgpt.config import idle
 
     if not evals.is_embedded(cfg) and not (Path(cfg.data).exists() or glob.glob(cfg.data)):
@@ -36,7 +36,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     untuned = rundir.untuned("checkpoint", cfg.checkpoint) if cfg.chat else []
     for line in [*idle.of_evaluation(cfg), *untuned]:
         print(f"warning: {line}", file=sys.stderr)
-    hardware.use_compilation_cache()
+    machine.use_compilation_cache()
     lm = jaxgpt.load(cfg.checkpoint, dtype=cfg.dtype)
     print(lm)
     output, of_run = Path(cfg.output) if cfg.output else None, False

@@ -21,10 +21,10 @@ def main() -> None:
     cfg = config.parse(config.InspectConfig, __doc__)
     from pathlib import Path
 
-    from jaxgpt import files, hardware, language_model
+    from jaxgpt import files, language_model, machine
     from jaxgpt.serve import drawing
 
-    hardware.use_compilation_cache()
+    machine.use_compilation_cache()
     sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k}
     seen = []
     for path in filter(None, (cfg.checkpoint, cfg.against)):

@@ -39,10 +39,10 @@ def main() -> None:
     # Before JAX looks for devices: the chapter on many devices cuts arrays over eight of them.
     eight = "--xla_force_host_platform_device_count=8"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {eight}"
-    from jaxgpt import hardware
+    from jaxgpt import machine
     from jaxgpt.notes import chapter, site
 
-    hardware.use_compilation_cache()
+    machine.use_compilation_cache()
     every = [chapter.read(path) for path in sorted((ROOT / "notes").glob("[0-9]*.md"))]
     broken = site.broken_links(every, ROOT)
     if broken:

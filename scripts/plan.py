@@ -27,16 +27,16 @@ def main() -> None:
     if cfg.devices or cfg.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"
 
-    from jaxgpt import hardware, run, sharding
+    from jaxgpt import machine, run, sharding
     from jaxgpt.plan import devices, report
 
     if not cfg.topology:  # JAX can write such a program, but not read it without a TPU
-        hardware.use_compilation_cache()
-    hardware.keep_collectives_in_order()
+        machine.use_compilation_cache()
+    machine.keep_collectives_in_order()
     mesh = sharding.make_mesh(cfg.mesh, devices.topology(cfg.topology) if cfg.topology else None)
     cfg, step = run.plan(stage, cfg, mesh)
     first = mesh.devices.flat[0]
-    chip = hardware.chip(first)
+    chip = machine.chip(first)
     if chip and cfg.price:
         chip = chip._replace(price=cfg.price)
     print(report.describe(cfg, mesh, step, chip))

@@ -19,7 +19,7 @@ def main() -> None:
 
 
 def write(cfg: config.WriteConfig) -> None:
-    from jaxgpt import hardware, language_model, lineage, rundir
+    from jaxgpt import language_model, lineage, machine, rundir
     from jaxgpt.sampling.sample import Sampling
     from jaxgpt.tasks import tools
 
@@ -32,7 +32,7 @@ def write(cfg: config.WriteConfig) -> None:
     if cfg.chat and not cfg.adapter:
         for line in rundir.untuned("checkpoint", cfg.checkpoint):
             print(f"warning: {line}", file=sys.stderr)
-    hardware.use_compilation_cache()
+    machine.use_compilation_cache()
     chosen = [None if path == "none" else path for path in cfg.adapter]
     lm = language_model.load(
         cfg.checkpoint,

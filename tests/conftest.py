@@ -13,10 +13,10 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
-from jaxgpt import config, hardware
+from jaxgpt import config, machine
 from jaxgpt.config import ModelConfig
 
-hardware.keep_collectives_in_order()
+machine.keep_collectives_in_order()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxgpt import config, processes, sharding, train
+from jaxgpt import config, sharding, train
 from jaxgpt.config import LogConfig, MeshConfig, TrainConfig
+from jaxgpt.machine import processes
 
 
 @processes.end_together()

@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from jaxgpt import hardware
+from jaxgpt import machine
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from jaxgpt import hardware
 )  # fmt: skip
 def test_peak_flops_are_found_by_the_whole_name(kind, teraflops):
     device = types.SimpleNamespace(platform="gpu", device_kind=kind)
-    assert hardware.peak_flops(device) == teraflops * 1e12
+    assert machine.peak_flops(device) == teraflops * 1e12
 
 
 @pytest.mark.parametrize(
@@ -36,30 +36,30 @@ def test_peak_flops_are_found_by_the_whole_name(kind, teraflops):
 )  # fmt: skip
 def test_a_chip_that_is_like_another_is_not_taken_for_it(kind):
     device = types.SimpleNamespace(platform="gpu", device_kind=kind)
-    assert hardware.peak_flops(device) is None and hardware.chip(device) is None
+    assert machine.peak_flops(device) is None and machine.chip(device) is None
 
 
 def test_a_cpu_has_no_peak_to_be_measured_against():
     """A peak that was measured on a busy machine gave an MFU above 100 %."""
-    assert hardware.peak_flops(jax.devices()[0]) is None
+    assert machine.peak_flops(jax.devices()[0]) is None
 
 
 def test_virtual_cpu_devices_share_what_was_measured():
-    flops = sum(hardware.chip(device).flops for device in jax.devices())
-    assert 1e8 < flops < 1e14 and flops == pytest.approx(hardware._measured_cpu_flops())
+    flops = sum(machine.chip(device).flops for device in jax.devices())
+    assert 1e8 < flops < 1e14 and flops == pytest.approx(machine.chips._measured_cpu_flops())
 
 
 def test_the_environment_is_json_and_equal_to_itself(monkeypatch):
-    old = json.loads(json.dumps(hardware.environment()))
+    old = json.loads(json.dumps(machine.environment()))
     assert old["jax"] == jax.__version__ and old["devices"] == 8 and old["visible_cores"] > 0
     monkeypatch.setattr(sys, "argv", ["another", "command"])
-    assert hardware.environment_changes(old, hardware.environment()) == []
+    assert machine.environment_changes(old, machine.environment()) == []
 
 
 def test_changes_of_the_environment_are_named():
     old = {"jax": "0.10.2", "visible_cores": 2, "command": "a", "gone": 1}
     new = {"jax": "0.11.0", "visible_cores": 2, "command": "b"}
-    changes = hardware.environment_changes(old, new)
+    changes = machine.environment_changes(old, new)
     assert changes == ["jax: 0.10.2 -> 0.11.0", "gone: 1 -> None"]
 
 
@@ -67,13 +67,13 @@ def test_changes_of_the_environment_are_named():
     ("flags", "kept"),
     [
         ("--xla_force_host_platform_device_count=8", False),
-        (f"--xla_force_host_platform_device_count=8 --{hardware.SCHEDULER}=true", True),
+        (f"--xla_force_host_platform_device_count=8 --{machine.SCHEDULER}=true", True),
         ("", True),
     ],
 )
 def test_virtual_devices_exchange_in_order(monkeypatch, flags, kept):
     monkeypatch.setenv("XLA_FLAGS", flags)
-    hardware.keep_collectives_in_order()
-    hardware.keep_collectives_in_order()
-    ordered = f"{flags} --{hardware.SCHEDULER}=false"
+    machine.keep_collectives_in_order()
+    machine.keep_collectives_in_order()
+    ordered = f"{flags} --{machine.SCHEDULER}=false"
     assert os.environ["XLA_FLAGS"] == (flags if kept else ordered)

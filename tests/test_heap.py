@@ -8,12 +8,12 @@ import sys
 import jax
 import pytest
 
-from jaxgpt import heap
+from jaxgpt.machine import memory
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the calls are glibc's")
 COUNTS = """
 import resource
-from jaxgpt import heap
+from jaxgpt.machine import memory
 def new_pages(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def resident():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
@@ -31,7 +31,7 @@ def test_freed_memory_is_used_again_without_new_pages() -> None:
     """32 MB written a second time: without the call all of its pages are new ones."""
     program = "{}\nbytearray(1 << 25)\nbefore = new_pages()\nbytearray(1 << 25)\n"
     program += "print(new_pages() - before)\n"
-    given_back, kept = (_run(program.format(call))[0] for call in ("pass", "heap.keep_freed()"))
+    given_back, kept = (_run(program.format(call))[0] for call in ("pass", "memory.keep_freed()"))
     assert kept < 10 < given_back  # the kernel may give huge pages by itself: 16
 
 
@@ -39,10 +39,10 @@ def test_what_is_free_between_other_pieces_is_given_back() -> None:
     """64 MB below a piece that stays, freed: resident until they are given back, and no longer;
     what comes then is kept as before."""
     program = (
-        "heap.keep_freed()\n"
+        "memory.keep_freed()\n"
         "below = bytearray(1 << 26); above = bytearray(1 << 21)\n"
         "del below\n"
-        "kept = resident(); heap.give_back(); print(kept - resident())\n"
+        "kept = resident(); memory.give_back(); print(kept - resident())\n"
         "bytearray(1 << 27); before = new_pages(); bytearray(1 << 27)\n"
         "print(new_pages() - before)\n"
     )
@@ -62,7 +62,7 @@ def chosen():
 @pytest.mark.parametrize(("platforms", "found"), [("cpu", False), ("tpu,cpu", True)])
 def test_accelerators_are_known_by_what_jax_was_told(chosen, platforms: str, found: bool) -> None:
     chosen(platforms)
-    assert heap._has_accelerator() is found
+    assert memory._has_accelerator() is found
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_tpus_are_known_by_their_files(chosen, monkeypatch, tmp_path, file, foun
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
     chosen(None)
-    assert heap._has_accelerator(tmp_path) is found
+    assert memory._has_accelerator(tmp_path) is found
 
 
 def test_gpus_are_known_by_their_plugin(chosen, monkeypatch, tmp_path) -> None:
     (tmp_path / "jax_plugins").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     chosen(None)
-    assert heap._has_accelerator(tmp_path)
+    assert memory._has_accelerator(tmp_path)

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import checkpoint, metrics, processes, sharding
+from jaxgpt import checkpoint, metrics, sharding
 from jaxgpt.config import MeshConfig
+from jaxgpt.machine import processes
 
 ROOT = Path(__file__).parents[1]
 WORKER = ["tests/process_worker.py"]

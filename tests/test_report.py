@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxgpt import config, hardware, metrics, report
+from jaxgpt import config, machine, metrics, report
 
 
 class Page(HTMLParser):
@@ -53,7 +53,7 @@ def test_a_whole_run_becomes_a_page(tmp_path):
     metrics.append_samples(run / "samples.md", 100, ["late <b>&amp;"])
     cfg = config.PretrainConfig(run=str(run), model=config.ModelConfig(num_layers=7))
     (run / "config.yaml").write_text(config.to_yaml(cfg))
-    (run / "environment.json").write_text(json.dumps(hardware.environment()))
+    (run / "environment.json").write_text(json.dumps(machine.environment()))
 
     path = report.write_report(run)
     page = Page(path)

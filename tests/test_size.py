@@ -11,15 +11,39 @@ PACKAGE = Path(__file__).parents[1] / "jaxgpt"
 # Lines that hold code (no blanks, comments or docstrings), by folder or file of jaxgpt/.
 # A room that outgrows its line gives lines back elsewhere, or says in its commit why not.
 BUDGET = {
-    "__init__.py": 45, "checkpoint.py": 258, "config": 980, "convert": 2068, "data": 2546,
-    "episodes.py": 150, "evals": 924, "files.py": 40, "hardware.py": 165, "heap.py": 65,
-    "kernels": 1617, "language_model.py": 350, "losses.py": 85, "metrics.py": 225, "model": 715,
-    "optim.py": 80, "peft.py": 190, "plan": 803, "policy_losses.py": 110, "processes.py": 140,
-    "report.py": 335, "rollouts.py": 242, "rundir.py": 155, "runlog.py": 115, "sampling": 715,
-    "scoring.py": 190, "sharding.py": 160, "stages": 1193, "tasks": 308, "train.py": 319,
-    "tree.py": 55, "types.py": 40, "weights.py": 165,
-}  # fmt: skip
-TOTAL = 13_825  # of the rooms above
+    "__init__.py": 45,
+    "checkpoint.py": 258,
+    "config": 980,
+    "convert": 2068,
+    "data": 2321,
+    "episodes.py": 150,
+    "evals": 924,
+    "files.py": 40,
+    "machine": 350,
+    "kernels": 1617,
+    "language_model.py": 350,
+    "losses.py": 85,
+    "metrics.py": 225,
+    "model": 715,
+    "optim.py": 80,
+    "peft.py": 190,
+    "plan": 803,
+    "policy_losses.py": 110,
+    "report.py": 335,
+    "rollouts.py": 242,
+    "rundir.py": 155,
+    "runlog.py": 115,
+    "sampling": 715,
+    "scoring.py": 190,
+    "sharding.py": 220,
+    "stages": 1193,
+    "tasks": 308,
+    "train.py": 319,
+    "tree.py": 55,
+    "types.py": 40,
+    "weights.py": 165,
+}
+TOTAL = 13_600  # of the rooms above
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {"inspect.py": 175, "judge.py": 55, "serve": 2150}
 

@@ -114,7 +114,7 @@ def run(monkeypatch, capsys, *args) -> tuple[int, str]:
     from scripts import sample
 
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
-    monkeypatch.setattr("jaxgpt.hardware.use_compilation_cache", lambda: None)
+    monkeypatch.setattr("jaxgpt.machine.use_compilation_cache", lambda: None)
     try:
         config.exit_cleanly(sample.main)
     except SystemExit as exit:

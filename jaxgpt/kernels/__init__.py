@@ -27,9 +27,10 @@ from jaxgpt.kernels import (
     grouped,
 )
 from jaxgpt.kernels.platform import platform, use
+from jaxgpt.sharding import by_columns, by_rows
 from jaxgpt.types import Array, CrossEntropy
 
-__all__ = ["use"]
+__all__ = ["by_columns", "by_rows", "use"]
 
 P = ParamSpec("P")
 R = TypeVar("R")

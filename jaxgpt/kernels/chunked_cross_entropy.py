@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.kernels.placement import add_up, head_spec, per_token, scatter
 from jaxgpt.kernels.platform import platform, transposed
+from jaxgpt.sharding import add_up, head_spec, per_token, scatter
 from jaxgpt.types import Array, CrossEntropy
 
 Axes = tuple[str, ...]  # of the mesh, over which the tokens are cut

@@ -20,16 +20,11 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.kernels import shards
+from jaxgpt import sharding, tree
 from jaxgpt.kernels.platform import platform
 from jaxgpt.types import Array
 
 AXIS = "expert"
-# How a kernel of the experts is cut, where it is a plain array; see sharding.RULES.
-CUT = {
-    "up": P(AXIS, "fsdp", "tensor"), "gate": P(AXIS, "fsdp", "tensor"),
-    "down": P(AXIS, "tensor", "fsdp"),
-}  # fmt: skip
 
 
 class Route(NamedTuple):
@@ -55,11 +50,12 @@ def over_devices(
 ) -> Array:
     """one_device(kernels, *arrays), each device on its own tokens [B, T, …] and its own experts."""
     x_BTD = arrays[0]
-    place = P(shards.cut(x_BTD.shape[0], *shards.ROWS), shards.cut(x_BTD.shape[1], "context"))
+    place = P(sharding.cut(x_BTD.shape[0], *sharding.ROWS), sharding.cut(x_BTD.shape[1], "context"))
     plain = all(isinstance(kernel, jax.Array) for kernel in kernels.values())
     # Codes, scales and low-rank factors have in common that experts are their first axis.
-    there = lambda cut: P(*(axis if shards.size(axis) > 1 else None for axis in cut))
-    cuts = {name: there(CUT[name] if plain else P(AXIS)) for name in kernels}
+    there = lambda cut: P(*(axis if sharding.size(axis) > 1 else None for axis in cut))
+    own = lambda name: tree.first_match(sharding.RULES, f"moe/{name}/kernel") or P()
+    cuts = {name: there(own(name)[1:] if plain else (AXIS,)) for name in kernels}
 
     def gathered(kernels: dict[str, Any], *arrays: Array) -> Array:
         whole = {
@@ -71,7 +67,7 @@ def over_devices(
         return jax.lax.psum(out_BTD, "tensor") if "tensor" in cuts["up"] else out_BTD
 
     inward = (cuts, *(place for _ in arrays))
-    return shards.per_device(gathered, inward, place, kernels, *arrays)
+    return sharding.per_device(gathered, inward, place, kernels, *arrays)
 
 
 def are_many() -> bool:
@@ -79,12 +75,12 @@ def are_many() -> bool:
 
     Sorting by expert all tokens of all devices would send everything to everybody.
     """
-    return shards.size(*shards.ROWS, "context", "tensor") > 1
+    return sharding.size(*sharding.ROWS, "context", "tensor") > 1
 
 
 def is_needed() -> bool:
     """Whether experts are cut over devices."""
-    return shards.size(AXIS) > 1
+    return sharding.size(AXIS) > 1
 
 
 def swap(slots_BECD: Array, outward: bool) -> Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.kernels import shards
+from jaxgpt import sharding
 from jaxgpt.kernels.blocked_attention import blocked_attention
 from jaxgpt.kernels.chunked_attention import chunked_attention
 from jaxgpt.kernels.platform import LANES
@@ -90,9 +90,9 @@ def _per_device(
 ) -> Array:
     """The kernel on the rows and heads of each device, or the ring where positions are cut."""
     (B, T), K = q_BTNH.shape[:2], k_BTKH.shape[2]
-    rows, positions = shards.cut(B, *shards.ROWS), shards.cut(T, "context")
-    heads = P(rows, positions, shards.cut(K, "tensor"), None)
-    ring = Ring("context", shards.size("context"))
+    rows, positions = sharding.cut(B, *sharding.ROWS), sharding.cut(T, "context")
+    heads = P(rows, positions, sharding.cut(K, "tensor"), None)
+    ring = Ring("context", sharding.size("context"))
 
     def one_device(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
         if positions:
@@ -100,7 +100,7 @@ def _per_device(
         return kernel(q, k, v, segments, window)
 
     specs = (heads, heads, heads, P(rows, positions))
-    return shards.per_device(one_device, specs, heads, q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    return sharding.per_device(one_device, specs, heads, q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
 def _all_scores(implementation: Literal["cudnn", "xla"]) -> Kernel:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxgpt.kernels.placement import whole
 from jaxgpt.kernels.platform import platform, separate, transposed
+from jaxgpt.sharding import gather_kernel
 from jaxgpt.types import Array
 
 
@@ -26,7 +26,7 @@ def on_cpu(x_BTD: Array, kernel_DF: Array) -> Array:
 def in_float32(x_BTD: Array, kernel_DF: Array) -> Array:
     """x @ kernel, gathered from the devices that share it, returned in float32."""
     return jnp.matmul(
-        x_BTD, whole(kernel_DF.astype(x_BTD.dtype)), preferred_element_type=jnp.float32
+        x_BTD, gather_kernel(kernel_DF.astype(x_BTD.dtype)), preferred_element_type=jnp.float32
     )
 
 
@@ -133,12 +133,12 @@ def gathered(x_BTD: Array, kernel_DF: Array) -> Array:
 
 
 def _gathered_product(x_BTD: Array, kernel_DF: Array) -> Array:
-    return x_BTD @ whole(_rounded(kernel_DF, x_BTD.dtype))
+    return x_BTD @ gather_kernel(_rounded(kernel_DF, x_BTD.dtype))
 
 
 def _gathered_backward(saved: tuple[Array, Array], g_BTF: Array) -> tuple[Array, Array]:
     x_BTD, kernel_DF = saved
-    dx_BTD = g_BTF @ whole(_rounded(kernel_DF, x_BTD.dtype)).T
+    dx_BTD = g_BTF @ gather_kernel(_rounded(kernel_DF, x_BTD.dtype)).T
     leading = tuple(range(x_BTD.ndim - 1))
     dkernel_DF = jax.lax.dot_general(
         x_BTD, g_BTF, ((leading, leading), ((), ())), preferred_element_type=jnp.float32

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from jaxgpt import kernels
 from jaxgpt.config import ModelConfig
-from jaxgpt.kernels.placement import by_columns
 from jaxgpt.kernels.platform import accumulator_dtype
 from jaxgpt.model.layers import Linear, RMSNorm, residual_std, rotate
 from jaxgpt.model.slots import attend_by_row
@@ -103,7 +102,7 @@ class Attention(nn.Module):
 
     def _output(self, out_BTNH: Array) -> Array:
         cfg = self.cfg
-        out_BTF = by_columns(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
+        out_BTF = kernels.by_columns(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
         output = Linear(
             cfg.model_dim, cfg.bias == "all", cfg.dtype, residual_std(cfg), name="output"
         )
@@ -112,7 +111,7 @@ class Attention(nn.Module):
     def _heads(self, name: str, count: int, x_BTD: Array) -> Array:
         width = self.cfg.head_width
         linear = Linear(count * width, self.cfg.bias != "none", self.cfg.dtype, name=name)
-        return by_columns(linear(x_BTD)).reshape(*x_BTD.shape[:2], count, width)
+        return kernels.by_columns(linear(x_BTD)).reshape(*x_BTD.shape[:2], count, width)
 
 
 def init_cache(

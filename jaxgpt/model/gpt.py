@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxgpt import weights
 from jaxgpt.config import ModelConfig
-from jaxgpt.kernels.placement import by_rows
+from jaxgpt.kernels import by_rows
 from jaxgpt.kernels.platform import layer_unroll
 from jaxgpt.model.attention import Attention, BlockInputs, KVCache, Slots
 from jaxgpt.model.layers import INIT_STD, Linear, dropout, make_norm, parameter, rope_tables

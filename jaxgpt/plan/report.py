@@ -6,7 +6,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxgpt.config import RunConfig
-from jaxgpt.hardware import Chip
+from jaxgpt.machine import Chip
 from jaxgpt.metrics import short
 from jaxgpt.plan.step import Step
 

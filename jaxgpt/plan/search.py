@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from jaxgpt import hardware, sharding
+from jaxgpt import machine, sharding
 from jaxgpt.config import RunConfig
-from jaxgpt.hardware import Chip
+from jaxgpt.machine import Chip
 from jaxgpt.plan.step import Outline, Step, TooLarge, compile_step
 
 REMAT = ("none", "dots", "full")  # from most memory to most computation
@@ -23,7 +23,7 @@ class Tried:
 
     def __init__(self, outline: Outline, cfg: RunConfig, mesh: Mesh) -> None:
         self._outline, self._cfg, self._mesh = outline, cfg, mesh
-        self.chip = hardware.chip(mesh.devices.flat[0])
+        self.chip = machine.chip(mesh.devices.flat[0])
         self._found: dict[tuple[int, str], Step | TooLarge] = {}
 
     def __call__(self, micro_batches: int, remat: str) -> Step | TooLarge:

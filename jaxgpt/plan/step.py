@@ -10,9 +10,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxgpt import hardware, metrics, optim, sharding, train, tree
+from jaxgpt import machine, metrics, optim, sharding, train, tree
 from jaxgpt.config import RunConfig
-from jaxgpt.hardware import Chip
+from jaxgpt.machine import Chip
 from jaxgpt.plan import flops, program
 from jaxgpt.plan.program import Collective
 from jaxgpt.train import Stage
@@ -197,7 +197,7 @@ def _too_large(error: Exception, mesh: Mesh) -> Exception:
     if "RESOURCE_EXHAUSTED" not in text:
         return error
     if found is None:
-        chip = hardware.chip(mesh.devices.flat[0])
+        chip = machine.chip(mesh.devices.flat[0])
         available = chip.memory if chip else math.inf
         return TooLarge(math.nan, available)
     size = lambda number, unit: float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit]

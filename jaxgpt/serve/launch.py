@@ -9,7 +9,7 @@ import jax
 import psutil
 import uvicorn
 
-from jaxgpt import hardware, language_model, peft
+from jaxgpt import language_model, machine, peft
 from jaxgpt.config import ModelConfig, ServeConfig
 from jaxgpt.kernels.platform import accumulator_dtype
 from jaxgpt.language_model import LanguageModel
@@ -28,7 +28,7 @@ def serve(cfg: ServeConfig, show: Callable[[str], None]) -> int:
         ValueError: a checkpoint that cannot be opened, or settings that it does not have.
         OSError: the port is not free.
     """
-    hardware.use_compilation_cache()
+    machine.use_compilation_cache()
     with _bound(cfg) as listener:
         began = time.perf_counter()
         server = Server(cfg, *open_engine(cfg, show))

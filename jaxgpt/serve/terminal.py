@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt import hardware
+from jaxgpt import machine
 from jaxgpt.config import ChatConfig, ServeConfig
 from jaxgpt.data import chat
 from jaxgpt.language_model import LanguageModel
@@ -200,7 +200,7 @@ def talk(
     Args:
         note: is told what is loaded and compiled.
     """
-    hardware.use_compilation_cache()
+    machine.use_compilation_cache()
     serving = ServeConfig(
         cfg.checkpoint, [f"adapter={cfg.adapter}"] if cfg.adapter else [], slots=1,
         context=cfg.context, dtype=cfg.dtype, quantize=cfg.quantize,

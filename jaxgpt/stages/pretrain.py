@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import processes, scoring, sharding
+from jaxgpt import scoring, sharding
 from jaxgpt.config import DataConfig, ModelConfig, PretrainConfig
 from jaxgpt.convert.load import Loaded
 from jaxgpt.data import corpus, datasets, rows
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.datasets import Rows, Source
 from jaxgpt.data.rows import Paths
+from jaxgpt.machine import processes
 from jaxgpt.train import Stage, spec
 from jaxgpt.types import Array, Batch, Carry, CarryFn, Params
 

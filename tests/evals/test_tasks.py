@@ -314,7 +314,7 @@ def run(monkeypatch, capsys, *args):
     from scripts import evaluate
 
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
-    monkeypatch.setattr("jaxgpt.hardware.use_compilation_cache", lambda: None)
+    monkeypatch.setattr("jaxgpt.machine.use_compilation_cache", lambda: None)
     code = 0
     try:
         settings.exit_cleanly(evaluate.main)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import checkpoint, hardware, lineage, metrics
+from jaxgpt import checkpoint, lineage, machine, metrics
 
 TINY = (
     "--train.batch_size", "8", "--eval.batches", "1", "--sample.every", "0",
@@ -194,4 +194,4 @@ def test_the_clock_gives_inner_time_to_the_inner_kind():
 
 
 def test_uncommitted_changes_have_a_hash():
-    assert hardware.uncommitted() is None or len(hardware.uncommitted()) in (0, 64)
+    assert machine.uncommitted() is None or len(machine.uncommitted()) in (0, 64)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import config, hardware, run, rundir, sharding, train
+from jaxgpt import config, machine, run, rundir, sharding, train
 from jaxgpt.config import (
     DpoConfig,
     GrpoConfig,
@@ -115,7 +115,7 @@ def test_flops_and_tokens_do_not_depend_on_the_mesh(steps):
 
 
 def test_the_report_has_it_all_and_is_json(steps):
-    chip = hardware.Chip(1e12, 16e9, 1e11, 1e10, 2.0)
+    chip = machine.Chip(1e12, 16e9, 1e11, 1e10, 2.0)
     mesh = mesh_of(**MESHES["fsdp"])
     found = json.loads(json.dumps(report.as_json(CFG, mesh, steps["fsdp"], chip)))
     fast, slow = found["seconds_per_step"]
@@ -174,7 +174,7 @@ def step_of(micro_batches: int, remat: str, total: float) -> Step:
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def simulated(monkeypatch):
     """needs(m, remat) = 10 + size / m bytes; returns what was compiled."""
     compiled = []
 
@@ -185,9 +185,9 @@ def machine(monkeypatch):
             compiled.append((parts, cfg.model.remat))
             return step_of(parts, cfg.model.remat, 10 + size / parts)
 
-        chip = hardware.Chip(1e12, capacity / search.USABLE, 1e9, 1e9)
+        chip = machine.Chip(1e12, capacity / search.USABLE, 1e9, 1e9)
         monkeypatch.setattr(search, "compile_step", compile_one)
-        monkeypatch.setattr(search.hardware, "chip", lambda _: chip)
+        monkeypatch.setattr(search.machine, "chip", lambda _: chip)
         return compiled
 
     return install
@@ -205,23 +205,23 @@ def machine(monkeypatch):
         (10.5, (16, "full")),
     ],
 )
-def test_the_search_takes_the_fastest_that_fits(machine, capacity, chosen):
-    compiled = machine(capacity)
+def test_the_search_takes_the_fastest_that_fits(simulated, capacity, chosen):
+    compiled = simulated(capacity)
     step = search.search(None, CFG, mesh_of())
     assert (step.micro_batches, step.remat) == chosen
     assert len(compiled) == len(set(compiled)) <= 10, "few settings are compiled, each once"
 
 
-def test_what_fits_nowhere_says_by_how_much(machine):
-    machine(10.25)
+def test_what_fits_nowhere_says_by_how_much(simulated):
+    simulated(10.25)
     with pytest.raises(
         ValueError, match=r"does not fit 1 x cpu .* lacks .* GB .* mesh\.fsdp.*moments"
     ):
         search.search(None, CFG, mesh_of())
 
 
-def test_the_given_setting_is_refused_if_it_does_not_fit(machine):
-    machine(20)
+def test_the_given_setting_is_refused_if_it_does_not_fit(simulated):
+    simulated(20)
     with pytest.raises(ValueError, match=r"train\.micro_batches=1, model\.remat=none: lacks"):
         search.as_given(None, CFG, mesh_of())
 
@@ -453,14 +453,14 @@ def command(monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_status_2(command, monkeypatch, args, named):
-    monkeypatch.setattr(hardware, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(machine, "use_compilation_cache", lambda: None)
     code, out, err = command(*args)
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
     assert named in err
 
 
 def test_the_command_ends_with_one_json_object(command, monkeypatch):
-    monkeypatch.setattr(hardware, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(machine, "use_compilation_cache", lambda: None)
     monkeypatch.setattr(search, "compile_step", lambda *_: step_of(1, "none", 1e9))
     file = str(ROOT / "configs" / "sft" / "arithmetic.yaml")
     code, out, _ = command("--config", file, "--price", "3")

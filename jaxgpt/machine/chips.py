@@ -1,15 +1,8 @@
-"""The machine: how fast it could be, and what a repetition of the run needs to be the same."""
+"""What each chip can do, by its data sheet; what this CPU can do, as measured; memory held."""
 
 import functools
-import hashlib
-import importlib.metadata
-import os
-import platform
-import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -22,8 +15,6 @@ class Chip(NamedTuple):
     link: float  # what reaches a device while a ring of them exchanges
     price: float | None = None  # dollars an hour, on demand
 
-
-SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"  # of XLA, for CPUs
 
 # By the whole of device_kind, of NVIDIA's without that word: an L40 is no L4, an RTX A1000 no A100,
 # and a part of a GPU (MIG), which has more words, none of them. In jax a TPU v2 or v3 device is
@@ -135,66 +126,6 @@ def _measured_cpu_flops() -> float:
     return best
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs; JAX_COMPILATION_CACHE_DIR chooses the folder."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        folder = Path.home() / ".cache" / "jaxgpt" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def keep_collectives_in_order() -> None:
-    """Lets virtual CPU devices exchange what they mean to; before JAX first asks for a device.
-
-    Under XLA's scheduler for concurrency (jax 0.10.2) one program over a mesh with `context` gave
-    other losses each time, by up to 1e-3, or hung: its devices took exchanges in different orders.
-    As an option of a single `jax.jit` the switch has no effect.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "host_platform_device_count" in flags and SCHEDULER not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --{SCHEDULER}=false"
-
-
-def environment() -> dict[str, Any]:
-    """What a bit-identical repetition of the run needs, and the command."""
-    import jax
-
-    packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    device = jax.devices()[0]
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return {
-        "python": platform.python_version(),
-        **{package: _version(package) for package in packages},
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "device": device.device_kind,
-        "devices": jax.device_count(),
-        "processes": jax.process_count(),
-        "visible_cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "git_commit": _git_commit(),
-        "command": " ".join(sys.argv),
-    }
-
-
-def environment_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`jax: 0.10.2 -> 0.11.0` for all that may change the numbers of a resumed run."""
-    names = [name for name in {**old, **new} if name != "command"]
-    return [f"{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
-
-
-def uncommitted() -> str | None:
-    """sha256 of what differs from the commit that jaxgpt runs from; empty: nothing does."""
-    if not (_git_commit() or "").endswith("+"):
-        return "" if _git_commit() else None
-    git = ["git", "-C", str(Path(__file__).parent)]
-    changes = subprocess.run([*git, "diff", "HEAD", "--binary"], capture_output=True).stdout
-    return hashlib.sha256(changes).hexdigest()
-
-
 def peak_memory() -> int | None:
     """Bytes that this process has held at most: of its device, or on a CPU of the host."""
     import jax
@@ -208,35 +139,3 @@ def peak_memory() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """The CPU's model: XLA compiles for its instruction set."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
-
-
-def _git_commit() -> str | None:
-    """The commit that jaxgpt runs from, with + if files differ from it; None if installed."""
-    source = Path(__file__)
-    tracked = ["ls-files", "--error-unmatch", source.name]  # else the commit of somebody else
-    describe = ["describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-    for command in (tracked, describe):
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(source.parent), *command], capture_output=True, text=True
-            )
-        except OSError:  # no git on this machine
-            return None
-        if done.returncode != 0:
-            return None
-    return done.stdout.strip()
