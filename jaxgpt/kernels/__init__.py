@@ -25,8 +25,9 @@ from jaxgpt.kernels import (
     fast_linear,
     fast_norm,
     grouped,
+    platform,
 )
-from jaxgpt.kernels.platform import platform, use
+from jaxgpt.kernels.platform import use
 from jaxgpt.sharding import by_columns, by_rows
 from jaxgpt.types import Array, CrossEntropy
 
@@ -45,7 +46,7 @@ def operation(equation: Callable[P, R]) -> Callable[P, R]:
     @wraps(equation)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         programs = FAST[equation.__name__]  # type: ignore[attr-defined]
-        return programs.get(platform(), equation)(*args, **kwargs)
+        return programs.get(platform.platform(), equation)(*args, **kwargs)
 
     return run
 
