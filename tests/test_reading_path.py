@@ -30,6 +30,7 @@ DOORS = {
     "peft": "low-rank adapters",
     "moe": "mixture of experts",
     "mlp": "feed-forward layers",
+    "slots": "a cache whose rows have lengths of their own",
 }
 
 
