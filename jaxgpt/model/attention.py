@@ -1,7 +1,6 @@
 """Causal self-attention, and the key/value cache it reads and writes."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,25 +14,29 @@ from jaxgpt.model.layers import Linear, RMSNorm, residual_std, rotate
 from jaxgpt.model.slots import attend_by_row
 from jaxgpt.types import Array
 
-Slots = tuple[Array, Array]  # keys and values, as in KVCache; of one layer where these are apart
+Slots = tuple[Array, Array]  # the keys and values of one layer, as in KVCache
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens seen so far, in slots shared by all rows.
-
-    One array for all layers, or a tuple of one per layer, without L, where the parameters of the
-    layers stand apart too; a single row then needs no axis B either, which XLA would fold away,
-    with a copy of all slots for every token.
+    """Keys and values of the tokens seen so far, so that each new token is computed once.
 
     Rows are aligned on the right: row b's first token stands in slot `start_B[b]`, so that every
-    row writes its next token into the same slot, `length`. The slots of a head lie together, as
-    the products of a decoding step read them.
+    row writes its next token into the same slot, `length`. Two rows with prompts of 3 and 5
+    tokens and 8 slots, after one new token:
+
+        slot      0 1 2 3 4 5 6 7
+        row 0     . . a b c x . .     start 2, length 6
+        row 1     a b c d e x . .     start 0
+
+    The slots of a head lie together, as the products of a decoding step read them. A single row
+    has no axis B: XLA:CPU folds an axis of length one away where the slots are read, and would
+    copy all of them for every token (1.9 times the bytes of a step, by its own count).
     """
 
-    keys_LBKSH: Array | tuple[Array, ...]
-    values_LBKSH: Array | tuple[Array, ...]
+    keys: tuple[Array, ...]  # of each layer [B, K, S, H], or [K, S, H] of a single row
+    values: tuple[Array, ...]
     length: Array  # slots written, a scalar
     start_B: Array  # empty slots before the row's first token
     # Nothing written yet: the first tokens then need to look only at each other. Static.
@@ -42,7 +45,11 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """S, the slots of a row."""
-        return jax.tree.leaves(self.keys_LBKSH)[0].shape[-2]
+        return self.keys[0].shape[-2]
+
+    def grown(self, keys: tuple, values: tuple, count: int) -> "KVCache":
+        """The cache after `count` tokens of every row were written."""
+        return KVCache(keys, values, self.length + count, self.start_B, fresh=False)
 
 
 class BlockInputs(NamedTuple):
@@ -68,7 +75,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, inputs: BlockInputs, cache: Slots | None, place: Array | None
+        self, x_BTD: Array, inputs: BlockInputs, slots: Slots | None
     ) -> tuple[Array, Slots | None]:
         cfg = self.cfg
         q_BTNH = self._heads("query", cfg.num_heads, x_BTD)
@@ -81,32 +88,12 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = rotate(q_BTNH, inputs.rope), rotate(k_BTKH, inputs.rope)
         q_BTNH, k_BTKH, v_BTKH = (a.astype(cfg.dtype) for a in (q_BTNH, k_BTKH, v_BTKH))
 
-        if cache is not None and inputs.first_row is not None:
-            assert inputs.length is not None
-            out_BTNH, cache = attend_by_row(
-                q_BTNH, k_BTKH, v_BTKH, cache, inputs.length, inputs.first_row,
-                cfg.sliding_window or 0,
-            )  # fmt: skip
-            return self._output(out_BTNH), cache
-        if cache is not None:
-            assert inputs.length is not None
-            write = partial(_write, place=place, length=inputs.length)
-            cache = (write(cache[0], k_BTKH), write(cache[1], v_BTKH))
-        if cache is None or inputs.mask_BTS is None:
-            window = cfg.sliding_window or 0
-            out_BTNH = kernels.attention(q_BTNH, k_BTKH, v_BTKH, inputs.segments_BT, window)
-        else:
-            out_BTNH = kernels.cached_attention(q_BTNH, *_read(cache, place), inputs.mask_BTS)
-
-        return self._output(out_BTNH), cache
-
-    def _output(self, out_BTNH: Array) -> Array:
-        cfg = self.cfg
-        out_BTF = kernels.by_columns(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
+        out_BTNH, slots = _attend(cfg, q_BTNH, k_BTKH, v_BTKH, inputs, slots)
+        out_BTF = kernels.by_columns(out_BTNH.reshape(*x_BTD.shape[:2], -1))
         output = Linear(
             cfg.model_dim, cfg.bias == "all", cfg.dtype, residual_std(cfg), name="output"
         )
-        return output(out_BTF)
+        return output(out_BTF), slots
 
     def _heads(self, name: str, count: int, x_BTD: Array) -> Array:
         width = self.cfg.head_width
@@ -114,42 +101,50 @@ class Attention(nn.Module):
         return kernels.by_columns(linear(x_BTD)).reshape(*x_BTD.shape[:2], count, width)
 
 
-def init_cache(
+def _attend(
     cfg: ModelConfig,
-    batch_size: int,
-    capacity: int | None = None,
-    start_B: Array | None = None,
-    apart: bool = False,
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    inputs: BlockInputs,
+    slots: Slots | None,
+) -> tuple[Array, Slots | None]:
+    """What the queries read: each other's keys, or with a cache also those written before."""
+    window = cfg.sliding_window or 0
+    if slots is not None and inputs.first_row is not None:
+        assert inputs.length is not None
+        new = (q_BTNH, k_BTKH, v_BTKH)
+        return attend_by_row(*new, slots, inputs.length, inputs.first_row, window)
+    if slots is not None:
+        assert inputs.length is not None
+        slots = (_write(slots[0], k_BTKH, inputs.length), _write(slots[1], v_BTKH, inputs.length))
+    if slots is None or inputs.mask_BTS is None:
+        return kernels.attention(q_BTNH, k_BTKH, v_BTKH, inputs.segments_BT, window), slots
+    k_BKSH, v_BKSH = map(rows_first, slots)
+    return kernels.cached_attention(q_BTNH, k_BKSH, v_BKSH, inputs.mask_BTS), slots
+
+
+def init_cache(
+    cfg: ModelConfig, batch_size: int, capacity: int | None = None, start_B: Array | None = None
 ) -> KVCache:
     """An empty cache of `capacity` slots (default: the context length)."""
     capacity = cfg.context_length if capacity is None else capacity
-    rows = () if apart and batch_size == 1 else (batch_size,)
+    rows = () if batch_size == 1 else (batch_size,)
     shape = (*rows, cfg.kv_heads, capacity, cfg.head_width)
     # A CPU has no batched product of bfloat16 that sums in float32, and would widen the cache for
     # every token.
     dtype = accumulator_dtype(cfg.dtype)
-    empty = lambda *layers: jnp.zeros((*layers, *shape), dtype)
-    layers = range(cfg.num_layers)
-    slots = lambda: tuple(empty() for _ in layers) if apart else empty(cfg.num_layers)
+    empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers))
     start_B = jnp.zeros(batch_size, jnp.int32) if start_B is None else start_B
-    return KVCache(slots(), slots(), jnp.int32(0), start_B)
+    return KVCache(empty(), empty(), jnp.int32(0), start_B)
 
 
-def _write(slots: Array, new_BTKH: Array, place: Array | None, length: Array) -> Array:
+def _write(slots: Array, new_BTKH: Array, length: Array) -> Array:
     new_BKTH = new_BTKH.swapaxes(1, 2).astype(slots.dtype)
-    if place is not None:
-        return jax.lax.dynamic_update_slice(slots, new_BKTH[None], (place, 0, 0, length, 0))
     new = new_BKTH.reshape(*slots.shape[:-2], *new_BKTH.shape[-2:])
     return jax.lax.dynamic_update_slice(slots, new, (*(0,) * (slots.ndim - 2), length, 0))
 
 
-def _read(cache: Slots, place: Array | None) -> Slots:
-    """Keys and values of one layer, each [B, K, S, H]."""
-    if place is None:
-        return jax.tree.map(rows_first, cache)
-    return jax.tree.map(lambda slots: jax.lax.dynamic_index_in_dim(slots, place, 0, False), cache)
-
-
 def rows_first(slots: Array) -> Array:
-    """Slots [..., B, K, S, H] of a cache whose single row may have no axis."""
-    return slots[None] if slots.ndim == 3 else slots
+    """The slots [B, K, S, H] of a cache whose single row has no axis of its own."""
+    return slots.reshape(-1, *slots.shape[-3:])

@@ -34,14 +34,15 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Array, Slots | None],
-        scanned: tuple[Array, Array | None, Array | None],
+        x_BTD: Array,
+        own: tuple[Array, Array | None, Slots | None],
         inputs: BlockInputs,
-    ) -> tuple[tuple[Array, Slots | None], RouterStats | None]:
-        cfg, (x_BTD, cache), (layer, place, bias_E) = self.cfg, carry, scanned
+    ) -> tuple[Array, tuple[RouterStats | None, Slots | None]]:
+        # What is this layer's own: its number, its experts' selection bias, its part of the cache.
+        cfg, (layer, bias_E, slots) = self.cfg, own
 
         normed_BTD = make_norm(cfg, "attention_norm")(x_BTD)
-        attended_BTD, cache = Attention(cfg, name="attention")(normed_BTD, inputs, cache, place)
+        attended_BTD, slots = Attention(cfg, name="attention")(normed_BTD, inputs, slots)
         if cfg.adapter_dim and not cfg.adapter_parallel:
             attended_BTD += Adapter(cfg, name="attention_adapter")(attended_BTD)
         x_BTD = by_rows(x_BTD + dropout(attended_BTD, inputs.rng_B, 2 * layer + 1, cfg.dropout))
@@ -56,7 +57,7 @@ class Block(nn.Module):
             seen_BTD = normed_BTD if cfg.adapter_parallel else mixed_BTD
             mixed_BTD += Adapter(cfg, name="mlp_adapter")(seen_BTD)
         x_BTD = by_rows(x_BTD + dropout(mixed_BTD, inputs.rng_B, 2 * layer + 2, cfg.dropout))
-        return (x_BTD, cache), stats
+        return x_BTD, (stats, slots)
 
 
 class Table(nn.Module):
@@ -105,35 +106,33 @@ class GPT(nn.Module):
         x_BTD = by_rows(dropout(x_BTD, rng_B, 0, cfg.dropout))
 
         rope = rope_tables(cfg, positions_BT) if cfg.position == "rope" else None
+        slots = None if cache is None else tuple(zip(cache.keys, cache.values, strict=True))
+        length = first_row = None
         if isinstance(cache, SlotCache):
-            slots, length, first_row = (cache.keys, cache.values), cache.length_B, cache.first_row
+            length, first_row = cache.length_B, cache.first_row
         elif cache is not None:
-            slots, length, first_row = (cache.keys_LBKSH, cache.values_LBKSH), cache.length, None
-        else:
-            slots = length = first_row = None
+            length = cache.length
         inputs = BlockInputs(rope, segments_BT, rng_B, length, mask_BTS, first_row)
-        if weights.layers_apart(self.variables.get("params", {})):
-            blocks: Any = Apart
-        else:
-            blocks = _stack(cfg, weights.is_quantized(self.variables))
         layers_L = jnp.arange(cfg.num_layers)
-        scanned = (layers_L, layers_L, bias_LE)
-        (x_BTD, slots), router = blocks(cfg, name="blocks")((x_BTD, slots), scanned, inputs)
+        if weights.layers_apart(self.variables.get("params", {})):
+            blocks = Unstacked(cfg, name="blocks")
+            x_BTD, (router, slots) = blocks(x_BTD, (layers_L, bias_LE, slots), inputs)
+        else:
+            blocks = _stack(cfg, weights.is_quantized(self.variables))(cfg, name="blocks")
+            own = (layers_L, bias_LE, slots and jax.tree.map(lambda *x: jnp.stack(x), *slots))
+            x_BTD, (router, written) = blocks(x_BTD, own, inputs)
+            slots = slots and tuple(zip(*written, strict=True))  # a layer's along the first axis
 
         if not cfg.tie_embeddings and self.is_initializing():
             Linear(cfg.vocab_size, False, cfg.dtype, name="head")(x_BTD[:1, :1])
         hidden_BTD = make_norm(cfg, "final_norm")(x_BTD)
-        if isinstance(cache, SlotCache) and slots is not None:
-            cache = SlotCache(
-                slots[0], slots[1], cache.length_B + tokens_BT.shape[1], cache.first_row
-            )
-        elif isinstance(cache, KVCache) and slots is not None:
-            length = cache.length + tokens_BT.shape[1]
-            cache = KVCache(slots[0], slots[1], length, cache.start_B, fresh=False)
+        if cache is not None and slots is not None:
+            keys, values = zip(*slots, strict=True)
+            cache = cache.grown(keys, values, tokens_BT.shape[1])
         return Output(hidden_BTD, cache, router)
 
 
-class Apart(nn.Module):
+class Unstacked(nn.Module):
     """The blocks when every layer has arrays of its own, as `for_decoding` makes them.
 
     A scan over a stack copies each layer's slice before it is multiplied, and decoding one token
@@ -145,21 +144,20 @@ class Apart(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Array, tuple | None],
-        scanned: tuple[Array, Array, Array | None],
+        x_BTD: Array,
+        own: tuple[Array, Array | None, tuple[Slots, ...] | None],
         inputs: BlockInputs,
-    ) -> tuple[tuple[Array, tuple | None], RouterStats | None]:
-        (x_BTD, slots), (layers_L, _, bias_LE) = carry, scanned
-        written, stats = [], []
+    ) -> tuple[Array, tuple[RouterStats | None, tuple[Slots, ...] | None]]:
+        layers_L, bias_LE, slots = own
+        found = []
         for layer in range(self.cfg.num_layers):
-            own = None if slots is None else (slots[0][layer], slots[1][layer])
             bias_E = None if bias_LE is None else bias_LE[layer]
-            block = Block(self.cfg, name=str(layer))
-            (x_BTD, own), stat = block((x_BTD, own), (layers_L[layer], None, bias_E), inputs)
-            written.append(own)
-            stats.append(stat)
-        slots = None if slots is None else tuple(zip(*written, strict=True))
-        return (x_BTD, slots), jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
+            of_layer = (layers_L[layer], bias_E, None if slots is None else slots[layer])
+            x_BTD, of_layer = Block(self.cfg, name=str(layer))(x_BTD, of_layer, inputs)
+            found.append(of_layer)
+        stats, written = zip(*found, strict=True)
+        stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
+        return x_BTD, (stats, None if slots is None else written)
 
 
 class ScalarHead(nn.Module):

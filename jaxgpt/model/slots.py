@@ -39,6 +39,10 @@ class SlotCache:
         """S, the slots of a row."""
         return self.keys[0].shape[-2]
 
+    def grown(self, keys: tuple, values: tuple, count: int) -> "SlotCache":
+        """The cache after `count` tokens of every row were written."""
+        return SlotCache(keys, values, self.length_B + count, self.first_row)
+
 
 def init_slots(cfg: ModelConfig, num_rows: int, capacity: int) -> SlotCache:
     """An empty cache of at least `capacity` slots a row."""

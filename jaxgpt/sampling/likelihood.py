@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import gpt
-from jaxgpt.model.attention import KVCache, init_cache
+from jaxgpt.model.attention import KVCache, init_cache, rows_first
 from jaxgpt.types import Array, Params
 
 BATCH_TOKENS = 2048  # positions of one batch, padding included
@@ -144,12 +144,10 @@ def _score(
         parent_R: the row of the cache that a row of tokens goes on from.
     """
     if cache is not None and parent_R is not None:
-        assert isinstance(cache.keys_LBKSH, Array) and isinstance(cache.values_LBKSH, Array)
-        room = [(0, 0), (0, 0), (0, 0), (0, tokens_RC.shape[1]), (0, 0)]
-        keys_LRKSH = jnp.pad(cache.keys_LBKSH[:, parent_R], room)
-        values_LRKSH = jnp.pad(cache.values_LBKSH[:, parent_R], room)
-        start_R = cache.start_B[parent_R]
-        cache = KVCache(keys_LRKSH, values_LRKSH, cache.length, start_R, fresh=False)
+        room = [(0, 0), (0, 0), (0, tokens_RC.shape[1]), (0, 0)]
+        grow = partial(jax.tree.map, lambda slots: jnp.pad(rows_first(slots)[parent_R], room))
+        keys, values = grow(cache.keys), grow(cache.values)
+        cache = KVCache(keys, values, cache.length, cache.start_B[parent_R], fresh=False)
     hidden_RCD = gpt.apply(rolled(cfg), params, tokens_RC, cache=cache).hidden_BTD
     count = targets_RC.size
     chunks = -(-count // HEAD_TOKENS)

@@ -5,7 +5,7 @@ Axes of this file: W tokens that are written, R rows that are still being writte
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -228,7 +228,7 @@ def prefill(
     settings: Sampling,
 ) -> DecodeState:
     """Reads the prompts, whose first tokens stand at `start_B`, into a cache of `capacity`."""
-    cache = init_cache(cfg, tokens_BT.shape[0], capacity, start_B, weights.layers_apart(params))
+    cache = init_cache(cfg, tokens_BT.shape[0], capacity, start_B)
     output = gpt.apply(cfg, params, tokens_BT, cache=cache)
     logits_BTV = gpt.logits(params, output.hidden_BTD[:, -1:])
     seen_BV = None
@@ -357,12 +357,8 @@ def _still_going(done_R: np.ndarray) -> np.ndarray | None:
 @jax.jit
 def _take(state: DecodeState, rows_R: Array) -> DecodeState:
     """The state of some of its rows."""
+    of_rows = partial(jax.tree.map, lambda x_B: x_B[rows_R])
     cache = state.cache
-    take = lambda slots: jnp.take(rows_first(slots), rows_R, axis=-4)
-    of_rows = partial(jax.tree.map, take)
-    cache = KVCache(
-        of_rows(cache.keys_LBKSH), of_rows(cache.values_LBKSH), cache.length,
-        cache.start_B[rows_R], cache.fresh,
-    )  # fmt: skip
-    rest = jax.tree.map(lambda x_B: x_B[rows_R], state._replace(cache=None))  # type: ignore[arg-type]
-    return rest._replace(cache=cache)
+    keys, values = of_rows(jax.tree.map(rows_first, (cache.keys, cache.values)))
+    cache = replace(cache, keys=keys, values=values, start_B=cache.start_B[rows_R])
+    return of_rows(state._replace(cache=None))._replace(cache=cache)  # type: ignore[arg-type]
