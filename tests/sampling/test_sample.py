@@ -223,7 +223,7 @@ def test_greedy_text_equals_transformers_generate(family, tmp_path):
 
 def test_the_first_of_the_largest_scores_is_drawn():
     scores_BV = jnp.asarray([[1, 3, 2, 3], [-np.inf, -np.inf, -5, -6], [np.nan, 1, 2, 0]])
-    assert sample._largest(scores_BV).tolist() == [1, 2, 3]  # the last one is not a number
+    assert sample.largest(scores_BV).tolist() == [1, 2, 3]  # the last one is not a number
 
 
 def test_draws_are_those_of_jax(rng):
