@@ -109,7 +109,9 @@ def clipped_value_loss(
     """The larger of half the squared errors of V and of V kept within `clip` of the old value."""
     kept_BT = old_BT + jnp.clip(values_BT - old_BT, -clip, clip)
     free_BT, bound_BT = (0.5 * jnp.square(v - returns_BT) for v in (values_BT, kept_BT))
-    return jnp.maximum(free_BT, bound_BT), (bound_BT > free_BT).astype(jnp.float32)
+    # Where V has moved less, the two differ by rounding alone.
+    clipped_BT = (jnp.abs(values_BT - old_BT) > clip) & (bound_BT > free_BT)
+    return jnp.maximum(free_BT, bound_BT), clipped_BT.astype(jnp.float32)
 
 
 def kl(logprobs_BT: Array, reference_BT: Array, kind: str) -> Array:

@@ -74,7 +74,8 @@ def write_report(run_dir: str | Path) -> Path:
     page = run_dir / "report.html"
     name = escape(run_dir.resolve().name)
     body = "\n".join(filter(None, sections))
-    return files.write(page, _PAGE.replace("NAME", name).replace("BODY", body, 1))
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    return files.write(page, template.replace("NAME", name).replace("BODY", body, 1))
 
 
 def _series(records: list[dict[str, Any]]) -> dict[str, Series]:
@@ -307,53 +308,3 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     header = line(head, "th") if head else ""
     body = "".join(line(cells, "td") for cells in rows)
     return f"<div class=scroll><table>{header}{body}</table></div>"
-
-
-_PAGE = """<!doctype html>
-<html lang=en>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width, initial-scale=1">
-<title>NAME</title>
-<style>
-:root { color-scheme: light dark; --paper: #f6f7f9; --card: #fff; --ink: #1c2430; --faint: #667085;
-  --line: #e3e6eb; --mark: #fff1c2 }
-@media (prefers-color-scheme: dark) { :root { --paper: #0f1319; --card: #181e27; --ink: #e4e8ee;
-  --faint: #98a2b3; --line: #2a323e; --mark: #4d3f10 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 2rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 84rem;
-  background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-h1 { margin: 0 0 1.2rem; font-size: 1.9rem; letter-spacing: -.02em }
-h2 { margin: 2.4rem 0 .8rem; font-size: 1.25rem }
-.tiles, .grid { display: grid; gap: .9rem; margin: 0 }
-.tiles { display: flex; flex-wrap: wrap }
-.grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)) }
-.tiles div, figure, .scroll, details { background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px }
-.tiles div { flex: 1 0 auto; padding: .7rem 1rem }
-dt, figcaption, small { color: var(--faint); font-size: .85rem }
-dd { margin: 0; white-space: nowrap; font-size: 1.15rem; font-weight: 600;
-  font-variant-numeric: tabular-nums }
-small { font-weight: 400 }
-figure { margin: 0; padding: .8rem .8rem .4rem }
-figcaption { color: var(--ink); font-weight: 600; padding-bottom: .3rem }
-svg { display: block; width: 100%; height: auto }
-svg text { font-family: inherit !important }
-details { margin-bottom: .6rem; padding: .6rem 1rem }
-summary { cursor: pointer; font-weight: 600 }
-pre { margin: .6rem 0 .2rem; padding: .8rem 1rem; overflow-x: auto; white-space: pre-wrap;
-  overflow-wrap: anywhere; background: var(--paper); border-radius: 6px;
-  font: 13px/1.5 ui-monospace, monospace }
-mark { background: var(--mark); color: inherit; border-radius: 3px; padding: .1em .3em;
-  margin-left: -.3em }
-.scroll { overflow-x: auto; margin-bottom: .6rem }
-table { border-collapse: collapse; width: 100%; font-size: .9rem }
-th, td { text-align: left; padding: .4rem 1rem; vertical-align: top; overflow-wrap: anywhere }
-th { color: var(--faint); font-weight: 500 }
-tr + tr { border-top: 1px solid var(--line) }
-td:first-child { white-space: nowrap }
-td + td { font-family: ui-monospace, monospace; font-size: .85rem }
-.note { color: #b45309 }
-</style>
-<h1>NAME</h1>
-BODY
-"""

@@ -3,13 +3,14 @@
 import ast
 import dataclasses
 import json
+import re
 import typing
 from pathlib import Path
 
 import pytest
 
 from jaxgpt import config
-from jaxgpt.config import ModelConfig, PretrainConfig
+from jaxgpt.config import ModelConfig, PretrainConfig, command_line
 
 DESCRIPTION = "Test."
 
@@ -75,6 +76,19 @@ def test_help_explains_every_field_and_its_default(capsys):
         for field in dataclasses.fields(kind):
             assert f"{field.name} " in shown, field.name
     assert "Largest learning rate" in shown and "default: 0.001" in shown
+
+
+def test_every_option_is_used_by_a_test_an_example_or_a_document():
+    """What nobody needs goes."""
+    root, suffixes = Path(__file__).parents[1], {".py", ".yaml", ".md"}
+    folders = [root / name for name in ("tests", "configs", "docs", "benchmarks")]
+    texts = [file.read_text() for folder in folders for file in folder.rglob("*")
+             if file.suffix in suffixes and file != Path(__file__)]  # fmt: skip
+    words = set(re.findall(r"\w+", "\n".join([*texts, (root / "README.md").read_text()])))
+    kinds = [*config.RUN_CONFIGS.values(), *OTHER_PATHS, config.PlanSettings]
+    keys = {key for kind in kinds for key in command_line._keys(kind) if "rope_scaling" not in key}
+    names = {key.rpartition(".")[2] for key in keys}  # scalings come from other models' files
+    assert not names - words
 
 
 def test_every_field_is_documented():

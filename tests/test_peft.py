@@ -319,3 +319,12 @@ def test_a_killed_run_ends_as_an_unbroken_one_and_holds_only_the_additions(kind,
     shutil.rmtree(base / "checkpoints")
     with pytest.raises(ValueError, match="no intact checkpoint"):
         load(whole)
+
+
+def test_norms_are_trained_beside_adapters_where_asked():
+    find = lambda **asked: re.compile(
+        peft.trainable(PeftConfig(kind="adapter", **asked), "^policy/")
+    )
+    norm, kernel = "policy/blocks/attention_norm/scale", "policy/blocks/mlp/up/kernel"
+    assert find(train_norms=True).search(norm) and not find().search(norm)
+    assert not find(train_norms=True).search(kernel)

@@ -1,5 +1,6 @@
 """The laws of learning from rewards, on a tiny random network that practises two letters."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,19 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt import checkpoint, metrics, peft, rollouts, run, sharding, stages, tasks, train, tree
+from jaxgpt import (
+    checkpoint,
+    metrics,
+    peft,
+    rollouts,
+    run,
+    scoring,
+    sharding,
+    stages,
+    tasks,
+    train,
+    tree,
+)
 from jaxgpt.config import (
     CheckpointConfig,
     DistillConfig,
@@ -34,7 +47,7 @@ from jaxgpt.convert.load import Loaded
 from jaxgpt.data import synthetic
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.model import gpt
-from jaxgpt.stages import grpo, ppo
+from jaxgpt.stages import distill, grpo, ppo
 from jaxgpt.tasks import Task
 
 MODEL = ModelConfig(
@@ -394,3 +407,88 @@ def test_a_student_nears_its_teacher_on_its_own_answers(tmp_path, monkeypatch):
     told = next(line for line in lines if "rollout/length" in line)
     assert "rollout/reward" not in told  # nobody gave one
     assert any("train/jsd" in line for line in lines)
+
+
+def minibatch(cfg: PpoConfig, network: dict) -> tuple[dict, dict]:
+    """Random arrays as `ppo.loss` reads them, and its networks."""
+    rng = np.random.default_rng(0)
+    stage = ppo.objective(cfg, network)
+    batch = {name: rng.normal(size=a.shape).astype(a.dtype) for name, a in stage.batch.items()}
+    for name in ("tokens", "targets"):
+        batch[name] = rng.integers(0, MODEL.vocab_size, batch[name].shape).astype(np.int32)
+    batch["segments"] = np.ones_like(batch["tokens"])
+    batch["mask"] = (rng.random(batch["mask"].shape) < 0.5).astype(np.float32)
+    params = {**stage.params, "value": ppo._value(cfg, network), "carry": stage.carry}
+    params["value"]["score"]["kernel"] += 0.1
+    return params, batch
+
+
+def test_the_penalty_for_leaving_the_reference_stands_where_kl_in_says():
+    cfg = replace(make("ppo", Path("unused"))[0], kl=0.3)
+    network = gpt.init(MODEL, jax.random.key(3))
+    params, batch = minibatch(cfg, network)
+    whole = lambda where: ppo.loss(replace(cfg, kl_in=where), params, batch, jnp.zeros(0))[0]
+    hidden_BTD, _ = ppo.hidden_and_values(cfg, params, batch)
+    logprobs_BT, _ = scoring.token_scores(
+        MODEL, network, hidden_BTD, batch, cfg.rollout.temperature, 0
+    )
+    ratio_BT = batch["reference"] - logprobs_BT
+    k3_BT = jnp.exp(ratio_BT) - 1 - ratio_BT
+    expected = 0.3 * (k3_BT * batch["mask"]).sum()
+    np.testing.assert_allclose(whole("loss") - whole("reward"), expected, rtol=1e-3)
+
+    rows = {**batch, "reward": np.ones(len(batch["mask"]), np.float32)}
+    carry = {"kl_weight": np.float32(0.3)}
+    made = {
+        where: ppo.advantages(replace(cfg, kl_in=where), rows, carry)[0]["returns"]
+        for where in ("reward", "loss")
+    }
+    moved = {**rows, "reference": rows["reference"] + 1}
+    again = ppo.advantages(replace(cfg, kl_in="loss"), moved, carry)[0]["returns"]
+    np.testing.assert_array_equal(made["loss"], again)
+    assert (made["loss"] != made["reward"]).any()
+
+
+def test_the_value_loss_has_its_weight_and_its_clip():
+    cfg, network = make("ppo", Path("unused"))[0], gpt.init(MODEL, jax.random.key(3))
+    params, batch = minibatch(cfg, network)
+    of = lambda **changes: ppo.loss(replace(cfg, **changes), params, batch, jnp.zeros(0))
+    (one, _, sums), (three, *_) = of(value_weight=1.0), of(value_weight=3.0)
+    np.testing.assert_allclose(three - one, 2 * sums["value/loss"][0], rtol=1e-4)
+    (tight, _, bound), (wide, _, free) = of(value_clip=1e-6), of(value_clip=1e6)
+    # A value that may not move counts as the old one, and as itself where that is worse.
+    assert tight > wide
+    # Rounding alone was counted as clipping: about half of all tokens, whatever the clip.
+    assert bound["value/clip_fraction"][0] > 0 == free["value/clip_fraction"][0]
+
+
+def test_grpo_hands_its_settings_to_the_rollouts(tmp_path: Path):
+    cfg, start = make("grpo", tmp_path, resample=2)
+    cfg = replace(cfg, data=replace(cfg.data, format_weight=0.5))
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
+        made = build(cfg, start).next_batch
+    assert made.resample == 2 and made.problems.full == "full_reward"
+
+
+def test_sequence_level_distillation_learns_the_teachers_answers(tmp_path, monkeypatch):
+    """Written once, kept in the run's directory, and read from there when the run goes on."""
+    cfg = DistillConfig(run=str(tmp_path), model=MODEL, sequence_level=True, teacher="teacher",
+                        train=TrainConfig(batch_size=8, loss_chunk=0))  # fmt: skip
+    _, start = make("grpo", tmp_path)
+    written = []
+
+    def write(cfg, teacher, said, form, width) -> list[str]:
+        written.append(len(said))
+        row = {
+            "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "zz"}]
+        }
+        return [json.dumps(row) + "\n"] * 9
+
+    monkeypatch.setattr(distill, "_write_answers", write)
+    monkeypatch.setattr(distill, "_load_teacher", lambda *_: start)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
+        for _ in range(2):
+            batch = build(cfg, start).next_batch({}, {}, 0)
+    assert len(written) == 1 and (tmp_path / "teacher_answers.jsonl").exists()
+    learned = np.asarray(batch["targets"])[np.asarray(batch["mask"]) > 0]
+    assert set(learned.tolist()) <= {ord("z"), *start.stop_ids, ord("\n")}
