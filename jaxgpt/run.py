@@ -108,8 +108,12 @@ def begin(name: str, cfg: RunConfig) -> Loaded:
     if name in ("dpo", "grpo", "ppo"):
         none = [f"init={cfg.init}: has no chat template, so it was never tuned to chat"]
         _warn(*(none if start.chat_template is None else rundir.untuned("init", cfg.init)))
-    template: str = cfg.data.template  # type: ignore[attr-defined]
-    return chatting.with_format(start, chatting.chat_format(start, template))
+    data: Any = cfg.data  # type: ignore[attr-defined]
+    form = chatting.chat_format(start, data.template, data.system)
+    if data.system is None and form.default_system:
+        print(f"system prompt where the data have none, by the template: {form.default_system!r} "
+              "(data.system sets it)", file=sys.stderr)  # fmt: skip
+    return chatting.with_format(start, form)
 
 
 def build(name: str, cfg: RunConfig, start: Loaded, mesh: Mesh) -> Stage:

@@ -38,7 +38,7 @@ _OF_ALL: tuple[Rule, ...] = (
     (r"data\.(tokenizer|vocab_size)", lambda c: not c.init, "init brings its own"),
     (r"data\.vocab_size", lambda c: not c.data.tokenizer, "data.tokenizer is given"),
     (r"data\.text_path", lambda c: c.data.text_share > 0, "is for data.text_share"),
-    (r"data\.(learn|calls|long|packing|val_path|template)",
+    (r"data\.(learn|calls|long|packing|val_path|template|system)",
      lambda c: getattr(c.data, "text_share", 0) < 1, "data.text_share=1 reads no conversations"),
     (r"data\.val_fraction", lambda c: not getattr(c.data, "val_path", ""),
      "data.val_path is what is held out"),

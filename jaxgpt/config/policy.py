@@ -96,6 +96,9 @@ class TaskConfig:
     template: LocalPath = ""
     """Chat template: chatml, llama3, plain or a Jinja file; empty: the model's own, else chatml, or
     plain where the vocabulary has no tokens for chat."""
+    system: str | None = None
+    """System prompt of conversations that have none; null: the template's own, if it has one. The
+    model's files keep it."""
     format_weight: BelowOne = 0.0
     """Share of the reward that the form <think>…</think><answer>…</answer> earns."""
 

@@ -42,6 +42,9 @@ class ConversationConfig:
     template: LocalPath = ""
     """chatml, llama3, plain or a Jinja file; empty: the model's own, else chatml, or plain where
     the vocabulary has no tokens for chat."""
+    system: str | None = None
+    """System prompt of conversations that have none; null: the template's own, if it has one. The
+    model's files keep it."""
     tokenizer: LocalPath = "byte"
     """For a model that starts at random; init brings its own."""
     max_tokens: Amount = 0

@@ -32,8 +32,6 @@ from jaxgpt.data.tokenizer import Tokenizer
 
 CHATML, LLAMA3, PLAIN = TEMPLATES["chatml"], TEMPLATES["llama3"], TEMPLATES["plain"]
 ROLES = ("", "system", "developer", "user", "assistant", "tool")  # "" is padding
-# Of the supplementary plane of ideographs: they are printable, and neither upper nor lower case.
-STAND_INS = range(0x20000, 0x2A6DF)
 # What may open a thought at the end of a prompt, such as <think> or [THINK], and end it again.
 MARK = re.compile(r"(?i)([<\[]\w*(?:think|thought|reason)\w*[>\]])(\s*[<\[]/\w+[>\]])?(?=\s*\Z)")
 # Texts that keep the first characters of what follows from melting into a token before it.
@@ -247,7 +245,8 @@ class _Talk:
         pattern = _written(tuple(form.tokenizer.special))
         found = dict.fromkeys(itertools.chain(*map(pattern.findall, texts)))
         used = set("".join(texts)) if found else set()
-        free = (chr(i) for i in STAND_INS if chr(i) not in used)
+        chars = map(chr, itertools.chain(templates.STAND_INS, range(0x20000, 0x2A6DF)))
+        free = (char for char in chars if char not in used)
         stand_in = {text: next(free) for text in found}
         hide = lambda text: pattern.sub(lambda match: stand_in[match[0]], text)
         if stand_in:

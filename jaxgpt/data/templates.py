@@ -43,6 +43,11 @@ TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "plain": PLAIN}
 # characters, and `chat` hides them where a message has them nevertheless.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
+# Characters that take the place of special tokens in messages: ideographs of compatibility, which
+# nobody writes; they are printable, and neither upper nor lower case.
+STAND_INS = range(0x2F800, 0x2FA1E)
+FOREIGN = f"[^\x00-\x7f{chr(STAND_INS[0])}-{chr(STAND_INS[-1])}]"
+
 SYSTEM = (
     "{{%- if not messages or messages[0]['role'] not in ('system', 'developer') %}}"
     "{{%- set messages = [{{'role': 'system', 'content': {}}}] + (messages | list) %}}"
@@ -143,10 +148,11 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Without the HTML escapes of Jinja's own filter."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    """Without the HTML escapes of Jinja's own filter; stand-ins stay as they are."""
+    text = json.dumps(
+        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    return re.sub(FOREIGN, lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
 
 def _refuse(reason: str) -> None:
