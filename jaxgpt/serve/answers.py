@@ -126,11 +126,13 @@ class Answer:
 
     async def next(self) -> Delta:
         """What came since the last call; all of it in one."""
-        await self._ready.wait()
-        with self._lock:
-            self._ready.clear()
-            deltas = list(self._deltas)
-            self._deltas.clear()
+        deltas: list[Delta] = []
+        while not deltas:  # it may have been told of what the last call took already
+            await self._ready.wait()
+            with self._lock:
+                self._ready.clear()
+                deltas = list(self._deltas)
+                self._deltas.clear()
         tokens = [token for delta in deltas for token in delta.tokens]
         return Delta("".join(delta.text for delta in deltas), tokens, deltas[-1].finish)
 

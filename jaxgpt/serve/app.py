@@ -36,6 +36,7 @@ from jaxgpt.serve.fields import Refused
 from jaxgpt.serve.metrics import Metrics
 
 MOST_ANSWERS = 128  # to one request, over all its prompts
+COLDEST = 1e-5  # a temperature under which nothing but the likeliest token is drawn
 GET, POST = ["GET"], ["POST"]
 
 
@@ -46,6 +47,8 @@ class Server:
         self.cfg, self.lm, self.engine = cfg, lm, engine
         self.name = Path(cfg.checkpoint).name or cfg.checkpoint
         self.models = {self.name: 0, **{n: i for i, n in enumerate(lm.adapters, 1)}}
+        if self.name in lm.adapters:
+            raise ValueError(f"adapter={self.name}: is the checkpoint's own name; take another")
         self.chats = Chats(lm, self.name)
         self.metrics = Metrics(engine)
         self.looker = look.Looker(self)
@@ -339,8 +342,9 @@ async def _detokenize(server: Server, _: Request, body: dict[str, Any]) -> Respo
 
 
 def _sampling(given: Mapping[str, Any], most: int) -> Sampling:
+    heat = given.get("temperature", 1.0)
     return Sampling(
-        most, given.get("temperature", 1.0), given.get("top_p", 1.0), given.get("top_k", 0),
+        most, heat if heat > COLDEST else 0.0, given.get("top_p", 1.0), given.get("top_k", 0),
         given.get("min_p", 0.0), given.get("repetition_penalty", 1.0),
     )  # fmt: skip
 
@@ -387,13 +391,26 @@ async def _respond(
     maker: "replies.Chat | replies.Text",
 ) -> Response:
     if given.get("stream"):
-        return EventSourceResponse(
-            _events(server, given, answers, maker), sep="\n", send_timeout=server.cfg.send_seconds
-        )
+        return _Stream(server, answers, _events(given, answers, maker))
     for answer, deltas in zip(answers, await _finish(server, request, answers), strict=True):
         for delta in deltas:
             maker.add(answer, delta)
     return JSONResponse(maker.whole())
+
+
+class _Stream(EventSourceResponse):
+    """Events; the jobs end with the response, whoever ended it and however early."""
+
+    def __init__(self, server: Server, answers: list[Answer], events: AsyncIterator[Any]) -> None:
+        super().__init__(events, sep="\n", send_timeout=server.cfg.send_seconds)
+        self._server, self._answers = server, answers
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for answer in self._answers:
+                self._server.engine.cancel(answer.job)
 
 
 async def _finish(server: Server, request: Request, answers: list[Answer]) -> list[list[Any]]:
@@ -425,10 +442,7 @@ async def _finish(server: Server, request: Request, answers: list[Answer]) -> li
 
 
 async def _events(
-    server: Server,
-    given: Mapping[str, Any],
-    answers: list[Answer],
-    maker: "replies.Chat | replies.Text",
+    given: Mapping[str, Any], answers: list[Answer], maker: "replies.Chat | replies.Text"
 ) -> AsyncIterator[dict[str, str]]:
     """The parts of a stream, as they come, whichever answer they belong to."""
     queue: asyncio.Queue[tuple[Answer, Any]] = asyncio.Queue()
@@ -459,8 +473,6 @@ async def _events(
     finally:
         for follower in followers:
             follower.cancel()
-        for answer in answers:
-            server.engine.cancel(answer.job)
 
 
 def _require_answer(finish: str | None) -> None:

@@ -11,9 +11,11 @@ import math
 import queue
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -210,8 +212,9 @@ class Engine:
         with self._lock:
             if not self.alive:
                 raise Failed("the engine has stopped")
-            free = self.rows.count(None)
-            if len(self.waiting) + len(jobs) > max(self.most_waiting + free, len(jobs)):
+            free, waiting = self.rows.count(None), len(self.waiting)
+            idle = free == len(self.rows) and not waiting  # then one may ask for many answers
+            if not idle and waiting + len(jobs) > self.most_waiting + free:
                 raise Busy(f"{len(self.waiting)} requests wait, the most that may")
             self.waiting.extend(jobs)
             self.counts.requests += len(jobs)
@@ -343,23 +346,33 @@ class Engine:
             self.prefixes.add(job.adapter, tokens, chunk)
 
     def _write_tokens(self, writing: list[Row], waited_for: bool) -> None:
-        grammars = [
-            (n, row) for n, row in enumerate(self.rows)
-            if row is not None and not row.sizes and row.job.grammar is not None
-        ]  # fmt: skip
-        for n, row in grammars:
-            assert row.job.grammar is not None
-            row.job.grammar.fill(self._allowed_BW[n])
+        for n, row in self._written_rows():
+            if row.job.grammar is not None:
+                with self._only_of(n):
+                    row.job.grammar.fill(self._allowed_BW[n])
         hasty = waited_for or any(row.job.hasty for row in writing)
-        steps = 1 if grammars else FEW_STEPS if hasty else slots.MOST_STEPS
+        masked = any(row.job.grammar is not None for row in writing)
+        steps = 1 if masked else FEW_STEPS if hasty else slots.MOST_STEPS
         steps = min(steps, max(self._room(row) for row in writing))
         written = self._write(self._settings, steps)
-        for n, row in enumerate(self.rows):
-            if row is None or row.sizes:
-                continue
-            for step in range(min(steps, self._room(row))):
-                if self._take_token(n, row, written, step):
-                    break
+        for n, row in self._written_rows():
+            with self._only_of(n):
+                for step in range(min(steps, self._room(row))):
+                    if self._take_token(n, row, written, step):
+                        break
+
+    def _written_rows(self) -> list[tuple[int, Row]]:
+        return [(n, row) for n, row in enumerate(self.rows) if row is not None and not row.sizes]
+
+    @contextmanager
+    def _only_of(self, number: int) -> Iterator[None]:
+        """What fails for one answer ends that answer only."""
+        try:
+            yield
+        except Exception:
+            traceback.print_exc()
+            if self.rows[number] is not None:
+                self._free(number, "error")
 
     def _take_token(self, n: int, row: Row, written: slots.Written, step: int) -> bool:
         """Hands one token over; whether the row ended."""

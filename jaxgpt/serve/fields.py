@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+import numpy as np
+
 Check = Callable[[str, Any], Any]  # (its name, its value) -> the value to use
 
 DEEPEST = 64  # levels of a JSON body: more crash recursive readers
@@ -39,11 +41,9 @@ def refuse(name: str, value: Any, fix: str) -> NoReturn:
 def parse(body: bytes) -> dict[str, Any]:
     """The JSON object of a body, without NaN, doubled keys or deep nesting."""
     try:
-        depth = deepest = 0
-        for char in re.sub(rb'"(?:[^"\\]|\\.)*"', b"", body):
-            depth += (char in b"[{") - (char in b"]}")
-            deepest = max(deepest, depth)
-        if deepest > DEEPEST:
+        bare = np.frombuffer(re.sub(rb'"(?:[^"\\]|\\.)*"', b" ", body + b" "), np.uint8)
+        steps = np.isin(bare, list(b"[{")).astype(np.int8) - np.isin(bare, list(b"}]"))
+        if np.cumsum(steps, dtype=np.int64).max() > DEEPEST:
             raise ValueError(f"nested more than {DEEPEST} levels deep")
         found = json.loads(body.decode(), parse_constant=_no_constant, object_pairs_hook=_once)
         json.dumps(found, ensure_ascii=False).encode()

@@ -18,7 +18,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.serve.fields import Refused
 
 FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-LAST = 48  # tokens of an answer's room in which JSON is closed, and at most a quarter of the room
+LAST = 128  # tokens of an answer's room in which JSON is closed, and at most a quarter of the room
 
 
 class Grammars:
@@ -59,14 +59,15 @@ class Grammars:
 
     @cached_property
     def closing(self) -> list[np.ndarray]:
-        """Bits of the tokens that end JSON: the end of a string, else brackets.
+        """Bits of the tokens that end an answer: stop tokens, else quotes, else brackets.
 
         In this order, since a string may hold brackets. Where a quote opens one, the next ends it.
         """
+        stops = np.isin(np.arange(self._vocab_size), self._stop_ids)
         texts = [self._tokenizer.decode_bytes([token]) for token in range(self._vocab_size)]
         quotes = np.array([text == b'"' for text in texts])
         brackets = np.array([bool(text) and not text.strip(b"}]") for text in texts])
-        return [_packed(quotes), _packed(brackets)]
+        return [_packed(stops), _packed(quotes), _packed(brackets)]
 
 
 class Matcher:

@@ -12,7 +12,7 @@ from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import gpt
 
 TINY = ModelConfig(
-    vocab_size=260, context_length=512, num_layers=2, model_dim=24, num_heads=4, num_kv_heads=2,
+    vocab_size=260, context_length=1024, num_layers=2, model_dim=24, num_heads=4, num_kv_heads=2,
     mlp_dim=40, mlp="gated", activation="silu", norm="rmsnorm", position="rope",
 )  # fmt: skip
 

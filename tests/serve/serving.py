@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,12 +12,19 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def running(*args: str, seconds: float = 240) -> Iterator[tuple[str, subprocess.Popen]]:
+def running(
+    *args: str, program: Sequence[str] = ("scripts/serve.py",), seconds: float = 240
+) -> Iterator[tuple[str, subprocess.Popen]]:
     """The address of a server process, which is gone afterwards."""
-    command = [sys.executable, str(ROOT / "scripts/serve.py"), "--port", "0", *args]
+    command = [sys.executable, *program, "--port", "0", *args]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=ROOT,
     )
     try:
         lines, end = [], time.monotonic() + seconds

@@ -181,7 +181,7 @@ def test_models_and_tokens(client, post):
 def test_json_and_forced_calls_are_valid_even_from_an_untrained_model(chat):
     jsonschema = pytest.importorskip("jsonschema")
     for seed in range(3):
-        how = {"temperature": 1, "seed": seed, "max_tokens": 120}
+        how = {"temperature": 1, "seed": seed, "max_tokens": 600}
         form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
         found = chat(response_format=form, **how).choices[0]
         jsonschema.validate(json.loads(found.message.content), CITY)
@@ -216,7 +216,7 @@ def form(schema: dict) -> dict:
 
 REFUSED = {
     "temperature": [-1, 3, "hot", True, 1e999], "top_p": [0, 1.5], "top_k": [-1, 1.5],
-    "max_tokens": [-1, 2.5, "9", 10**30, [1]], "n": [0, 1000, "1"], "seed": [1.5, 10**30],
+    "max_tokens": [-1, 2.5, "9", [1]], "n": [0, 1000, "1"], "seed": [1.5, 10**30],
     "stop": ["", [""], 5, ["a"] * 17, {}], "logit_bias": [{"x": 1}, {"9999": 1}, {"1": 101}, [1]],
     "presence_penalty": [-3, None.__class__.__name__], "stream": ["yes", 1],
     "logprobs": [5], "top_logprobs": [2, 21, -1], "tools": [{}, [{}], [TOOLS[0], TOOLS[0]]],
@@ -259,9 +259,9 @@ def test_null_means_the_default(post, name):
 
 
 def test_long_prompts_are_refused_and_never_cut(client, chat):
-    with pytest.raises(openai.BadRequestError, match="512"):
-        client.completions.create(model="tiny", prompt="x" * 512)
-    assert client.completions.create(model="tiny", prompt="x" * 511).usage.completion_tokens == 1
+    with pytest.raises(openai.BadRequestError, match="1,024"):
+        client.completions.create(model="tiny", prompt="x" * 1024)
+    assert client.completions.create(model="tiny", prompt="x" * 1023).usage.completion_tokens == 1
     with pytest.raises(openai.BadRequestError):
         chat(messages=[{"role": "user", "content": "x" * 1_000_000}])
 
