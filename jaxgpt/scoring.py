@@ -58,6 +58,8 @@ def next_token_loss(
     result = kernels.cross_entropy(
         output.hidden_BTD, gpt.head(params), batch["targets"], mask_BT, **options
     )
+    # A sum and its weight, not a mean: train.make_step adds both over micro-batches and devices,
+    # and divides once. A mean of means would weigh a short batch as much as a long one.
     weight = mask_BT.sum()
     metrics = {"nll": (result.nll, weight), "accuracy": (result.correct, weight)}
     loss = result.loss
@@ -122,7 +124,9 @@ def scalars(cfg: ModelConfig, head: Params, hidden_BTD: Array) -> Array:
 def final_reward(cfg: ModelConfig, body: Params, head: Params, batch: Batch) -> Array:
     """The reward [B] of every row, read at its last token by its length."""
     hidden_BTD = run(cfg, body, batch).hidden_BTD
-    length_B = (batch["segments"] > 0).sum(-1)
+    length_B = (batch["segments"] > 0).sum(
+        -1
+    )  # by length, so that the side of padding is no matter
     last_B11 = jnp.maximum(length_B, 1)[:, None, None] - 1
     last_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
     return scalars(cfg, head, last_B1D)[:, 0]
@@ -155,19 +159,6 @@ def evaluate(
         for name, (total, weight) in added.items()
         if weight
     }
-
-
-def by_chunks(fn: Callable[..., Array], arrays_A: tuple[Array, ...], chunk: int) -> Array:
-    """fn(*arrays) on `chunk` tokens at a time; what is inside is computed again backward."""
-    num_tokens = len(arrays_A[0])
-    M = -(-num_tokens // chunk) if 0 < chunk < num_tokens else 1
-    C = -(-num_tokens // M)
-    fill = lambda x: jnp.pad(x, [(0, M * C - num_tokens)] + [(0, 0)] * (x.ndim - 1))
-    # Every M-th token, so that each chunk of a batch that is cut over devices lies on all of them.
-    parts = tuple(jnp.swapaxes(fill(x).reshape(C, M, *x.shape[1:]), 0, 1) for x in arrays_A)
-    out_MC = jax.lax.map(jax.checkpoint(lambda part: fn(*part)), parts)
-    out_A = jnp.swapaxes(out_MC, 0, 1).reshape(M * C, *out_MC.shape[2:])
-    return out_A[:num_tokens]
 
 
 def precompute(

@@ -13,7 +13,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
-from jaxgpt import config, machine
+from jaxgpt import config, kernels, machine
 from jaxgpt.config import ModelConfig
 
 machine.keep_collectives_in_order()
@@ -35,6 +35,13 @@ def tiny() -> ModelConfig:
         vocab_size=61, context_length=32, num_layers=2, model_dim=24, num_heads=4, num_kv_heads=2,
         mlp_dim=40,
     )  # fmt: skip
+
+
+@pytest.fixture(params=["fast", "plain"])
+def each_way(request):
+    """The test runs twice: with this platform's programs, and with the equations alone."""
+    with kernels.use(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -149,6 +149,7 @@ def test_loss_and_gradient_stay_the_same(kind, way, plain, monkeypatch):
         np.testing.assert_allclose(gradient[name], leaf, rtol=0, atol=1e-5 * scale, err_msg=name)
 
 
+@pytest.mark.usefixtures("each_way")
 def test_the_loss_is_the_mean_over_all_targets(plain):
     """In float64 NumPy, from the logits of the whole batch."""
     model = ModelConfig(**{**vars(DENSE), "dropout": 0.0})

@@ -27,11 +27,12 @@ from jaxgpt.kernels import (
     grouped,
     platform,
 )
+from jaxgpt.kernels.chunked_cross_entropy import by_chunks
 from jaxgpt.kernels.platform import use
 from jaxgpt.sharding import by_columns, by_rows
 from jaxgpt.types import Array, CrossEntropy
 
-__all__ = ["by_columns", "by_rows", "use"]
+__all__ = ["by_chunks", "by_columns", "by_rows", "use"]
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -2,7 +2,14 @@
 
 Three things make it fast, none of which changes the result:
 
-- Blocks above the diagonal are never computed.
+- Blocks above the diagonal are never computed. With four blocks of queries:
+
+        keys      0  1  2  3
+        block 0   ◣  .  .  .      ◣ half masked, ■ all seen, . never computed
+        block 1   ■  ◣  .  .
+        block 2   ■  ■  ◣  .      ten of sixteen squares, which are six products of a block of
+        block 3   ■  ■  ■  ◣      queries with all the keys up to its own end
+
 - Scores are laid out keys first, so that none of the six products of a step has a transposed
   left operand (see `platform.transposed`).
 - For short sequences the probabilities are kept for the backward pass, not computed twice.

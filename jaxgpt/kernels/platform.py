@@ -59,8 +59,16 @@ def transposed(x: Array) -> Array:
 
     XLA folds a plain transpose into the product that reads it. That is best in float32, where the
     copies alone cost GPT-2 124M a quarter of its step. But XLA:CPU has no fast bf16 product with a
-    transposed left operand (370 against 870 GFLOP/s). The barrier keeps the copy; it stands
-    between two halves of the transpose, so that each half stays contiguous.
+    transposed left operand (370 against 870 GFLOP/s), so the copy must stay. XLA may not move
+    anything across an optimization barrier, which stands in the middle of the transpose:
+
+        x [rows, columns]
+        reshape, move   [columns, tiles, tile]   written to memory here, tile by tile
+        -- barrier --
+        reshape         [columns, rows]          the same memory, read by the product
+
+    Before the whole transpose it would let XLA fold it into the product; behind it the copy would
+    read one number at a time.
     """
     if platform() != "cpu" or x.dtype == jnp.float32:
         return jnp.swapaxes(x, -1, -2)
@@ -73,9 +81,10 @@ def transposed(x: Array) -> Array:
 def separate(saved: Any) -> Any:
     """What a backward pass recomputes from, kept from being merged with the forward pass.
 
-    With all layers in one program XLA would find the same float32 tanh or normalised row in both,
-    and keep it in memory in between: more bytes to move than the input it is computed from. A TPU
-    has its layers in a loop, whose passes cannot be merged.
+    Where the layers are unrolled into one program, XLA finds the same tanh or normalised row in the
+    forward and in the backward pass. It would compute it once and keep it in float32 until then,
+    which moves more bytes than computing it again from the input. A TPU has its layers in a loop,
+    whose passes cannot be merged.
     """
     return saved if platform() == "tpu" else jax.lax.optimization_barrier(saved)
 

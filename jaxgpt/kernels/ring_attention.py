@@ -5,6 +5,19 @@ Attention, arXiv:2310.01889). Under a causal mask the device with the last token
 all the work; so for the time of this kernel each device holds one piece from the front of the
 sequence and the matching one from its end, and all have the same to do.
 
+With 4 devices a row is cut into 8 pieces, and each device holds a pair (`_pair`, `_unpair`):
+
+    device              0       1       2       3
+    arrives with      0 1     2 3     4 5     6 7      consecutive pieces
+    works on          0 7     1 6     2 5     3 4      one of the front, one of the end
+
+A query of piece n sees the keys of pieces 0 to n, so a pair has 1 + 8, 2 + 7, 3 + 6, 4 + 5 pieces
+to look at: nine each. In step s device i looks at the keys of device i - s:
+
+    step 0            0 7     1 6     2 5     3 4      its own
+    step 1            3 4     0 7     1 6     2 5      those of its neighbour, and so on
+
+What a piece of queries found in each piece of keys is put together by `chunked_attention.merge`.
 The backward pass goes round once more, and the gradients of keys and values travel with them.
 """
 

@@ -86,6 +86,7 @@ class Attention(nn.Module):
             k_BTKH = RMSNorm(cfg.norm_eps, cfg.dtype, name="key_norm")(k_BTKH)
         if inputs.rope is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, inputs.rope), rotate(k_BTKH, inputs.rope)
+        # Rotation and norms ran in float32; the products of attention run in the compute type.
         q_BTNH, k_BTKH, v_BTKH = (a.astype(cfg.dtype) for a in (q_BTNH, k_BTKH, v_BTKH))
 
         out_BTNH, slots = _attend(cfg, q_BTNH, k_BTKH, v_BTKH, inputs, slots)
@@ -118,6 +119,7 @@ def _attend(
     if slots is not None:
         assert inputs.length is not None
         slots = (_write(slots[0], k_BTKH, inputs.length), _write(slots[1], v_BTKH, inputs.length))
+    # A prompt that fills an empty cache sees only itself: the fast attention of whole rows does.
     if slots is None or inputs.mask_BTS is None:
         return kernels.attention(q_BTNH, k_BTKH, v_BTKH, inputs.segments_BT, window), slots
     k_BKSH, v_BKSH = map(rows_first, slots)

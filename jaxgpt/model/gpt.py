@@ -1,4 +1,11 @@
-"""GPT: embeddings, a stack of pre-norm blocks, a final norm; heads are applied apart."""
+"""GPT: token embeddings, a stack of blocks, a final norm.
+
+    tokens_BT -> embed -> block 1 -> … -> block L -> final_norm -> hidden_BTD -> logits_BTV
+
+Each block adds to x_BTD, the residual stream, what attention and then the MLP make of a
+normalised copy of it. The last step, the product with the head, is a function of its own
+(`logits`): a loss that goes through the tokens in chunks never builds all scores.
+"""
 
 from typing import Any, NamedTuple
 
@@ -41,10 +48,13 @@ class Block(nn.Module):
         # What is this layer's own: its number, its experts' selection bias, its part of the cache.
         cfg, (layer, bias_E, slots) = self.cfg, own
 
+        # The stream itself is never normalised (pre-norm): the sum of all layers' contributions
+        # reaches the head, and gradients reach the embedding, without passing through a norm.
         normed_BTD = make_norm(cfg, "attention_norm")(x_BTD)
         attended_BTD, slots = Attention(cfg, name="attention")(normed_BTD, inputs, slots)
         if cfg.adapter_dim and not cfg.adapter_parallel:
             attended_BTD += Adapter(cfg, name="attention_adapter")(attended_BTD)
+        # Dropout numbers its places in the network: 0 the embedding, then two for each layer.
         x_BTD = by_rows(x_BTD + dropout(attended_BTD, inputs.rng_B, 2 * layer + 1, cfg.dropout))
 
         normed_BTD = make_norm(cfg, "mlp_norm")(x_BTD)
@@ -97,7 +107,8 @@ class GPT(nn.Module):
         bias_LE: Array | None = None,
     ) -> Output:
         cfg = self.cfg
-        index_BT, segments_BT, mask_BTS = _place(cfg, tokens_BT, segments_BT, cache)
+        index_BT, segments_BT, mask_BTS = _look_up(cfg, tokens_BT, segments_BT, cache)
+        # Packed documents count their positions themselves, each from 0.
         positions_BT = index_BT if positions_BT is None else positions_BT
 
         x_BTD = Table(cfg.vocab_size, cfg.model_dim, name="embed")(tokens_BT)
@@ -105,6 +116,7 @@ class GPT(nn.Module):
             x_BTD += Table(cfg.context_length, cfg.model_dim, name="positions")(positions_BT)
         x_BTD = by_rows(dropout(x_BTD, rng_B, 0, cfg.dropout))
 
+        # What all layers share: rotary tables, segments, dropout keys, the place in the cache.
         rope = rope_tables(cfg, positions_BT) if cfg.position == "rope" else None
         slots = None if cache is None else tuple(zip(cache.keys, cache.values, strict=True))
         length = first_row = None
@@ -121,9 +133,10 @@ class GPT(nn.Module):
             blocks = _stack(cfg, weights.is_quantized(self.variables))(cfg, name="blocks")
             own = (layers_L, bias_LE, slots and jax.tree.map(lambda *x: jnp.stack(x), *slots))
             x_BTD, (router, written) = blocks(x_BTD, own, inputs)
-            slots = slots and tuple(zip(*written, strict=True))  # a layer's along the first axis
+            slots = slots and tuple(zip(*written, strict=True))  # cut again into one pair a layer
 
         if not cfg.tie_embeddings and self.is_initializing():
+            # `logits` reads this kernel; calling it on one token is how Linen makes it exist.
             Linear(cfg.vocab_size, False, cfg.dtype, name="head")(x_BTD[:1, :1])
         hidden_BTD = make_norm(cfg, "final_norm")(x_BTD)
         if cache is not None and slots is not None:
@@ -214,13 +227,17 @@ def _stack(cfg: ModelConfig, quantized: bool) -> Any:
     )
 
 
-def _place(
+def _look_up(
     cfg: ModelConfig,
     tokens_BT: Array,
     segments_BT: Array | None,
     cache: KVCache | SlotCache | None,
 ) -> tuple[Array, Array | None, Array | None]:
-    """Every token's index in its row, its segment, and the cache slots it may see."""
+    """Every token's index in its row, its segment, and the cache slots it may see.
+
+    The mask is None where the tokens need to look only at each other: without a cache, and while a
+    prompt is read into an empty one.
+    """
     slots_T = jnp.arange(tokens_BT.shape[1])
     if cache is None:
         return jnp.broadcast_to(slots_T[None], tokens_BT.shape), segments_BT, None
@@ -228,10 +245,11 @@ def _place(
         return cache.length_B[:, None] + slots_T[None], segments_BT, None
     slots_T = slots_T + cache.length
     index_BT = slots_T[None] - cache.start_B[:, None]
-    real_BT = (index_BT >= 0).astype(jnp.int32)
+    real_BT = (index_BT >= 0).astype(jnp.int32)  # 0, padding, in front of a row's first token
     if cache.fresh:
         return jnp.maximum(index_BT, 0), real_BT, None
     keys_S = jnp.arange(cache.capacity)
+    # A token sees the slots from its row's first token to its own, not the empty ones around.
     written_BS = keys_S[None] >= cache.start_B[:, None]
     mask_BTS = (keys_S[None, None] <= slots_T[None, :, None]) & written_BS[:, None]
     if cfg.sliding_window:

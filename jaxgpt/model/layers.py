@@ -39,6 +39,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel_DF = parameter(self, "kernel", self.std, (x.shape[-1], self.features))
+        # weights.matmul knows what the kernel is: plain, with LoRA beside it, int8 or NF4.
         y = weights.matmul(x.astype(self.dtype), kernel_DF)
         if self.use_bias:
             bias_F = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -114,6 +115,8 @@ def rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
 
     Where the tables are narrower than H/2, what stands behind the rotated part stays.
     """
+    # One angle for all heads. Turning query and key by their positions makes their product depend
+    # on the distance between them only.
     cos_BT1H, sin_BT1H = (table[:, :, None] for table in rope)
     half = cos_BT1H.shape[-1]
     first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), (half, 2 * half), axis=-1)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt import kernels
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import gpt
 from jaxgpt.model.attention import KVCache, init_cache, rows_first
@@ -149,23 +150,15 @@ def _score(
         keys, values = grow(cache.keys), grow(cache.values)
         cache = KVCache(keys, values, cache.length, cache.start_B[parent_R], fresh=False)
     hidden_RCD = gpt.apply(rolled(cfg), params, tokens_RC, cache=cache).hidden_BTD
-    count = targets_RC.size
-    chunks = -(-count // HEAD_TOKENS)
-    pad = chunks * -(-count // chunks) - count
-    hidden_MAD = jnp.pad(hidden_RCD.reshape(count, -1), [(0, pad), (0, 0)])
-    hidden_MAD = hidden_MAD.reshape(chunks, -1, cfg.model_dim)
-    targets_MA = jnp.pad(targets_RC.reshape(-1), (0, pad)).reshape(chunks, -1)
 
-    def judge(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden_AD, targets_A = chunk
-        logits_AV = gpt.logits(params, hidden_AD[None])[0]
-        gold_A = jnp.take_along_axis(logits_AV, targets_A[:, None], axis=-1)[:, 0]
-        logprobs_A = gold_A - jax.nn.logsumexp(logits_AV, axis=-1)
-        return logprobs_A, logits_AV.argmax(-1) == targets_A
+    def judge(hidden_CD: Array, targets_C: Array) -> tuple[Array, Array]:
+        logits_CV = gpt.logits(params, hidden_CD[None])[0]
+        gold_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
+        return gold_C - jax.nn.logsumexp(logits_CV, axis=-1), logits_CV.argmax(-1) == targets_C
 
-    whole = lambda x_MA: x_MA.reshape(-1)[:count].reshape(targets_RC.shape)
-    logprobs_MA, greedy_MA = jax.lax.map(judge, (hidden_MAD, targets_MA))
-    return whole(logprobs_MA), whole(greedy_MA)
+    flat = (hidden_RCD.reshape(-1, cfg.model_dim), targets_RC.reshape(-1))
+    both_A = kernels.by_chunks(judge, flat, HEAD_TOKENS)
+    return both_A[0].reshape(targets_RC.shape), both_A[1].reshape(targets_RC.shape)
 
 
 def rolled(cfg: ModelConfig) -> ModelConfig:

@@ -230,7 +230,7 @@ def prefill(
     """Reads the prompts, whose first tokens stand at `start_B`, into a cache of `capacity`."""
     cache = init_cache(cfg, tokens_BT.shape[0], capacity, start_B)
     output = gpt.apply(cfg, params, tokens_BT, cache=cache)
-    logits_BTV = gpt.logits(params, output.hidden_BTD[:, -1:])
+    logits_BTV = gpt.logits(params, output.hidden_BTD[:, -1:])  # rows end together, on the right
     seen_BV = None
     if settings.repetition_penalty != 1:
         real_BT = jnp.arange(tokens_BT.shape[1])[None] >= start_B[:, None]
@@ -254,6 +254,8 @@ def decode(
     """SCAN_STEPS more tokens of every row and their log-probabilities, each [B, SCAN_STEPS]."""
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[Array, Array]]:
+        # The state holds the scores of the next token; drawing it comes first, computing the
+        # scores of the one after it second.
         token_B, logprob_B = draw(state.logits_BV, state.seen_BV, rng_B, state.index_B, settings)
         stopped_B = (token_B[:, None] == stop_ids[None]).any(-1)
         output = gpt.apply(cfg, params, token_B[:, None], cache=state.cache)
@@ -282,6 +284,7 @@ def draw(
         logprobs_BV = truncate(
             logits_BV, settings.temperature, settings.top_k, settings.top_p, settings.min_p
         )
+        # A key for each row and place: what a row draws does not depend on who shares its batch.
         keys_B = jax.vmap(jax.random.fold_in)(rng_B, index_B)
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logprobs_BV.shape[1:]))(keys_B)
         token_B = largest(logprobs_BV + noise_BV)  # arXiv:1611.01144, as jax.random.categorical

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import files, losses, scoring, sharding, train, tree
+from jaxgpt import files, kernels, losses, scoring, sharding, train, tree
 from jaxgpt.config import DistillConfig, ModelConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load, model_config
@@ -255,7 +255,7 @@ def _divergence(
         def one(student_CD: Array, *known: Array) -> Array:
             return between(said(params["policy"], student_CD), said(params["teacher"], *known))
 
-    apart_A = scoring.by_chunks(one, (student_AD, *known), cfg.train.loss_chunk)
+    apart_A = kernels.by_chunks(one, (student_AD, *known), cfg.train.loss_chunk)
     return (apart_A * batch["mask"].reshape(-1)).sum()
 
 
@@ -276,7 +276,7 @@ def _with_top_k(cfg: DistillConfig, teacher: Loaded, rows: Examples, name: str) 
             kept_CK, ids_CK = jax.lax.top_k(logprobs_CV, K)
             return jnp.stack([kept_CK, ids_CK.astype(jnp.float32)], axis=-1)
 
-        both_AK2 = scoring.by_chunks(
+        both_AK2 = kernels.by_chunks(
             one, (hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),), cfg.train.loss_chunk
         )
         both_BKT2 = jnp.swapaxes(both_AK2.reshape(*hidden_BTD.shape[:2], K, 2), 1, 2)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import tree
+from jaxgpt import kernels, tree
 from jaxgpt.config import ModelConfig, RopeScaling
 from jaxgpt.model import gpt, layers
 from jaxgpt.model.attention import init_cache
+from jaxgpt.plan import flops
 
 TINY = ModelConfig(
     vocab_size=37, context_length=24, num_layers=2, model_dim=24, num_heads=4, num_kv_heads=2,
@@ -44,6 +45,7 @@ def tokens(rows: int = 3, length: int = 24, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, TINY.vocab_size, (rows, length))
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_future_tokens_do_not_change_past_logits(family):
     cfg, tokens_BT = FAMILIES[family], tokens()
@@ -57,6 +59,7 @@ def test_future_tokens_do_not_change_past_logits(family):
         assert not np.allclose(after_BTV[:, position], before_BTV[:, position])
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("family", [*FAMILIES, "sliding window"])
 def test_cached_chunks_equal_one_pass_up_to_the_last_slot(family):
     """Ragged rows, right-aligned; the chunks end with the context's last slot."""
@@ -90,6 +93,7 @@ PACKED = {"positions_BT": np.array([[*range(7), *range(5), *range(12)]]),
           "segments_BT": np.array([[1] * 7 + [2] * 5 + [3] * 12])}  # fmt: skip
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents_are_computed_as_if_alone(family):
     cfg, tokens_BT = FAMILIES[family], tokens(rows=1)
@@ -193,6 +197,23 @@ def test_remat_changes_no_gradient_and_saves_memory(big):
     assert bytes_of("full") <= bytes_of("dots") <= bytes_of("none")
 
 
+@pytest.mark.parametrize("where", ["cpu", "gpu", "tpu", "plain"])
+def test_each_choice_of_remat_computes_more_again_than_the_one_before(where):
+    """In traced FLOPs, on every platform's branch; nothing is run."""
+    params = jax.eval_shape(lambda: gpt.init(ROPE, jax.random.key(0)))
+
+    def count(remat: str) -> float:
+        cfg = dataclasses.replace(ROPE, remat=remat)
+        loss = lambda params: jnp.square(gpt.apply(cfg, params, tokens()).hidden_BTD).mean()
+        with kernels.use(where):
+            return flops.count(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+
+    none, dots, full = map(count, ("none", "dots", "full"))
+    assert none < dots < full
+    products = full - dots  # those of kernels, which are what `dots` keeps
+    assert products > 0.5 * (full - none)
+
+
 def softmax(scores: np.ndarray) -> np.ndarray:
     exp = np.exp(scores - scores.max(-1, keepdims=True))
     return exp / exp.sum(-1, keepdims=True)
@@ -232,6 +253,7 @@ def numpy_gpt2(cfg: ModelConfig, params: dict, tokens_T: np.ndarray) -> np.ndarr
     return x_TD @ params["embed/embedding"].T
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (4, 2), (4, 1)])
 def test_every_kind_of_attention_equals_numpy(heads, kv_heads):
     """Single-head, multi-head, grouped-query and multi-query attention in a whole GPT-2."""

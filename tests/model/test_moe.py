@@ -88,6 +88,7 @@ def expected_output(cfg, params, x_BTD, bias_E=0.0, kept_BTJ=None) -> np.ndarray
     return out_BTD
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("cfg", [CFG, PLAIN], ids=["gated-normalized", "plain"])
 def test_dropless_equals_a_loop_over_experts(cfg):
     params, x_BTD = random_params(cfg), inputs()

@@ -51,6 +51,7 @@ def token_losses(cfg, params, tokens_BT):
     return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("name", reference_models.CONFIGS)
 def test_logits_equal_those_of_transformers(name):
     model, tokens_BT = reference_models.build(name), reference_models.tokens()

@@ -79,6 +79,7 @@ def test_a_row_does_not_depend_on_its_batch_or_padding(name, greedy):
     assert [c.tokens for c in again] != [c.tokens for c in drawn]
 
 
+@pytest.mark.usefixtures("each_way")
 def test_rows_with_one_prompt_draw_differently():
     drawn = generate(DENSE, PARAMS["dense"], [[7]] * 4, RANDOM, rng=jax.random.key(0))
     assert len({tuple(completion.tokens) for completion in drawn}) == 4
@@ -128,6 +129,7 @@ def test_max_new_tokens_counts(greedy):
         assert [c.tokens for c in cut] == [c.tokens[:count] for c in greedy["dense"]]
 
 
+@pytest.mark.usefixtures("each_way")
 def test_text_ends_with_the_context():
     settings = dataclasses.replace(GREEDY, max_new_tokens=40)
     prompts = [list(range(50)), list(range(63)), [7]]
@@ -194,6 +196,7 @@ def test_a_row_of_its_own_is_laid_out_to_write_the_same(dtype):
         assert generate(cfg, fast, [prompt], GREEDY)[0].tokens == plain.tokens
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_greedy_text_equals_transformers_generate(family, tmp_path):
     """A token may differ only where the two leading logits lie within 1e-4."""
