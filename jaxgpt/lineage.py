@@ -24,7 +24,7 @@ from typing import Any
 
 from jaxgpt import files, machine, rundir
 from jaxgpt.config import RunConfig
-from jaxgpt.data import corpus, synthetic
+from jaxgpt.data import documents, synthetic
 from jaxgpt.data.rows import names
 
 NAME = "lineage.json"
@@ -262,7 +262,7 @@ def source(setting: str, path: str) -> dict[str, Any]:
     if task in (*synthetic.DIALOGUES, *synthetic.PREFERENCES):
         return entry | {"kind": "embedded", "sha256": _embedded(task)}
     if not path:
-        return entry | {"kind": "library", "sha256": corpus.Corpus(()).describe()["sha256"]}
+        return entry | {"kind": "library", "sha256": documents.Corpus(()).describe()["sha256"]}
     return entry | {"kind": "hub", "sha256": ""}
 
 

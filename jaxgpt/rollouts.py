@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxgpt import sharding, train
 from jaxgpt.config import RolloutConfig, RunConfig
-from jaxgpt.data import datasets, examples
+from jaxgpt.data import batches, examples
 from jaxgpt.episodes import Episode, Writer, play, transcript
 from jaxgpt.sampling.sample import Sampling, for_decoding
 from jaxgpt.tasks import Task
@@ -94,7 +94,7 @@ class Rollouts:
         per_epoch = self.settings.updates // self.settings.epochs
         first = update * self.batch_size + np.arange(self.batch_size)
         epoch_key = self.seed + number * self.settings.epochs
-        chosen = datasets.shuffled(first, per_epoch * self.batch_size, epoch_key)
+        chosen = batches.shuffled(first, per_epoch * self.batch_size, epoch_key)
         batch = self._place(rows, chosen)
         return batch if report is None else {**batch, "report": report}
 
@@ -167,7 +167,7 @@ class Rollouts:
         P = self.settings.samples
         num_groups = self.num_rows // P
         turn = number * (self.resample + 1) + attempt
-        chosen = datasets.shuffled(
+        chosen = batches.shuffled(
             turn * num_groups + np.arange(num_groups), self.problems.size, self.seed
         )
         environments = [self.problems.make(int(n)) for n in np.repeat(chosen, P)]

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxgpt import kernels, losses, sharding
 from jaxgpt.config import ModelConfig, RunConfig
+from jaxgpt.data.batches import Batches
 from jaxgpt.data.examples import Examples
 from jaxgpt.model import gpt
 from jaxgpt.model.moe import RouterStats
@@ -86,6 +87,19 @@ def next_token(cfg: RunConfig) -> LossFn:
     return loss
 
 
+def held_out(cfg: RunConfig) -> Callable[[Params, Batch], Metrics]:
+    """Loss and accuracy per held-out token, compiled; what `evaluate` takes."""
+
+    @jax.jit
+    def metrics(params: Params, batch: Batch) -> Metrics:
+        _, _, found = next_token_loss(
+            cfg.model, params["policy"], batch, carry=params["carry"], chunk=cfg.train.loss_chunk
+        )
+        return {"loss": found["nll"], "accuracy": found["accuracy"]}
+
+    return metrics
+
+
 def answer_logprobs(
     cfg: ModelConfig, params: Params, batch: Batch, chunk: int = 1024
 ) -> tuple[Array, Array]:
@@ -140,17 +154,17 @@ def flatten_arms(batch: Batch) -> Batch:
 
 
 def evaluate(
-    fn: Callable[[Params, Batch], Metrics], rows: Examples, limit: int, params: Params
+    fn: Callable[[Params, Batch], Metrics], rows: Batches, limit: int, params: Params
 ) -> dict[str, float]:
-    """Each metric of `fn`, which should be compiled, over the rows in order.
+    """Each metric of `fn`, which should be compiled, over the held-out rows in order.
 
     Args:
         limit: of batches; 0: all.
     """
     place = partial(sharding.place_rows, jax.sharding.get_mesh(), rows.batch_size)
     batches = (
-        place(partial(rows.in_order, index, limit=limit))
-        for index in range(rows.num_batches(limit))
+        place(partial(rows.held_out, index, limit=limit))
+        for index in range(rows.num_held_out(limit))
     )
     totals = jax.device_get([fn(params, batch) for batch in batches])
     added = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *totals) if totals else {}
@@ -203,8 +217,8 @@ def _compute(
     place = partial(sharding.place_rows, mesh, rows.batch_size)
     files: dict[str, np.memmap] = {}
     directory.mkdir(parents=True, exist_ok=True)
-    for index in range(rows.num_batches()):
-        found = whole(params, place(partial(rows.in_order, index)))
+    for index in range(rows.num_held_out()):
+        found = whole(params, place(partial(rows.held_out, index)))
         if jax.process_index() > 0:
             continue
         first = index * rows.batch_size

@@ -10,17 +10,17 @@ from jaxgpt.config import PrepareConfig
 def main() -> None:
     cfg = config.parse(PrepareConfig, __doc__ or "", config.join_lists(sys.argv[1:], "--input"))
     from jaxgpt.config import idle
-    from jaxgpt.data import corpus, tokenizer
+    from jaxgpt.data import documents, token_files, tokenizer
 
     for line in idle.of_preparation(cfg):
         print(f"warning: {line}", file=sys.stderr)
 
     start = time.perf_counter()
-    text = corpus.Corpus(
+    text = documents.Corpus(
         tuple(cfg.input), cfg.val_fraction, cfg.errors, cfg.column, cfg.hub_split, cfg.hub_config
     )
     chosen = tokenizer.load(cfg.tokenizer)
-    manifest = corpus.write_tokens(text, chosen, cfg.output, cfg.tokenizer, cfg.shard_tokens)
+    manifest = token_files.write_tokens(text, chosen, cfg.output, cfg.tokenizer, cfg.shard_tokens)
     parts = [
         f"{name} {split['tokens']:,} tokens in {max(split['documents'], 1):,} documents"
         for name, split in (("train", manifest["train"]), ("held out", manifest["val"]))

@@ -10,15 +10,17 @@ from jaxgpt.config import TokenizerConfig
 
 def main() -> None:
     cfg = config.parse(TokenizerConfig, __doc__ or "", config.join_lists(sys.argv[1:], "--input"))
-    from jaxgpt.data import corpus, tokenizer
+    from jaxgpt.data import documents, token_files, tokenizer
 
     start = time.perf_counter()
     output = Path(cfg.output)
     if output.is_dir():
         raise ValueError(f"output={output}: is a folder; name a file in it")
     output.parent.mkdir(parents=True, exist_ok=True)
-    text = corpus.Corpus(tuple(cfg.input), val_fraction=0.0, errors=cfg.errors, column=cfg.column)
-    trained = tokenizer.train_bpe(corpus.sample(text, cfg.max_characters), cfg.vocab_size)
+    text = documents.Corpus(
+        tuple(cfg.input), val_fraction=0.0, errors=cfg.errors, column=cfg.column
+    )
+    trained = tokenizer.train_bpe(token_files.sample(text, cfg.max_characters), cfg.vocab_size)
     trained.save(output)
     seconds = time.perf_counter() - start
     print(f"{output}: {trained.vocab_size:,} ids, {seconds:.1f} s")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import config
-from jaxgpt.data import datasets, tokenizer
+from jaxgpt.data import token_files, tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,7 +49,7 @@ def test_a_vocabulary_is_trained_and_used(tmp_path):
         "--output", "out", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0 and "bytes per token" in done.stdout, done.stderr
-    found, trained = datasets.open_tokens(tmp_path / "out"), tokenizer.load(tmp_path / "out")
+    found, trained = token_files.open_tokens(tmp_path / "out"), tokenizer.load(tmp_path / "out")
     text = trained.decode(found.train.read(0, found.train.size))
     assert text.startswith("the cat sat") and text.count("<|endoftext|>") == 2
 

@@ -10,10 +10,10 @@ from typing import TypeVar
 import numpy as np
 
 from jaxgpt.config import ConversationConfig
-from jaxgpt.data import datasets, packing, rows
+from jaxgpt.data import batches, packing, rows
+from jaxgpt.data.batches import Rows, Windows
 from jaxgpt.data.chat import Encoded, Format
 from jaxgpt.data.columns import Columns
-from jaxgpt.data.datasets import Rows, Source
 from jaxgpt.data.rows import Paths
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ class Examples:
     seed: int = 0
     packed: bool = False
     numbers: dict[str, np.ndarray] = field(default_factory=dict)
-    text: Source | None = None  # of one row a batch
+    text: Windows | None = None  # of one row a batch
     text_share: float = 0.0
 
     @property
@@ -85,28 +85,28 @@ class Examples:
         if self.text is None:
             return self._batch(self._shuffled(numbers), rows)
         shares = (1 - self.text_share, self.text_share)
-        source, counts = datasets.choose(numbers.astype(np.uint64), shares)
+        source, counts = batches.choose(numbers.astype(np.uint64), shares)
         chosen = np.where(source == 0, self._shuffled(counts), -1 - counts)
         return self._batch(chosen, rows)
 
-    def num_batches(self, limit: int = 0) -> int:
+    def num_held_out(self, limit: int = 0) -> int:
         """Batches that hold every item once, at most `limit` unless that is 0."""
         batches = -(-len(self.items) // self.batch_size)
         return min(batches, limit) if limit else batches
 
-    def in_order(self, index: int, rows: np.ndarray, limit: int = 0) -> Rows:
+    def held_out(self, index: int, rows: np.ndarray, limit: int = 0) -> Rows:
         """Batch `index` of every item once; rows beyond the last one are empty.
 
         With a limit, the batches are spread evenly over the items.
         """
         total = len(self.items)
-        wanted = min(total, self.num_batches(limit) * self.batch_size)
+        wanted = min(total, self.num_held_out(limit) * self.batch_size)
         position = index * self.batch_size + np.arange(self.batch_size)
         chosen = np.where(position < wanted, position * total // max(wanted, 1), total)
         return self._batch(chosen, rows)
 
     def _shuffled(self, counts: np.ndarray) -> np.ndarray:
-        return datasets.shuffled(counts, max(len(self.items), 1), self.seed)
+        return batches.shuffled(counts, max(len(self.items), 1), self.seed)
 
     def _batch(self, chosen: np.ndarray, rows: np.ndarray) -> Rows:
         """Args:

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxgpt.config import ChatDataConfig
-from jaxgpt.data import chat, conversations, corpus, datasets, examples, synthetic
+from jaxgpt.data import chat, conversations, examples, synthetic, token_files
+from jaxgpt.data.batches import Windows, windows
 from jaxgpt.data.chat import Encoded, Format
 from jaxgpt.data.conversations import Dialogue
-from jaxgpt.data.datasets import Source
 from jaxgpt.data.examples import Examples, Tally
 
 Splits = tuple[Examples, Examples]  # training, held out
@@ -60,8 +60,8 @@ def batches(
     lay_out = (lambda part: examples.pack(part, width)) if cfg.packing else _singly
     items, held_out = (lay_out(part) for part in made)
     if text is not None and cfg.text_share == 1:
-        windows = (text.val_rows(n, np.zeros(1, np.int64)) for n in range(text.num_val_batches()))
-        held_out = [examples.plain(window) for window in windows]
+        read = (text.held_out(n, np.zeros(1, np.int64)) for n in range(text.num_held_out()))
+        held_out = [examples.plain(window) for window in read]
     return (
         Examples(items, width, batch_size, seed, cfg.packing, text=text, text_share=cfg.text_share),
         Examples(held_out, width, batch_size, seed, cfg.packing),
@@ -88,8 +88,8 @@ def _singly(encoded: Sequence[Encoded]) -> list[examples.Item]:
     return [([example],) for example in encoded]
 
 
-def _text(cfg: ChatDataConfig, form: Format, width: int, seed: int, run: str) -> Source:
+def _text(cfg: ChatDataConfig, form: Format, width: int, seed: int, run: str) -> Windows:
     """Windows of the plain text, one a batch, so that they can be had by their number."""
     directory = Path(run)
-    path = corpus.prepare(cfg.text_path, directory / "data", str(directory / "tokenizer.json"))
-    return datasets.source(path, form.tokenizer, 1, width, seed)
+    path = token_files.prepare(cfg.text_path, directory / "data", str(directory / "tokenizer.json"))
+    return windows(path, form.tokenizer, 1, width, seed)

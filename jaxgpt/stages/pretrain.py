@@ -1,6 +1,6 @@
 """Pretraining: predict the next token of plain text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,12 @@ import numpy as np
 from jaxgpt import scoring, sharding
 from jaxgpt.config import DataConfig, ModelConfig, PretrainConfig
 from jaxgpt.convert.load import Loaded
-from jaxgpt.data import corpus, datasets, rows
+from jaxgpt.data import batches, rows, token_files
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.datasets import Rows, Source
 from jaxgpt.data.rows import Paths
 from jaxgpt.machine import processes
 from jaxgpt.train import Stage, spec
-from jaxgpt.types import Array, Batch, Carry, CarryFn, Params
-
-Place = Callable[[Callable[[np.ndarray], Rows]], Batch]  # reads the asked rows onto the mesh
+from jaxgpt.types import Carry, CarryFn, Params
 
 
 def begin(cfg: PretrainConfig) -> Loaded:
@@ -40,7 +37,7 @@ def tokenise(cfg: PretrainConfig) -> str:
             with processes.first_process_first(str(directory)):
                 _tokenise(path, directory, name, data)
         # The first one decides for all, unless the user has.
-        name = name or datasets.open_tokens(directory).tokenizer
+        name = name or token_files.open_tokens(directory).tokenizer
     if not name:
         raise ValueError(
             f"data.tokenizer is empty, and {data.path} does not say what made it; set it"
@@ -51,7 +48,7 @@ def tokenise(cfg: PretrainConfig) -> str:
 def _tokenise(path: Paths, directory: str | Path, tokenizer: str, data: DataConfig) -> None:
     column = data.columns.get("text", "text")
     try:
-        corpus.prepare(path, directory, tokenizer, data.vocab_size, data.val_fraction, column)
+        token_files.prepare(path, directory, tokenizer, data.vocab_size, data.val_fraction, column)
     except ValueError as error:
         # Of a file that the user named, not of another setting.
         if str(error).startswith(tuple(rows.names(path))):
@@ -64,8 +61,8 @@ def vocab_size(cfg: PretrainConfig) -> int:
     if cfg.data.tokenizer:
         return tokenizers.load(cfg.data.tokenizer).vocab_size
     for path in cfg.data.mixture or [cfg.data.path]:
-        if corpus.is_tokens(path):
-            return datasets.open_tokens(path).vocab_size or cfg.data.vocab_size
+        if token_files.is_tokens(path):
+            return token_files.open_tokens(path).vocab_size or cfg.data.vocab_size
     return cfg.data.vocab_size
 
 
@@ -77,7 +74,7 @@ def objective(cfg: PretrainConfig, params: Params) -> Stage:
         trainable="^policy/",
         loss=scoring.next_token(cfg),
         batch=spec(
-            datasets.kinds(cfg.data.documents), cfg.train.batch_size, cfg.model.context_length
+            batches.kinds(cfg.data.documents), cfg.train.batch_size, cfg.model.context_length
         ),
         carry={"router_bias": _no_bias(cfg.model)} if biased else {},
         after_step=_move_bias(cfg.model.balance_weight) if biased else None,
@@ -89,7 +86,7 @@ def data(cfg: PretrainConfig, start: Loaded) -> Stage:
     if cfg.init:  # else `begin` has done it
         tokenise(cfg)
     weights = list(cfg.data.mixture.values()) or [1.0]
-    source = datasets.source(
+    windows = batches.windows(
         dict(zip(map(str, _token_paths(cfg)), weights, strict=True)),
         start.tokenizer,
         cfg.train.batch_size,
@@ -97,45 +94,22 @@ def data(cfg: PretrainConfig, start: Loaded) -> Stage:
         cfg.seed,
         cfg.data.documents,
     )
-    place: Place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
+    place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
     return objective(cfg, start.params)._replace(
-        next_batch=lambda params, carry, step: place(partial(source.rows, step)),
-        evaluate=partial(evaluate, cfg, source, place) if source.num_val_batches() else None,
+        next_batch=lambda params, carry, step: place(partial(windows.rows, step)),
+        evaluate=(
+            partial(scoring.evaluate, scoring.held_out(cfg), windows, cfg.eval.batches)
+            if windows.num_held_out()
+            else None
+        ),
     )
-
-
-def evaluate(cfg: PretrainConfig, source: Source, place: Place, params: Params) -> dict[str, float]:
-    """Loss and accuracy per held-out token, over the same batches every time."""
-    limit = cfg.eval.batches
-    totals = [
-        held_out(
-            cfg.model,
-            cfg.train.loss_chunk,
-            params,
-            place(partial(source.val_rows, index, limit=limit)),
-        )
-        for index in range(source.num_val_batches(limit))
-    ]
-    nll, correct, weight = np.sum(jax.device_get(totals), axis=0)
-    return {"loss": float(nll / weight), "accuracy": float(correct / weight)}
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def held_out(
-    model: ModelConfig, chunk: int, params: Params, batch: Batch
-) -> tuple[Array, Array, Array]:
-    """Summed negative log-likelihood, right guesses and targets of one batch."""
-    _, weight, metrics = scoring.next_token_loss(
-        model, params["policy"], batch, carry=params["carry"], chunk=chunk
-    )
-    return metrics["nll"][0], metrics["accuracy"][0], weight
 
 
 def _token_paths(cfg: PretrainConfig) -> list[str | Path]:
     """Where the token files of every `--data.path` are: as given, or in the run's own folder."""
     paths = list(cfg.data.mixture) or [cfg.data.path]
     own = Path(cfg.run) / "data"
-    return [path if corpus.is_tokens(path) else own / str(n) for n, path in enumerate(paths)]
+    return [path if token_files.is_tokens(path) else own / str(n) for n, path in enumerate(paths)]
 
 
 def _no_bias(model: ModelConfig) -> np.ndarray:

@@ -12,7 +12,7 @@ from jaxgpt.convert.load import Loaded
 from jaxgpt.data import examples, instructions
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.train import Stage, spec
-from jaxgpt.types import Batch, Metrics, Params
+from jaxgpt.types import Params
 
 
 def begin(cfg: SftConfig) -> Loaded:
@@ -45,16 +45,8 @@ def data(cfg: SftConfig, start: Loaded) -> Stage:
         cfg.run,
     )
     place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
-
-    @jax.jit
-    def held_out_metrics(params: Params, batch: Batch) -> Metrics:
-        _, _, metrics = scoring.next_token_loss(
-            cfg.model, params["policy"], batch, chunk=cfg.train.loss_chunk
-        )
-        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"]}
-
     return objective(cfg, start.params)._replace(
         next_batch=lambda params, carry, step: place(partial(train.rows, step)),
-        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+        evaluate=partial(scoring.evaluate, scoring.held_out(cfg), held_out, cfg.eval.batches),
         prompts=examples.prompts(held_out, cfg.model.context_length),
     )

@@ -361,7 +361,7 @@ def test_rows_do_not_depend_on_which_process_asks() -> None:
 
 def test_held_out_rows_come_once_and_the_rest_is_empty() -> None:
     rows = Examples([([sentence(3, 1 + i)],) for i in range(7)], 8, 4)
-    batches = [rows.in_order(index, np.arange(4)) for index in range(rows.num_batches())]
+    batches = [rows.held_out(index, np.arange(4)) for index in range(rows.num_held_out())]
     first = np.concatenate([batch["tokens"][:, 0] for batch in batches])
     assert first.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
     assert batches[-1]["mask"][-1].sum() == 0

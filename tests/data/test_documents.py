@@ -7,8 +7,7 @@ import json
 
 import pytest
 
-from jaxgpt.data import corpus as corpora
-from jaxgpt.data import documents, rows
+from jaxgpt.data import documents, rows, token_files
 from jaxgpt.data.documents import Corpus
 from jaxgpt.data.rows import read_text
 
@@ -211,8 +210,8 @@ def test_the_advice_is_the_command_s_own(tmp_path):
             texts(tmp_path / name)
         assert "scripts" not in str(error.value) and "--data" not in str(error.value)
         with pytest.raises(ValueError, match=training):
-            corpora.prepare(tmp_path / name, tmp_path / "out", "byte")
-    out = corpora.prepare(
+            token_files.prepare(tmp_path / name, tmp_path / "out", "byte")
+    out = token_files.prepare(
         tmp_path / "a.jsonl", tmp_path / "ours", "byte", column="body", val_fraction=0
     )
     assert (out / "manifest.json").is_file()

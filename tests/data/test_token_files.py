@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from jaxgpt import files
-from jaxgpt.data import corpus, datasets
-from jaxgpt.data.corpus import Corpus, prepare, write_tokens
+from jaxgpt.data import token_files
+from jaxgpt.data.documents import Corpus
 from jaxgpt.data.engines import Bytes
+from jaxgpt.data.token_files import prepare, write_tokens
 from jaxgpt.data.tokenizer import load, train_bpe
 
 BYTES = Bytes()
@@ -32,7 +33,7 @@ def contents(folder):
 
 def test_token_files_hold_every_document_and_its_end(rows, tmp_path):
     manifest = write_tokens(rows, BYTES, tmp_path / "out", "byte", shard_tokens=5000)
-    found = datasets.open_tokens(tmp_path / "out")
+    found = token_files.open_tokens(tmp_path / "out")
     for split, tokens in (("train", found.train), ("val", found.val)):
         expected = [p.text for p in rows.pieces() if p.held_out == (split == "val")]
         ids = [i for text in expected for i in [*text.encode(), 256]]
@@ -44,7 +45,7 @@ def test_token_files_hold_every_document_and_its_end(rows, tmp_path):
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="../shared/data is missing")
 def test_shakespeare_by_bytes_is_nanogpts_character_split(tmp_path):
     prepare(SHAKESPEARE, tmp_path / "out", "byte")
-    found = datasets.open_tokens(tmp_path / "out")
+    found = token_files.open_tokens(tmp_path / "out")
     data = SHAKESPEARE.read_bytes()
     assert (found.train.size, found.val.size) == (1003854, 111540)
     assert found.train.read(0, found.train.size).astype(np.uint8).tobytes() == data[:1003854]
@@ -53,7 +54,7 @@ def test_shakespeare_by_bytes_is_nanogpts_character_split(tmp_path):
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_an_interrupted_run_continues_to_the_same_bytes(rows, tmp_path, monkeypatch, stop):
-    monkeypatch.setattr(corpus, "CHUNK", 1000)
+    monkeypatch.setattr(token_files, "CHUNK", 1000)
     write_tokens(rows, BYTES, tmp_path / "whole", "byte", shard_tokens=9000)
 
     encoded, write = [], files.write
@@ -69,7 +70,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(rows, tmp_path, monkeypa
         write_tokens(rows, BYTES, tmp_path / "cut", "byte", shard_tokens=9000)
     assert not (tmp_path / "cut" / "manifest.json").exists()
     with pytest.raises(ValueError, match="neither a token directory"):
-        datasets.open_tokens(tmp_path / "cut")
+        token_files.open_tokens(tmp_path / "cut")
 
     class Counting(Bytes):
         def encode_batch(self, texts):
@@ -119,7 +120,7 @@ def test_a_large_vocabulary_takes_wider_integers(tmp_path):
     (tmp_path / "a.txt").write_text("a" * 100)
     manifest = write_tokens(Corpus((str(tmp_path / "a.txt"),)), Wide(), tmp_path / "out", "wide")
     assert manifest["dtype"] == "uint32"
-    assert datasets.open_tokens(tmp_path / "out").train.read(0, 1)[0] == 100_000
+    assert token_files.open_tokens(tmp_path / "out").train.read(0, 1)[0] == 100_000
 
 
 def test_too_few_documents_to_hold_one_out_is_an_error_that_leaves_nothing(tmp_path):
@@ -151,7 +152,7 @@ def test_prepare_trains_a_vocabulary_on_training_text_alone(tmp_path, monkeypatc
 
 def test_a_sample_is_spread_over_a_long_corpus(rows):
     size = sum(len(p.text) for p in rows.pieces())
-    taken = list(corpus.sample(rows, size // 4))
+    taken = list(token_files.sample(rows, size // 4))
     held_out = {p.text for p in rows.pieces() if p.held_out}
     assert not held_out & set(taken)
     assert int(taken[-1].split()[0]) > 250 and sum(map(len, taken)) < size // 2

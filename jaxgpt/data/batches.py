@@ -1,68 +1,56 @@
-"""batch(step): the same rows for any number of processes, from token files on disk.
+"""batch(step): the same rows for any number of processes, and the one protocol of all batches.
 
 Nothing is drawn and nothing is remembered. The rows of a run are numbered 0, 1, 2, … (row r of
 step s is s * batch_size + r); a closed form sends a number to a source of the mixture and to the
 count of rows that source has given before, and that count to (epoch, window) by a permutation
 keyed on (seed, epoch). So an epoch visits every window once, a resume needs the step alone, and a
 process reads only the rows it is asked for.
+
+Windows of token files are here; rows of conversations, in examples.py, follow the same protocol.
 """
 
 import functools
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from jaxgpt.data import packing
+from jaxgpt.data.token_files import TokenFile, check_vocab, open_tokens
 from jaxgpt.data.tokenizer import Tokenizer
 
-MANIFEST = "manifest.json"
-LLMC_MAGIC = {20240520: ("uint16", "gpt2"), 20240801: ("uint32", "")}  # llm.c: GPT-2, Llama 3
-LLMC_HEADER = 256  # int32: magic, version, count, zeros
 WEIGHT_BITS = 32  # mixture weights are kept as multiples of 2^-32, for exact counting
 
-Rows = dict[str, np.ndarray]
+Rows = dict[str, np.ndarray]  # name -> [B, T], or [B, A, T] for rows of several sequences
+
+
+class Batches(Protocol):
+    """What a stage trains on and is evaluated on."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def rows(self, step: int, rows: np.ndarray) -> Rows:
+        """The asked rows (0 … batch_size - 1) of a step's batch."""
+        ...
+
+    def num_held_out(self, limit: int = 0) -> int:
+        """Batches that cover the held-out rows, at most `limit` unless that is 0."""
+        ...
+
+    def held_out(self, index: int, rows: np.ndarray, limit: int = 0) -> Rows:
+        """The asked rows of held-out batch `index`; rows beyond the last one have mask 0.
+
+        With a limit, the batches are spread evenly over all held-out rows.
+        """
+        ...
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Shards on disk, read as one long array."""
-
-    shards: tuple[np.ndarray, ...] = ()
-
-    @functools.cached_property
-    def size(self) -> int:
-        return sum(shard.size for shard in self.shards)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start … stop - 1, fewer beyond the end."""
-        parts, first = [], 0
-        for shard in self.shards:
-            if start < first + shard.size and stop > first:
-                parts.append(shard[max(start - first, 0) : stop - first])
-            first += shard.size
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-@dataclass(frozen=True)
-class TokenFile:
-    """What one path holds."""
-
-    path: str
-    train: Tokens
-    val: Tokens
-    vocab_size: int  # 0: not recorded
-    eos_id: int | None
-    tokenizer: str  # what tokenizer.load takes; empty: not recorded
-    fingerprint: str  # of the tokenizer; empty: not recorded
-    source_sha256: str  # of the text; empty: not recorded
-
-
-@dataclass(frozen=True)
-class Source:
+class Windows:
     """Batches of windows from one or several token files."""
 
     files: tuple[TokenFile, ...]
@@ -86,28 +74,23 @@ class Source:
                 tokens_BS[row] = tokens.read(start, start + self.context_length + 1)
         return self._batch(tokens_BS)
 
-    def num_val_batches(self, limit: int = 0) -> int:
+    def num_held_out(self, limit: int = 0) -> int:
         """Batches that cover the held-out split, at most `limit` unless that is 0."""
         batches = -(-sum(self._val_windows()) // self.batch_size)
         return min(batches, limit) if limit else batches
 
-    def val_rows(self, index: int, rows: np.ndarray, limit: int = 0) -> Rows:
+    def held_out(self, index: int, rows: np.ndarray, limit: int = 0) -> Rows:
         """The asked rows of held-out batch `index`; rows beyond the split's end have mask 0.
 
         With a limit, the batches are spread evenly over the whole split.
         """
-        total, batches = sum(self._val_windows()), self.num_val_batches(limit)
+        total, batches = sum(self._val_windows()), self.num_held_out(limit)
         wanted = min(total, batches * self.batch_size)
         windows = []
         for row in index * self.batch_size + np.asarray(rows, np.int64):
             inside = row < wanted
             windows.append(self._val_window(int(row) * total // wanted if inside else -1))
         return self._batch(np.stack(windows))
-
-    def val_batches(self, limit: int = 0) -> Iterator[Rows]:
-        """All held-out batches in order, each with all its rows."""
-        for index in range(self.num_val_batches(limit)):
-            yield self.val_rows(index, np.arange(self.batch_size), limit)
 
     def _train_starts(self, file: int, counts: np.ndarray) -> list[int]:
         """Where the windows begin that this file gives as its counts-th ones."""
@@ -168,14 +151,14 @@ def kinds(documents: bool) -> dict[str, type]:
     return plain | ({"segments": np.int32, "positions": np.int32} if documents else {})
 
 
-def source(
+def windows(
     files: Mapping[str, float] | str | Path,
     tokenizer: Tokenizer,
     batch_size: int,
     context_length: int,
     seed: int = 0,
     documents: bool = False,
-) -> Source:
+) -> Windows:
     """Opens and checks one path, or several with weights.
 
     Raises:
@@ -192,34 +175,10 @@ def source(
                 f"model.context_length={context_length} + 1; use more text or a shorter context"
             )
     shares = tuple(weight / sum(weights.values()) for weight in weights.values())
-    return Source(
+    return Windows(
         opened, shares, batch_size, context_length, seed, documents, tokenizer.vocab_size,
         tokenizer.eos_id,
     )  # fmt: skip
-
-
-def open_tokens(path: str | Path) -> TokenFile:
-    """A directory of prepare_data.py, llm.c's .bin, or nanoGPT's .bin (or the folder of them).
-
-    A file named …train… takes its sibling …val… as the held-out split.
-    """
-    path = Path(path)
-    if (path / MANIFEST).is_file():
-        return _open_directory(path)
-    if (path / "train.bin").is_file():
-        path = path / "train.bin"
-    if not path.is_file() or path.suffix != ".bin":
-        raise ValueError(f"data.path={path}: neither a token directory nor a .bin file")
-    return _open_bin(path)
-
-
-def check_vocab(file: TokenFile, tokenizer: Tokenizer) -> None:
-    """Refuses a tokenizer that the token files were not made with."""
-    if file.fingerprint and file.fingerprint != tokenizer.fingerprint:
-        raise ValueError(
-            f"data.path={file.path}: made with another tokenizer ({file.vocab_size} ids, not "
-            f"{tokenizer.vocab_size} of data.tokenizer); leave data.tokenizer empty to use theirs"
-        )
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
@@ -270,62 +229,6 @@ def choose(numbers: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, n
         left -= weight
     choice[active] = len(weights) - 1
     return choice, counts.astype(np.int64)
-
-
-def _open_directory(path: Path) -> TokenFile:
-    manifest = json.loads((path / MANIFEST).read_text())
-    splits: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    for shard in manifest["shards"]:
-        file = path / shard["file"]
-        size = file.stat().st_size if file.is_file() else 0
-        if size != shard["tokens"] * np.dtype(manifest["dtype"]).itemsize:
-            raise ValueError(
-                f"data.path={path}: {file.name} is missing or cut short; prepare again"
-            )
-        splits[shard["split"]].append(_memory_map(file, manifest["dtype"], shard["tokens"]))
-    return TokenFile(
-        path=str(path),
-        train=Tokens(tuple(splits["train"])),
-        val=Tokens(tuple(splits["val"])),
-        vocab_size=manifest["tokenizer"]["vocab_size"],
-        eos_id=manifest["tokenizer"]["eos_id"],
-        tokenizer=str(path / "tokenizer.json"),
-        fingerprint=manifest["tokenizer"]["fingerprint"],
-        source_sha256=manifest["source"]["sha256"],
-    )
-
-
-def _open_bin(path: Path) -> TokenFile:
-    tokens, tokenizer = _read_bin(path)
-    sibling = path.with_name(path.name.replace("train", "val"))
-    val = _read_bin(sibling)[0] if sibling != path and sibling.is_file() else None
-    return TokenFile(
-        str(path), Tokens((tokens,)), Tokens(() if val is None else (val,)), 0, None, tokenizer,
-        "", "",
-    )  # fmt: skip
-
-
-def _read_bin(path: Path) -> tuple[np.ndarray, str]:
-    size = path.stat().st_size
-    if size == 0:
-        raise ValueError(f"data.path={path}: the file is empty")
-    header = np.fromfile(path, np.int32, 3) if size >= 4 * LLMC_HEADER else np.zeros(3, np.int32)
-    if int(header[0]) not in LLMC_MAGIC:
-        if size % 2:
-            raise ValueError(f"data.path={path}: {size} bytes is not a whole number of uint16")
-        return _memory_map(path, "uint16", size // 2), "gpt2"
-    dtype, tokenizer = LLMC_MAGIC[int(header[0])]
-    count = int(header[2])
-    if size < 4 * LLMC_HEADER + count * np.dtype(dtype).itemsize:
-        raise ValueError(f"data.path={path}: its header says {count} tokens, but it is cut short")
-    return _memory_map(path, dtype, count, 4 * LLMC_HEADER), tokenizer
-
-
-def _memory_map(path: Path, dtype: str, count: int, offset: int = 0) -> np.ndarray:
-    if count == 0:  # which a memory map refuses
-        return np.zeros(0, dtype)
-    # A plain array on the same pages: slicing np.memmap itself is ten times slower.
-    return np.asarray(np.memmap(path, dtype, "r", offset=offset, shape=(count,)))
 
 
 @functools.lru_cache(1024)

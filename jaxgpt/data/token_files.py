@@ -1,4 +1,4 @@
-"""Documents to token files: shards of plain integers and a manifest, restartable, any size.
+"""Token files, written and read: shards of plain integers and a manifest, restartable, any size.
 
     DIR/manifest.json    counts, types, hashes; written last, so its presence means complete
     DIR/tokenizer.json   what made the tokens
@@ -9,10 +9,12 @@ A killed run leaves finished shards and progress.json. The same command continue
 shard and ends with the same bytes; another data set is never written over.
 """
 
+import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -20,25 +22,58 @@ import numpy as np
 
 from jaxgpt import files
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.datasets import MANIFEST
 from jaxgpt.data.documents import Advice, Corpus, Piece
-from jaxgpt.data.rows import Paths, names, read_text
+from jaxgpt.data.rows import Paths, names
 from jaxgpt.data.tokenizer import Tokenizer
 
-__all__ = ["Corpus", "Piece", "prepare", "read_text", "sample", "write_tokens"]
-
+MANIFEST = "manifest.json"
+LLMC_MAGIC = {20240520: ("uint16", "gpt2"), 20240801: ("uint32", "")}  # llm.c: GPT-2, Llama 3
+LLMC_HEADER = 256  # int32: magic, version, count, zeros
 PROGRESS = "progress.json"
 FORMAT = 1
 SHARD_TOKENS = 1 << 25  # 64 MiB of uint16: seconds of work to lose, few files
 CHUNK = 1 << 22  # characters encoded at a time, enough to keep all threads busy
 TRAINING_CHARACTERS = 1 << 23  # a BPE is learned from; more hardly changes it
 
-
 # What pretraining offers against text that cannot be read as it is.
 TRAINING = Advice(
     ", or prepare it with scripts/prepare_data.py --errors replace",
     'choose with --data.columns \'{"text": "NAME"}\'',
 )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Shards on disk, read as one long array."""
+
+    shards: tuple[np.ndarray, ...] = ()
+
+    @functools.cached_property
+    def size(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start … stop - 1, fewer beyond the end."""
+        parts, first = [], 0
+        for shard in self.shards:
+            if start < first + shard.size and stop > first:
+                parts.append(shard[max(start - first, 0) : stop - first])
+            first += shard.size
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """What one path holds."""
+
+    path: str
+    train: Tokens
+    val: Tokens
+    vocab_size: int  # 0: not recorded
+    eos_id: int | None
+    tokenizer: str  # what tokenizer.load takes; empty: not recorded
+    fingerprint: str  # of the tokenizer; empty: not recorded
+    source_sha256: str  # of the text; empty: not recorded
 
 
 def is_tokens(path: Paths | Path) -> TypeGuard[str | Path]:
@@ -135,6 +170,30 @@ def write_tokens(
         files.write(out_dir / PROGRESS, json.dumps(progress, indent=1))
     corpus.found.report(corpus.column)
     return _finish(out_dir, progress)
+
+
+def open_tokens(path: str | Path) -> TokenFile:
+    """A directory of prepare_data.py, llm.c's .bin, or nanoGPT's .bin (or the folder of them).
+
+    A file named …train… takes its sibling …val… as the held-out split.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return _open_directory(path)
+    if (path / "train.bin").is_file():
+        path = path / "train.bin"
+    if not path.is_file() or path.suffix != ".bin":
+        raise ValueError(f"data.path={path}: neither a token directory nor a .bin file")
+    return _open_bin(path)
+
+
+def check_vocab(file: TokenFile, tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer that the token files were not made with."""
+    if file.fingerprint and file.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"data.path={file.path}: made with another tokenizer ({file.vocab_size} ids, not "
+            f"{tokenizer.vocab_size} of data.tokenizer); leave data.tokenizer empty to use theirs"
+        )
 
 
 def _fill_shards(
@@ -255,3 +314,59 @@ def _is_under_way(out_dir: Path, name: str, source: dict[str, Any]) -> bool:
             same = all(state["source"][key] == source[key] for key in ("sha256", "val_fraction"))
             return same and state["tokenizer"]["name"] == name
     return False
+
+
+def _open_directory(path: Path) -> TokenFile:
+    manifest = json.loads((path / MANIFEST).read_text())
+    splits: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    for shard in manifest["shards"]:
+        file = path / shard["file"]
+        size = file.stat().st_size if file.is_file() else 0
+        if size != shard["tokens"] * np.dtype(manifest["dtype"]).itemsize:
+            raise ValueError(
+                f"data.path={path}: {file.name} is missing or cut short; prepare again"
+            )
+        splits[shard["split"]].append(_memory_map(file, manifest["dtype"], shard["tokens"]))
+    return TokenFile(
+        path=str(path),
+        train=Tokens(tuple(splits["train"])),
+        val=Tokens(tuple(splits["val"])),
+        vocab_size=manifest["tokenizer"]["vocab_size"],
+        eos_id=manifest["tokenizer"]["eos_id"],
+        tokenizer=str(path / "tokenizer.json"),
+        fingerprint=manifest["tokenizer"]["fingerprint"],
+        source_sha256=manifest["source"]["sha256"],
+    )
+
+
+def _open_bin(path: Path) -> TokenFile:
+    tokens, tokenizer = _read_bin(path)
+    sibling = path.with_name(path.name.replace("train", "val"))
+    val = _read_bin(sibling)[0] if sibling != path and sibling.is_file() else None
+    return TokenFile(
+        str(path), Tokens((tokens,)), Tokens(() if val is None else (val,)), 0, None, tokenizer,
+        "", "",
+    )  # fmt: skip
+
+
+def _read_bin(path: Path) -> tuple[np.ndarray, str]:
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"data.path={path}: the file is empty")
+    header = np.fromfile(path, np.int32, 3) if size >= 4 * LLMC_HEADER else np.zeros(3, np.int32)
+    if int(header[0]) not in LLMC_MAGIC:
+        if size % 2:
+            raise ValueError(f"data.path={path}: {size} bytes is not a whole number of uint16")
+        return _memory_map(path, "uint16", size // 2), "gpt2"
+    dtype, tokenizer = LLMC_MAGIC[int(header[0])]
+    count = int(header[2])
+    if size < 4 * LLMC_HEADER + count * np.dtype(dtype).itemsize:
+        raise ValueError(f"data.path={path}: its header says {count} tokens, but it is cut short")
+    return _memory_map(path, dtype, count, 4 * LLMC_HEADER), tokenizer
+
+
+def _memory_map(path: Path, dtype: str, count: int, offset: int = 0) -> np.ndarray:
+    if count == 0:  # which a memory map refuses
+        return np.zeros(0, dtype)
+    # A plain array on the same pages: slicing np.memmap itself is ten times slower.
+    return np.asarray(np.memmap(path, dtype, "r", offset=offset, shape=(count,)))
