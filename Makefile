@@ -7,6 +7,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python scripts/pretrain.py --run runs/demo
 	$(BIN)/python scripts/sample.py --checkpoint runs/demo --prompt "def " --prompt "class " --max_new_tokens 96
+	@echo "To talk to it and to look inside: $(BIN)/python scripts/serve.py --checkpoint runs/demo"
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
@@ -18,7 +19,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet -e ".[serve]"
 	touch $@
 
 .venv/installed-test: pyproject.toml | .venv/bin/python

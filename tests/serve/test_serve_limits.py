@@ -12,6 +12,7 @@ from serving import ROOT, running
 
 FLAGS = ("--slots", "1", "--queue", "0", "--max_body", "3000", "--api_key", "secret", "other",
          "--cors", "http://page.example", "--request_seconds", "30")  # fmt: skip
+ENDLESS = {"logit_bias": {"65": 100}}  # never a stop token
 # As scripts/serve.py, with a device that is gone once a file is there.
 BREAKABLE = """
 import sys
@@ -73,10 +74,8 @@ def test_bodies_have_a_limit(ask):
 
 
 def test_a_full_queue_says_when_to_come_back(ask, served):
-    body, key = (
-        {"prompt": "a", "max_tokens": 900, "stream": True},
-        {"authorization": "Bearer secret"},
-    )
+    body = {"prompt": "a", "max_tokens": 900, "stream": True, **ENDLESS}
+    key = {"authorization": "Bearer secret"}
     with httpx.stream("POST", f"{served[0]}/v1/completions", json=body, headers=key) as parts:
         next(parts.iter_lines())
         found = ask(prompt="a", max_tokens=1)
@@ -102,7 +101,7 @@ def test_bad_settings_end_in_one_line(checkpoint, served):
 def test_a_failed_engine_ends_all_requests_turns_health_and_exits(served, flag, ask):
     address, process = served
     stream = {"authorization": "Bearer secret"}
-    body = {"prompt": "a", "max_tokens": 900, "stream": True}
+    body = {"prompt": "a", "max_tokens": 900, "stream": True, **ENDLESS}
     with httpx.stream(
         "POST", f"{address}/v1/completions", json=body, headers=stream, timeout=60
     ) as parts:
