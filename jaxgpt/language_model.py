@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -66,14 +66,14 @@ class LanguageModel:
     """A model that reads and writes text; `jaxgpt.load` makes one."""
 
     def __init__(self, parts: Loaded, name: str = "") -> None:
+        self.loaded = parts._replace(params=jax.tree.map(jnp.asarray, parts.params))
         self.config: ModelConfig = parts.config
-        self.params: Params = jax.tree.map(jnp.asarray, parts.params)
+        self.params: Params = self.loaded.params
         self.tokenizer = parts.tokenizer
         self.chat_template = parts.chat_template
         self.begin_ids = parts.begin_ids
         self.stop_ids = parts.stop_ids
         self.name = name
-        self._files = dict(parts.files)
         self.adapters: dict[str, Params] = {}  # the network with each of them
         self._judge: Judge | None = None
         self._decoding: dict[tuple[Any, ...], Params] = {}
@@ -197,7 +197,7 @@ class LanguageModel:
             played |= dict(zip(mine, found, strict=True))
         return [played[n] for n in range(len(environments))]
 
-    @property
+    @cached_property
     def chat_format(self) -> Format:
         """The model's chat template with what it reads beside messages.
 
@@ -206,7 +206,7 @@ class LanguageModel:
         """
         if self.chat_template is None:
             raise ValueError(f"{self.name}: has no chat template; use generate, or tune it first")
-        return chatting.chat_format(self._parts())
+        return chatting.chat_format(self.loaded)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the assistant answers."""
@@ -326,7 +326,7 @@ class LanguageModel:
                 context.
         """
         if self._judge is None:
-            self._judge = Judge(self.name, "checkpoint", self._parts())
+            self._judge = Judge(self.name, "checkpoint", self.loaded)
         if isinstance(text, str):
             if not (tokens := self.encode(text)):
                 raise ValueError("text: is empty; a reward model judges what it has read")
@@ -381,25 +381,19 @@ class LanguageModel:
             )
         if format == "huggingface":
             hf.save(
-                path, self.config, self.params, tokenizer_files=self._files,
-                special_ids=tokenizer_files.special_ids(self._files),
+                path, self.config, self.params, tokenizer_files=self.loaded.files,
+                special_ids=tokenizer_files.special_ids(dict(self.loaded.files)),
             )  # fmt: skip
             return
         if format == "gguf":
-            gguf_write.save(path, self.config, self.params, self._files, type, self.stop_ids)
+            gguf_write.save(path, self.config, self.params, self.loaded.files, type, self.stop_ids)
             return
         run = rundir.enter(RunConfig(run=str(path), model=self.config))
-        for name, content in self._files.items():
+        for name, content in self.loaded.files.items():
             files.write(run / name, content)
         checkpoints = Checkpoints(run / "checkpoints")
         checkpoints.save(0, {"params": {"policy": self.params}}, meta={})
         checkpoints.wait()
-
-    def _parts(self) -> Loaded:
-        return Loaded(
-            self.config, self.params, self.tokenizer, self.chat_template, self.begin_ids,
-            self.stop_ids, self._files,
-        )  # fmt: skip
 
     def _chosen(
         self, num_rows: int, adapter: str | Sequence[str | None] | None

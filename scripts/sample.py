@@ -42,8 +42,6 @@ def write(cfg: config.WriteConfig) -> None:
     )
     adapter = chosen[0] if len(chosen) == 1 else chosen or None
     prompts = cfg.prompt or [sys.stdin.read().rstrip("\n")]
-    if cfg.system is not None and not cfg.chat:
-        raise ValueError(f"system={cfg.system!r:.40}: is for --chat")
     system = [] if cfg.system is None else [{"role": "system", "content": cfg.system}]
     asked = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
     if cfg.chat and not system and (default := lm.chat_format.default_system):

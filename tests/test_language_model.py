@@ -284,7 +284,7 @@ def with_adapters(lm, tmp_path_factory):
     )  # fmt: skip
     rundir.enter(cfg)
     rundir.write_base(cfg)
-    for name, content in lm._files.items():
+    for name, content in lm.loaded.files.items():
         (ours / name).write_bytes(content)
     checkpoints = Checkpoints(ours / "checkpoints")
     checkpoints.save(1, {"params": {"policy": drawn}}, meta={})

@@ -89,7 +89,7 @@ def test_an_unknown_tool_is_refused(lm) -> None:
 
 
 def test_a_model_that_cannot_chat_is_refused(lm) -> None:
-    parts = Loaded(lm.config, lm.params, lm.tokenizer, None, (), lm.stop_ids, lm._files)
+    parts = Loaded(lm.config, lm.params, lm.tokenizer, None, (), lm.stop_ids, lm.loaded.files)
     with pytest.raises(ValueError, match="no chat template"):
         LanguageModel(parts, "mute").chat(ASKED, tools=["calculator"])
 
@@ -134,6 +134,7 @@ def test_the_command_shows_calls_and_results(lm, monkeypatch, capsys, tmp_path) 
     ("args", "message"),
     [
         (("--tools", "calculator"), "tools=calculator: are for --chat"),
+        (("--system", "Be short."), "system=Be short.: is for --chat"),
         (("--tools", "shell", "--chat"), "tools=shell: must be one of calculator"),
     ],
 )

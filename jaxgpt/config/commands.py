@@ -97,7 +97,8 @@ class WriteConfig:
 
     def __post_init__(self) -> None:
         check("", self)
-        require(not self.tools or self.chat, "tools", self.tools, "are for --chat")
+        require(not self.tools or self.chat, "tools", ", ".join(self.tools), "are for --chat")
+        require(self.system is None or self.chat, "system", self.system, "is for --chat")
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,16 @@ def render(
     Raises:
         ValueError: messages of another form, or ones that the template refuses.
     """
+    return render_marked(form, messages, add_generation_prompt, tools)[0]
+
+
+def render_marked(
+    form: Format,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> tuple[str, list[Span]]:
+    """`render`, and where a special token's text stands in it that somebody wrote in a message."""
     talk = _Talk.of(form, messages, tools)
     return talk.restore(talk.draw(len(messages), add_generation_prompt).text)
 
@@ -271,9 +281,16 @@ class _Talk:
                 self.drawn[key] = write([{"content": "", **message} for message in said])
         return self.drawn[key]
 
-    def restore(self, text: str) -> str:
-        """The text that the stand-ins stand for."""
-        return "".join(self.hidden.get(char, char) for char in text) if self.hidden else text
+    def restore(self, text: str) -> tuple[str, list[Span]]:
+        """The text that the stand-ins stand for, and their places in it."""
+        parts = [self.hidden.get(char, char) for char in text] if self.hidden else [text]
+        ends = itertools.accumulate(map(len, parts))
+        places = [
+            (end - len(part), end)
+            for end, part, char in zip(ends, parts, text, strict=False)
+            if char in self.hidden
+        ]
+        return "".join(parts), places
 
 
 def _turn(talk: _Talk, index: int) -> _Turn:
@@ -432,10 +449,7 @@ def _ids(talk: _Talk, text: str) -> tuple[list[int], list[int]]:
         return tokenizer.encode_with_starts(text)
     lengths = [len(talk.hidden.get(char, char)) for char in text]
     begins = list(itertools.accumulate(lengths, initial=0))
-    literal = [
-        (begins[place], begins[place + 1]) for place, char in enumerate(text) if char in talk.hidden
-    ]
-    ids, starts = tokenizer.encode_with_starts(talk.restore(text), literal)
+    ids, starts = tokenizer.encode_with_starts(*talk.restore(text))
     return ids, [min(bisect_right(begins, start) - 1, len(text) - 1) for start in starts]
 
 

@@ -17,6 +17,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from jaxgpt import language_model
+from jaxgpt.data import chat
+from jaxgpt.data.engines import Span
 from jaxgpt.evals import queries
 from jaxgpt.sampling import likelihood
 from jaxgpt.sampling.sample import Sampling
@@ -48,6 +50,9 @@ class JaxGPT(TemplateLM):
             raise ValueError("model_args lack checkpoint=PATH")
         self.lm = language_model.load(checkpoint or pretrained, dtype)
         self.batch_tokens = batch_tokens
+        # Conversations in which somebody wrote a special token's text, and where: the harness hands
+        # them back as text.
+        self._literal: dict[str, list[Span]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -64,7 +69,10 @@ class JaxGPT(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **unused: Any
     ) -> list[int]:
-        ids = self.lm.tokenizer.encode(string, allow_special=True)
+        marked = max(
+            (text for text in self._literal if string.startswith(text)), key=len, default=""
+        )
+        ids, _ = self.lm.tokenizer.encode_with_starts(string, self._literal.get(marked, ()))
         begin = list(self.lm.begin_ids)
         if add_special_tokens is None:
             add_special_tokens = ids[: len(begin)] != begin
@@ -76,7 +84,10 @@ class JaxGPT(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        return self.lm.render(chat_history, add_generation_prompt)
+        text, literal = chat.render_marked(self.lm.chat_format, chat_history, add_generation_prompt)
+        if literal:
+            self._literal[text] = literal
+        return text
 
     def _loglikelihood_tokens(
         self,

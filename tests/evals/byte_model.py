@@ -30,7 +30,7 @@ def byte_model(folder: Path, cfg: ModelConfig = LLAMA) -> LanguageModel:
 
 def with_context(lm: LanguageModel, context_length: int) -> LanguageModel:
     cfg = dataclasses.replace(lm.config, context_length=context_length)
-    files = lm._files
+    files = lm.loaded.files
     return LanguageModel(
         Loaded(cfg, lm.params, lm.tokenizer, None, (), lm.stop_ids, files), lm.name
     )
