@@ -1,7 +1,8 @@
 """Generated answers that must be right to the digit: GSM8K and arithmetic."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ class Item(NamedTuple):
 
     prompt: str
     answer: str
+    rule: Callable[[str], float] | None = None  # an embedded task's opinion of an answer
 
     @property
     def messages(self) -> list[Message]:
@@ -55,8 +57,11 @@ def read_arithmetic(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[
     if cfg.data in tasks.TASKS:
         if not cfg.chat:
             raise ValueError(f"data={cfg.data}: is asked by the chat template; add --chat")
-        problems = tasks.TASKS[cfg.data].problems(True)
-        return [Item(synthetic.question(p), str(p.answer)) for p in problems]
+        task = tasks.TASKS[cfg.data]
+        return [
+            Item(synthetic.question(p), str(p.answer), partial(task.reward, p))
+            for p in task.problems(True)
+        ]
     items = []
     for place, row in records.read_rows(path):
         answer = verify.last_number(records.text_field(row, "continuation", place))
@@ -94,6 +99,8 @@ def score(
         if len(mine) == cfg.samples:
             item, answers = items[number], [mine[sample][0] for sample in range(cfg.samples)]
             found = _judge(item, answers) | {"truncated": len(prompts[number]) > room}
+            if item.rule:
+                found["rule"] = [item.rule(text) for text in answers]
             if cfg.tools:
                 found["calls"] = [mine[sample][1] for sample in range(cfg.samples)]
             if judge is not None:
@@ -102,11 +109,15 @@ def score(
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:
-    """exact_match asks for the stated answer (####), flexible_match for the last number."""
+    """exact_match asks for the stated answer (####), flexible_match for the last number, rule for
+    what an embedded task rewards; called_tool is the share of answers with a call on the way.
+    """
     measures: Measures = {}
     for name, key in (("exact_match", "stated"), ("flexible_match", "last")):
         shares = [sum(a == r["answer"] for a in r[key]) / len(r[key]) for r in results]
         measures |= statistics.mean(name, shares)
+    if all("rule" in r for r in results):
+        measures |= statistics.mean("rule", [sum(r["rule"]) / len(r["rule"]) for r in results])
     if all("calls" in r for r in results):
         used = [sum(calls > 0 for calls in r["calls"]) / len(r["calls"]) for r in results]
         measures |= statistics.mean("called_tool", used)

@@ -1,5 +1,6 @@
 """A plan in words, and as one JSON object."""
 
+import dataclasses
 from collections import defaultdict
 from typing import Any
 
@@ -17,6 +18,7 @@ def as_json(cfg: RunConfig, mesh: Mesh, step: Step, chip: Chip | None) -> dict[s
         "device": mesh.devices.flat[0].device_kind,
         "devices": step.devices,
         "mesh": dict(mesh.shape),
+        "model": dataclasses.asdict(cfg.model),
         "parameters": step.parameters,
         "trained_parameters": step.trained,
         "flops_per_token": step.flops_per_token,
