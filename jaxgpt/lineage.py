@@ -216,6 +216,15 @@ def carry(source: str | Path, target: str | Path, description: str) -> None:
     _write(target, found | {"files": hashes, "exported": now()})
 
 
+def spent(found: Node, kind: str) -> dict[str, float]:
+    """Seconds or tokens by kind, over all sessions."""
+    total: dict[str, float] = {}
+    for session in found.get("sessions", []):
+        for name, value in session[kind].items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
 def results(run: str | Path) -> list[dict[str, Any]]:
     """The summaries of the evaluations that were made of a run (scripts/evaluate.py)."""
     return [json.loads(file.read_text()) for file in sorted(Path(run).glob("evals/*.json"))]
@@ -362,8 +371,7 @@ def _compare(file: Path, digest: str) -> tuple[str, str]:
 
 def _branches(found: Node) -> Iterator[str]:
     """A node's lines: itself, what it read, and each parent with its own lines under it."""
-    seconds = sum(sum(session["seconds"].values()) for session in found["sessions"])
-    tokens = sum(sum(session["tokens"].values()) for session in found["sessions"])
+    seconds, tokens = (sum(spent(found, kind).values()) for kind in ("seconds", "tokens"))
     result, code = found.get("result"), found["code"]
     done = f"step {result['step']}, weights {result['sha256'][:12]}" if result else "not complete"
     changed = f" + changes {code['changes'][:12]}" if code["changes"] else ""

@@ -6,6 +6,7 @@ It reads what the run directory holds and leaves out what is missing:
     samples.md        the last step's texts are open, the others folded
     config.yaml       what differs from the defaults is marked
     environment.json  a flat object
+    lineage.json      origin and time; evals/*.json are what was measured of the run
 """
 
 import contextlib
@@ -13,8 +14,9 @@ import dataclasses
 import io
 import json
 import re
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,7 @@ def write_report(run_dir: str | Path) -> Path:
     sections = [
         _tiles(series), problem, _curves(_plots(series), run_dir / "plots"),
         _reliability(records, run_dir / "plots"),
+        _origin(run_dir), _evaluations(run_dir),
         _samples(run_dir / "samples.md"), _settings(run_dir),
         _environment(run_dir / "environment.json"),
     ]  # fmt: skip
@@ -76,6 +79,22 @@ def write_report(run_dir: str | Path) -> Path:
     body = "\n".join(filter(None, sections))
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     return files.write(page, template.replace("NAME", name).replace("BODY", body, 1))
+
+
+def while_it_runs(run_dir: str | Path) -> Callable[[], None]:
+    """Writes the page when called, from the first half minute on, for at most a twentieth of the
+    time."""
+    due = time.perf_counter() + 30
+
+    def write() -> None:
+        nonlocal due
+        began = time.perf_counter()
+        if began >= due:
+            write_report(run_dir)
+            ended = time.perf_counter()
+            due = ended + 20 * (ended - began)
+
+    return write
 
 
 def _series(records: list[dict[str, Any]]) -> dict[str, Series]:
@@ -251,6 +270,48 @@ def _reliability(records: list[dict[str, Any]], directory: Path) -> str:
         "<h2>Calibration of the reward</h2>\n"
         f"<div class=grid><figure>{caption}{svg[0]}</figure></div>"
     )
+
+
+def _origin(run_dir: Path) -> str:
+    """Where the run comes from, and what its time was spent on, by lineage.json."""
+    found = lineage.read(run_dir)
+    if not found:
+        return ""
+    rows = [("command", escape(found["command"]))]
+    for parent in found["parents"]:
+        place = lineage.where(run_dir, parent)
+        name, page = escape(parent["path"]), f"{parent['relative']}/report.html"
+        if place and (place / "report.html").is_file():
+            name = f'<a href="{escape(page, quote=True)}">{name}</a>'
+        rows.append((escape(parent["role"]), f"{name}, weights {parent['weights']['sha256'][:12]}"))
+    rows += [
+        (escape(entry["setting"]), f"{escape(entry['path'])}, sha256 {entry['sha256'][:12]}")
+        for entry in found["data"]
+    ]
+    spent = lineage.spent(found, "seconds")
+    tokens = [f"{kind} {count:,}" for kind, count in lineage.spent(found, "tokens").items()]
+    rows.append(("tokens", ", ".join(tokens)))
+    whole = sum(spent.values()) or 1.0
+    times = [
+        (escape(kind), f"{seconds:,.1f} s", f"{seconds / whole:.1%}")
+        for kind, seconds in sorted(spent.items(), key=lambda pair: -pair[1])
+    ]
+    return "\n".join([
+        "<h2>Where it comes from</h2>", _table((), rows), "<h2>Time</h2>",
+        _table(("kind", "seconds", "share"), times) if times else "<p>Nothing is saved yet.</p>",
+    ])  # fmt: skip
+
+
+def _evaluations(run_dir: Path) -> str:
+    """What scripts/evaluate.py measured, with 95 % intervals."""
+    rows = [
+        (escape(result["task"]), escape(result["data"]), escape(name),
+         f"{value:.4f} ± {1.96 * error:.4f}", f"{result['count']:,}")
+        for result in lineage.results(run_dir)
+        for name, value, error in lineage.measures(result)
+    ]  # fmt: skip
+    head = ("task", "data", "measure", "value, 95 % interval", "items")
+    return f"<h2>Evaluations</h2>\n{_table(head, rows)}" if rows else ""
 
 
 def _samples(path: Path) -> str:

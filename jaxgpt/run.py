@@ -61,10 +61,12 @@ def launch(name: str, cfg: RunConfig) -> None:
         if shows:
             print(_first_batch(name, cfg, start, mesh))
             return
+        watch = lambda: None
         if jax.process_index() == 0:
             lineage.begin(name, cfg)
+            watch = report.while_it_runs(run)
         # Nothing here holds on to the stage: its parameters would stay beside the trained ones.
-        train.fit(build(name, cfg, start, mesh), cfg, mesh)
+        train.fit(build(name, cfg, start, mesh), cfg, mesh, watch)
     if jax.process_index() == 0:
         lineage.complete(cfg)
         print(summary(run, report.write_report(run)))

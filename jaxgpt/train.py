@@ -161,8 +161,10 @@ def jit_step(
     )
 
 
-def fit(stage: Stage, cfg: RunConfig, mesh: Mesh) -> None:
+def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, watch: Callable[[], None] = lambda: None) -> None:
     """Restores, then steps, logs, evaluates, samples and saves up to `train.steps`.
+
+    `watch` is called after each evaluation and save.
 
     SIGTERM and Ctrl-C end it early, with everything saved; a stage that samples first makes the
     updates that its rollout is for, so that a resumed run needs no rollout of old parameters.
@@ -211,6 +213,9 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh) -> None:
                 with log.clock("saving"):
                     checkpoints.save(done, state, meta, log.held_out_loss(done))
                     log.note(done)
+            if evaluates or saves:
+                with log.clock("report"):
+                    watch()
 
     try:
         with (

@@ -50,7 +50,7 @@ TOTAL = 16_550
 NEW: dict[str, int] = {
     "inspect.py": 180,
     "judge.py": 60,
-    "life": 560,
+    "life": 1340,  # life, compare, sweep with lineage.py 840; listing, card, page and check the rest
     "lineage.py": 300,
     "notes": 310,
     "serve": 2110,

@@ -24,7 +24,7 @@ Card = dict[str, Any]
 MOST_POINTS = 80  # of a curve
 CURVES = ("train/loss", "val/loss", "val/accuracy", "rollout/reward", "rollout/length", "val/kl")
 DISTANCES = ("rollout/difference_max", "rollout/difference_p999")
-KINDS = ("compile", "data", "step", "rollout", "evaluation", "sampling", "saving")
+KINDS = ("compile", "data", "step", "rollout", "evaluation", "sampling", "saving", "report")
 FORWARD = 1 / 3  # of a training step's FLOPs
 
 

@@ -5,7 +5,17 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-COLORS = ("#2f6fde", "#d9730d", "#0f8b6f", "#9b4dca", "#c2384e", "#5a6b7b", "#b08900", "#0b88a8")
+COLORS = (
+    "#2f6fde",
+    "#d9730d",
+    "#0f8b6f",
+    "#9b4dca",
+    "#c2384e",
+    "#5a6b7b",
+    "#b08900",
+    "#0b88a8",
+    "#7a5c3e",
+)
 WIDTH, HEIGHT = 460, 240
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 26  # around the axes
 

@@ -73,11 +73,7 @@ class Run:
 
     def spent(self, kind: str) -> dict[str, float]:
         """Seconds or tokens by kind, over all sessions."""
-        found: dict[str, float] = {}
-        for session in self.lineage.get("sessions", []):
-            for name, value in session[kind].items():
-                found[name] = found.get(name, 0) + value
-        return found
+        return lineage.spent(self.lineage, kind)
 
     def row(self) -> dict[str, Any]:
         """All of it in one flat object: settings, the last value of every metric, the costs."""
