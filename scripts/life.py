@@ -24,6 +24,7 @@ def main() -> None:
     )
     parser.add_argument("--config", default=str(REPO / "configs" / "life" / "tiny.yaml"))
     parser.add_argument("--run", default="", help="folder of the life; empty: the config's own")
+    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE of a place")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="several: one life each")
     parser.add_argument("--keep_going", action="store_true", help="also after a missed target")
     parser.add_argument("--plan", action="store_true", help="what it will need; starts nothing")
@@ -31,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     from jaxgpt.life import life as lives  # here, so that --help needs no JAX
 
-    life = lives.read(args.config)
+    life = lives.read(args.config, args.set)
     run = Path(args.run or life.run)
     if args.plan:
         from jaxgpt.life import forecast

@@ -273,9 +273,10 @@ class EvaluateConfig:
     """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
     task: Literal[
         "perplexity", "multiple_choice", "hellaswag", "piqa", "arc", "winogrande", "lambada",
-        "gsm8k", "arithmetic", "reward",
+        "gsm8k", "arithmetic", "reward", "core",
     ]  # fmt: skip
-    """Measure; multiple_choice reads any JSONL of {query, choices, gold}, reward any pairs."""
+    """Measure; multiple_choice reads any JSONL of {query, choices, gold}, reward any pairs, core
+    a folder with the tasks of DCLM's CORE."""
     data: LocalPath
     """Plain text (perplexity), or JSONL as on the Hub or in its local layout, also .gz or .bz2; or
     the held-out part of an embedded task: arithmetic, multi-step, … with task arithmetic and

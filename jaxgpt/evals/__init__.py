@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jaxgpt import rundir, tasks, train
 from jaxgpt.config import EvaluateConfig
 from jaxgpt.data import synthetic
-from jaxgpt.evals import choice, exact_match, judges, lambada, perplexity, records
+from jaxgpt.evals import choice, core, exact_match, judges, lambada, perplexity, records
 from jaxgpt.evals.statistics import Measures
 from jaxgpt.language_model import LanguageModel
 
@@ -29,6 +29,7 @@ TASKS = {
     "lambada": Task(lambada.read, lambada.score, lambada.summarize),
     "gsm8k": Task(exact_match.read_gsm8k, exact_match.score, exact_match.summarize),
     "arithmetic": Task(exact_match.read_arithmetic, exact_match.score, exact_match.summarize),
+    "core": Task(core.read, core.score, core.summarize),
     "reward": Task(judges.read, judges.score, judges.summarize),
 }
 

@@ -10,7 +10,8 @@
           sums/flexible_match: ">= 0.9"
           val/loss:
 
-{NAME} is the folder of an earlier stage, {self} the stage's own, {repo} where jaxgpt's configs are.
+{NAME} is the folder of an earlier stage, {self} the stage's own, {repo} where jaxgpt's configs are;
+`places` names others, such as data, with what stands for them unless --set NAME=VALUE says else.
 A training command also gets --run {self} and --seed, an evaluation --checkpoint {self}. No stage
 knows that it is part of a life: each line of it can be typed in a shell.
 """
@@ -37,7 +38,7 @@ from jaxgpt.life.runs import COMPARE, Run
 REPO = Path(__file__).parents[2]
 STATE = "life.json"
 FIELDS = {"run", "about", "minutes", "price_per_hour", "plan", "memory_gb", "asks", "titles",
-          "evaluations", "stages"}  # fmt: skip
+          "places", "evaluations", "stages"}  # fmt: skip
 STAGE_FIELDS = {"name", "command", "about", "measures"}
 
 
@@ -77,10 +78,14 @@ class Life(NamedTuple):
     price_per_hour: float
     plan: list[str]  # arguments of plan.py
     memory_gb: float  # of a device, where plan.py cannot know it
+    places: dict[str, str]  # {NAME} -> what stands for it in commands
 
 
-def read(path: str | Path) -> Life:
+def read(path: str | Path, settings: Sequence[str] = ()) -> Life:
     """A life's YAML, checked before anything is started.
+
+    Args:
+        settings: NAME=VALUE for its places.
 
     Raises:
         ValueError: naming the stage and what is wrong with it.
@@ -95,6 +100,13 @@ def read(path: str | Path) -> Life:
         raise ValueError(f"config={path}: must have a list of stages")
     _known(found, FIELDS, str(path))
     evaluations = {n: shlex.split(c) for n, c in (found.get("evaluations") or {}).items()}
+    places = {name: str(value) for name, value in (found.get("places") or {}).items()}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or name not in places:
+            known = ", ".join(places) or "none"
+            raise ValueError(f"set={setting}: must be NAME=VALUE, with a name of places ({known})")
+        places[name] = value
     stages: list[Stage] = []
     for entry in found["stages"]:
         stages.append(_stage(entry, [stage.name for stage in stages], evaluations))
@@ -102,7 +114,7 @@ def read(path: str | Path) -> Life:
         Path(path).stem, found.get("run", "runs/life"), found.get("about", ""), stages,
         evaluations, found.get("titles") or {}, found.get("asks") or [],
         float(found.get("minutes") or 0), float(found.get("price_per_hour") or 0),
-        shlex.split(found.get("plan") or ""), float(found.get("memory_gb") or 0),
+        shlex.split(found.get("plan") or ""), float(found.get("memory_gb") or 0), places,
     )  # fmt: skip
 
 
@@ -305,7 +317,7 @@ def _line(
 
 
 def _filled(command: Sequence[str], life: Life, stage: Stage, run: Path) -> list[str]:
-    places = {other.name: str(run / other.name) for other in life.stages}
+    places = life.places | {other.name: str(run / other.name) for other in life.stages}
     places |= {"self": str(run / stage.name), "run": str(run), "repo": str(REPO)}
     return [_replace(part, places) for part in command]
 
