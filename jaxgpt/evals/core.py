@@ -144,7 +144,7 @@ def _items(name: str, kind: Kind, file: Path) -> list[Item]:
     for number, (place, row) in enumerate(rows):
         drawn = random.Random(1234 + number).sample(range(len(rows) - 1), kind.shots)
         others = [rows[other + (other >= number)] for other in drawn]  # all but the item itself
-        before = "".join(f"{_whole(kind, *example[::-1])}\n\n" for example in others)
+        before = "".join(f"{_whole(kind, shot, at)}\n\n" for at, shot in others)
         pairs, gold = _pairs(kind, row, place)
         made.append(Item(name, len(rows), tuple((before + c, a) for c, a in pairs), gold))
     return made
