@@ -105,11 +105,11 @@ def _said(path: Path, asks: Sequence[str]) -> list[dict[str, Any]]:
     import jax
     import numpy as np
 
-    import jaxgpt
+    from jaxgpt import language_model
     from jaxgpt.sampling.sample import Sampling
     from jaxgpt.tasks.environment import Question
 
-    lm = jaxgpt.load(str(path))
+    lm = language_model.load(path)
     room = min(96, lm.config.context_length // 2)
     found = []
     for ask in asks:
