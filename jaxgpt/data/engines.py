@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,11 @@ class Bpe:
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         _utf8(text)
+        # Not encode_batch, which starts threads: a conversation is encoded in many short parts.
+        encode = partial(self.engine.encode, allowed_special="all")
         if not allow_special:
-            return self.encode_batch([text])[0]
-        parts = [self.engine.encode(piece, allowed_special="all") for piece in _pieces(text)]
+            encode = self.engine.encode_ordinary
+        parts = [encode(piece) for piece in _pieces(text)]
         return list(itertools.chain(*parts))
 
     def encode_with_starts(
