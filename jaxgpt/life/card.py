@@ -360,7 +360,7 @@ def _conversation(card: Card) -> str:
             said = stage["answers"][place]
             turns = "<br>".join(
                 f"<span class=faint>→ {escape(turn['content'])}</span>" if turn["role"] == "tool"
-                else escape(turn["content"]) or "<span class=faint>nothing</span>"
+                else escape(_visible(turn["content"])) if turn["content"] else "<span class=faint>nothing</span>"
                 for turn in said["turns"][1:]
             )  # fmt: skip
             strip = "".join(
@@ -406,7 +406,7 @@ def _lineage(card: Card) -> str:
             f"{p['role']} ← {Path(p['path']).name} <span class=faint>{p['weights'][:12]}</span>"
             for p in stage["from"]
         ]
-        texts = [f"{escape(d['path'])} <span class=faint>{d['sha256'][:12]}</span>"
+        texts = [f"{escape(Path(d['path']).name)} <span class=faint>{d['sha256'][:12]}</span>"
                  for d in stage["data"]]  # fmt: skip
         rows.append([
             f"<b>{escape(stage['name'])}</b>", "<br>".join(origins), "<br>".join(texts),
@@ -462,4 +462,5 @@ def _shade(chance: float) -> int:
 
 
 def _visible(text: str) -> str:
-    return text.replace("\n", "⏎").replace("\t", "⇥") or "∅"
+    shown = text.replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else "·" for c in shown) or "∅"

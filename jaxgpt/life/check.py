@@ -85,7 +85,9 @@ def _again(
             return
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "items.jsonl"
-            command = _with(record["evaluations"][name]["command"], "--limit", str(AGAIN))
+            command = _with(
+                record["evaluations"][name]["command"], "--limit", str(min(AGAIN, len(recorded)))
+            )
             command = _with(command, "--output", str(output))
             lives.perform(command, run / "logs" / "check.log", f"{stage.name}, {name}: ")
             again = _read_items(output)

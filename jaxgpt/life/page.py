@@ -17,7 +17,7 @@ COLORS = (
     "#7a5c3e",
 )
 WIDTH, HEIGHT = 460, 240
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 26  # around the axes
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 26  # around the axes
 
 
 class Curve(NamedTuple):
@@ -52,7 +52,8 @@ def chart(curves: Sequence[Curve], x_label: str = "step") -> str:
             f"<line class=rule x1={LEFT} x2={WIDTH - RIGHT} y1={at:.1f} y2={at:.1f} />"
             f"<text x={LEFT - 6} y={at + 3.5:.1f} text-anchor=end>{tick:g}</text>"
         )
-    for tick in _ticks(x0, x1):
+    room = WIDTH - RIGHT - 8 * len(x_label)  # where the axis is named
+    for tick in (tick for tick in _ticks(x0, x1) if place_x(tick) < room):
         parts.append(
             f"<text x={place_x(tick):.1f} y={HEIGHT - 10} text-anchor=middle>{tick:,g}</text>"
         )
@@ -146,7 +147,7 @@ p { max-width: 46rem; margin: .4rem 0 }
 .lead, small, figcaption, .faint { color: var(--faint) }
 .tiles { display: grid; gap: 1px; margin: 2rem 0 0; padding: 0; background: var(--line);
   border: 1px solid var(--line); border-radius: 12px; overflow: hidden;
-  grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)) }
+  grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)) }
 .tiles div { background: var(--sheet); padding: .9rem 1.1rem }
 dt { color: var(--faint); font-size: .8rem }
 dd { margin: 0; font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums }
