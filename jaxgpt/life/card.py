@@ -360,7 +360,7 @@ def _conversation(card: Card) -> str:
             said = stage["answers"][place]
             turns = "<br>".join(
                 f"<span class=faint>→ {escape(turn['content'])}</span>" if turn["role"] == "tool"
-                else escape(_visible(turn["content"])) if turn["content"] else "<span class=faint>nothing</span>"
+                else escape(_visible(turn["content"]))
                 for turn in said["turns"][1:]
             )  # fmt: skip
             strip = "".join(
