@@ -4,6 +4,7 @@ Everything comes from the run directories and life.json. What depends on the clo
 `costs` and nowhere else, so that a life that was killed and went on has the same card but for that.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from html import escape
@@ -56,10 +57,14 @@ def collect(life: Life, run: Path) -> Card:
 
 
 def write(card: Card, run: Path) -> list[Path]:
-    """card.json, card.md and card.html."""
-    content = {"card.json": json.dumps(card, indent=1, ensure_ascii=False),
-               "card.md": markdown(card), "card.html": html(card)}  # fmt: skip
-    return [files.write(run / name, text) for name, text in content.items()]
+    """card.md, card.html, and card.json with the sha256 of these two."""
+    pages = {"card.md": markdown(card), "card.html": html(card)}
+    for name, text in pages.items():
+        files.write(run / name, text)
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in pages.items()}
+    whole = json.dumps(card | {"pages": hashes}, indent=1, ensure_ascii=False)
+    files.write(run / "card.json", whole)
+    return [run / name for name in ("card.json", *pages)]
 
 
 def spread(cards: Sequence[Card]) -> Card:
