@@ -19,6 +19,7 @@ from jaxgpt.life import check
 from jaxgpt.life import life as lives
 
 ROOT = Path(__file__).parents[2]
+ONE = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
 LIFE = {
     "evaluations": {"sums": "evaluate.py --task arithmetic --data arithmetic --chat"},
     "stages": [
@@ -212,7 +213,7 @@ def smoke(tmp_path_factory) -> Path:
 def command(*args) -> subprocess.CompletedProcess:
     script = [sys.executable, ROOT / "scripts" / "life.py", "--config",
               ROOT / "configs" / "life" / "smoke.yaml"]  # fmt: skip
-    return subprocess.run([*script, *map(str, args)], capture_output=True, text=True)
+    return subprocess.run([*script, *map(str, args)], env=ONE, capture_output=True, text=True)
 
 
 @pytest.mark.timeout(1200)
@@ -260,7 +261,9 @@ def test_killed_at_random_moments_the_card_is_the_same_but_for_times(smoke, tmp_
     script = [sys.executable, ROOT / "scripts" / "life.py", "--config",
               ROOT / "configs" / "life" / "smoke.yaml", "--run", run]  # fmt: skip
     for _ in range(10):
-        process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            script, env=ONE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         time.sleep(moments.uniform(1, 15))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
