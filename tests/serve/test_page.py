@@ -40,7 +40,7 @@ def save_model(folder: Path, seed: int) -> LanguageModel:
     path.unlink()
     template = json.loads(files["tokenizer_config.json"])["chat_template"]
     cfg = ModelConfig(
-        vocab_size=260, context_length=768, num_layers=2, model_dim=16, num_heads=4, mlp_dim=24,
+        vocab_size=260, context_length=8192, num_layers=2, model_dim=16, num_heads=4, mlp_dim=24,
         position="rope",
     )  # fmt: skip
     params = gpt.init(cfg, jax.random.key(seed))
@@ -118,11 +118,21 @@ def stop(page):
     page.get_by_text("stopped").wait_for()
 
 
+def set_fields(page, **values):
+    """Settings by their labels, with _ for a blank."""
+    page.get_by_role("button", name="Settings").click()
+    for label, value in values.items():
+        page.get_by_label(label.replace("_", " ")).fill(value)
+    page.keyboard.press("Tab")
+    page.keyboard.press("Escape")
+
+
 def answer_of(page):
     return page.locator(".assistant .prose").last.inner_text()
 
 
 def test_an_answer_is_stopped_written_again_and_the_question_edited(page):
+    set_fields(page, Temperature="0", Tokens_of_an_answer="8000")  # it repeats itself, on and on
     ask(page, "Hi")
     stop(page)
     first = answer_of(page)
@@ -142,11 +152,7 @@ def test_an_answer_is_stopped_written_again_and_the_question_edited(page):
 
 
 def test_an_answer_opens_into_its_tokens_and_branches_at_one(page):
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Tokens of an answer").fill("12")
-    page.get_by_label("Seed").fill("3")
-    page.keyboard.press("Tab")
-    page.keyboard.press("Escape")
+    set_fields(page, Tokens_of_an_answer="12", Seed="3")
     ask(page, "Hi")
     page.get_by_role("button", name="Again").wait_for()
     page.locator(".under").get_by_text("Look inside").click()
@@ -235,7 +241,7 @@ def test_two_models_stand_side_by_side_and_their_inside_is_shown(page):
     page.get_by_role("button", name="Find induction heads").click()
     page.get_by_role("button", name=re.compile(r"layer \d, head \d")).first.click()
     page.get_by_label("Layer", exact=True).select_option("0")
-    page.get_by_text("Layer 0, head").wait_for()
+    page.get_by_text("what token 8 reads").wait_for()
     painted = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(Boolean)"
     assert page.locator(".map canvas").evaluate(painted)
     page.get_by_role("button", name="Read every layer").click()
