@@ -162,7 +162,7 @@ def inspect(
     # One row, without what fills it up; dense models have no experts.
     own: Any = lambda x_LBT: None if x_LBT is None else x_LBT[:, 0, :T]
     return Inspection(
-        cfg, params, settings, tuple(pieces(tokenizer, tokens)), start, tokens_T,
+        cfg, params, settings, tuple(pieces(tokenizer, tokens, start)), start, tokens_T,
         logits_1TV[0, :T], *map(own, found),
     )  # fmt: skip
 
@@ -220,12 +220,13 @@ def repeated_tokens(vocab_size: int, length: int = 48, seed: int = 0) -> list[in
     return [*once.tolist(), *once.tolist()]
 
 
-def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> Iterator[bytes]:
-    """What each token writes. A decoder may treat the first one differently, so each is decoded
-    after another.
+def pieces(tokenizer: Tokenizer, tokens: Sequence[int], start: int = 0) -> Iterator[bytes]:
+    """What each token writes. A decoder may treat the first one differently, which is that after
+    `start` others, so all behind it are decoded after another.
     """
-    yield tokenizer.decode_bytes(tokens[:1])
-    for before, token in itertools.pairwise(tokens):
+    for token in tokens[: start + 1]:
+        yield tokenizer.decode_bytes([token])
+    for before, token in itertools.pairwise(tokens[start:]):
         yield tokenizer.decode_bytes([before, token])[len(tokenizer.decode_bytes([before])) :]
 
 

@@ -156,6 +156,22 @@ def test_a_comparison_with_another_tokenizer_adds_up(lm, tmp_path):
         inspect.compare(first, lm.inspect(TEXT + "!"))
 
 
+def test_a_tokenizer_that_begins_texts_with_a_blank_writes_them_without_it():
+    """As SentencePiece's does: the blank before the first word is no part of the text."""
+    import tokenizers as library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    from jaxgpt.data.engines import HuggingFace
+
+    words = {"<s>": 0, "▁one": 1, "▁two": 2}
+    engine = library.Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    engine.pre_tokenizer = pre_tokenizers.Metaspace()
+    engine.decoder = decoders.Metaspace()
+    engine.add_special_tokens(["<s>"])
+    found = inspect.pieces(HuggingFace(engine, "<s>"), [0, 1, 2, 1], start=1)
+    assert [*found] == [b"<s>", b"one", b" two", b" one"]
+
+
 def test_induction_is_attention_to_what_followed_before():
     tokens_T = np.array([5, 6, 7, 5, 6])  # token 3 stood at 0, token 4 at 1
     attention_TS = np.zeros((5, 5))

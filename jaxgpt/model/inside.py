@@ -51,10 +51,10 @@ def look(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Inside:
         elif isinstance(module, MoE):
             _, seen["expert"], seen["gate"] = route(cfg, args[0], seen["MoE/router"], args[1])
         elif isinstance(module, gpt.Block):
-            (after_BTD, cache), _ = out
+            after_BTD, (_, slots) = out
             kept = {name: seen.get(name) for name in ("q", "k", "expert", "gate")}
-            # What a block returns beside the stream is stacked over the layers.
-            return (after_BTD, cache), {**kept, "before": args[0][0], "after": after_BTD}
+            # What a block returns in the place of its router's statistics is stacked over layers.
+            return after_BTD, ({**kept, "before": args[0], "after": after_BTD}, slots)
         return out
 
     with nn.intercept_methods(watch):
