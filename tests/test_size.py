@@ -15,7 +15,7 @@ BUDGET = {
     "checkpoint.py": 260,
     "config": 1140,
     "convert": 2810,
-    "data": 3390,
+    "data": 3380,
     "episodes.py": 130,
     "evals": 940,
     "files.py": 30,
