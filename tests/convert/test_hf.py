@@ -254,7 +254,7 @@ def test_settings_of_transformers_4_are_read(llama):
         ("llama", {"attention_bias": True}, "attention_bias=True, mlp_bias=False"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn"),
+        ("llama", {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}, "_type='axial"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
