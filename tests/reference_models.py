@@ -49,6 +49,60 @@ CONFIGS = {
     "mixtral": lambda t: t.MixtralConfig(**SHAPE, num_local_experts=5),
 }  # fmt: skip
 
+NEOX = {key: value for key, value in SHAPE.items() if key != "num_key_value_heads"}
+YARN = dict(rope_type="yarn", rope_theta=1000.0, factor=3.0, original_max_position_embeddings=32)
+PLAIN = dict(pad_token_id=None)  # else its embedding is zero
+# Three settings each of the families that are Llama or GPT-2 with something else in them.
+CONFIGS |= {
+    "llama-attention-biases": lambda t: t.LlamaConfig(**SHAPE, attention_bias=True),
+    "llama-mlp-biases": lambda t: t.LlamaConfig(**SHAPE, mlp_bias=True),
+    "granite": lambda t: t.GraniteConfig(
+        **SHAPE, embedding_multiplier=3.0, logits_scaling=2.5, residual_multiplier=0.4,
+        attention_multiplier=0.3,
+    ),
+    "granite-tied": lambda t: t.GraniteConfig(
+        **SHAPE, tie_word_embeddings=True, logits_scaling=0.5, attention_bias=True
+    ),
+    "granite-yarn": lambda t: t.GraniteConfig(
+        **SHAPE, residual_multiplier=0.7, rope_parameters=YARN
+    ),
+    "smollm3": lambda t: t.SmolLM3Config(**SHAPE, **PLAIN, no_rope_layer_interval=2),
+    "smollm3-deep": lambda t: t.SmolLM3Config(
+        **SHAPE | {"num_hidden_layers": 5}, **PLAIN, tie_word_embeddings=False
+    ),
+    "smollm3-everywhere": lambda t: t.SmolLM3Config(
+        **SHAPE, **PLAIN, no_rope_layers=[1, 1], attention_bias=True
+    ),
+    "gemma": lambda t: t.GemmaConfig(**SHAPE, **PLAIN, head_dim=8),
+    "gemma-wide": lambda t: t.GemmaConfig(
+        **SHAPE | {"num_key_value_heads": 1}, **PLAIN, head_dim=10
+    ),
+    "gemma-untied": lambda t: t.GemmaConfig(
+        **SHAPE, **PLAIN, head_dim=6, tie_word_embeddings=False, rope_parameters=YARN
+    ),
+    "olmo2": lambda t: t.Olmo2Config(**SHAPE, **PLAIN),
+    "olmo2-tied": lambda t: t.Olmo2Config(**SHAPE, **PLAIN, tie_word_embeddings=True),
+    "olmo2-one": lambda t: t.Olmo2Config(
+        **SHAPE | {"num_key_value_heads": 1}, **PLAIN, rope_parameters=LLAMA3
+    ),
+    "gpt_neox": lambda t: t.GPTNeoXConfig(
+        **NEOX | {"hidden_size": 32},
+        rope_parameters=dict(rope_type="default", rope_theta=1e3, partial_rotary_factor=0.5),
+    ),
+    "gpt_neox-serial": lambda t: t.GPTNeoXConfig(
+        **NEOX, use_parallel_residual=False,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=1.0),
+    ),
+    "gpt_neox-quarter": lambda t: t.GPTNeoXConfig(
+        **NEOX | {"hidden_size": 64}, tie_word_embeddings=True
+    ),
+    "starcoder2": lambda t: t.Starcoder2Config(**SHAPE),
+    "starcoder2-window": lambda t: t.Starcoder2Config(**SHAPE, sliding_window=7),
+    "starcoder2-untied": lambda t: t.Starcoder2Config(
+        **SHAPE, tie_word_embeddings=False, hidden_act="gelu"
+    ),
+}  # fmt: skip
+
 
 def build(name: str) -> Any:
     """The model with every parameter random: fresh norms and biases would hide mistakes."""
@@ -64,7 +118,9 @@ def randomize(model: Any) -> Any:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise + ("norm" in key or "ln_" in key) * key.endswith("weight"))
+            around_one = ("norm" in key or "ln_" in key) and key.endswith("weight")
+            around_one = around_one and model.config.model_type != "gemma"  # whose norms add it
+            parameter.copy_(noise + around_one)
     return model
 
 

@@ -68,8 +68,24 @@ class ModelConfig:
     """Normalisation before attention, MLP and head."""
     norm_eps: float = 1e-5
     """Added to the variance."""
+    norm_offset: float = 0.0
+    """Added to the scale of RMSNorm (Gemma: 1)."""
+    norm_place: Literal["before", "after"] = "before"
+    """before: x + f(norm(x)); after: x + norm(f(x)) (OLMo 2)."""
     qk_norm: bool = False
     """RMS-normalise every query and key head (Qwen3)."""
+    qk_norm_over: Literal["head", "width"] = "head"
+    """qk_norm: every head by itself, or all heads of a token together (OLMo 2)."""
+    parallel_residual: bool = False
+    """x + attention(norm(x)) + mlp(norm(x)) in place of one after the other (GPT-NeoX)."""
+    embedding_scale: float = 1.0
+    """What embeddings are multiplied by (Gemma, Granite)."""
+    residual_scale: float = 1.0
+    """What attention and MLP are multiplied by before they are added (Granite)."""
+    attention_scale: float | None = None
+    """What products of queries and keys are multiplied by; null: 1 / sqrt(head_dim)."""
+    logit_divisor: float = 1.0
+    """What the scores are divided by (Granite)."""
     position: Literal["learned", "rope"] = "learned"
     """Learned absolute positions, or rotary ones."""
     sliding_window: int | None = None
@@ -80,8 +96,11 @@ class ModelConfig:
     """Context extension; null: none."""
     rope_share: float = 1.0
     """Share of each head that is rotated, from its beginning; the rest stays."""
-    bias: Literal["none", "qkv", "all"] = "none"
-    """Biases nowhere, on query/key/value (Qwen2), or on every linear layer and norm (GPT-2)."""
+    rope_skip: int = 0
+    """Every n-th layer has no positions (SmolLM3: 4); 0: none is left out."""
+    bias: Literal["none", "qkv", "attention", "mlp", "all"] = "none"
+    """Linear layers with biases: none, query, key and value (Qwen2), all of attention, those of the
+    MLP, or all of them and LayerNorm (GPT-2)."""
     tie_embeddings: bool = True
     """The output head is the embedding table."""
     dropout: float = 0.0
@@ -114,7 +133,7 @@ class ModelConfig:
         at_least(
             "model", self, context_length=1, num_layers=1, model_dim=1, num_heads=1,
             num_kv_heads=1, head_dim=1, mlp_dim=1, vocab_size=0, num_experts=0, expert_capacity=0,
-            shared_mlp_dim=0, adapter_dim=0, norm_eps=0, sliding_window=1,
+            shared_mlp_dim=0, adapter_dim=0, norm_eps=0, sliding_window=1, rope_skip=0,
         )  # fmt: skip
         if self.head_dim is None:
             require(
@@ -126,6 +145,9 @@ class ModelConfig:
             f"must divide model.num_heads={self.num_heads}",
         )  # fmt: skip
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+        for name in ("embedding_scale", "residual_scale", "attention_scale", "logit_divisor"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"model.{name}", value, "must be above 0")
         require(0 < self.rope_share <= 1, "model.rope_share", self.rope_share, "must be in (0, 1]")
         require(
             self.position != "rope" or self.rotary_width % 2 == 0, "model.head_dim",

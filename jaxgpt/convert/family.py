@@ -1,7 +1,7 @@
 """What a family of models is, and its config.json as ModelConfig and back."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ LARGEST = 2**31 - 1
 
 ACTIVATIONS = {  # ours -> theirs, the first of which is written
     "gelu": ("gelu",),
-    "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+    "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
     "silu": ("silu", "swish"),
 }
 # Settings that change the function in ways the model does not have, with the value that does not.
@@ -72,7 +72,11 @@ class Family:
         default_factory=dict
     )  # of settings that `settings` does not hold
     inert: tuple[str, ...] = ()  # as INERT, for this family
-    partial_rope: bool = False  # whether a share of each head may stay unrotated
+    rope_share: float | None = None  # rotated share of a head, if unsaid; None: it is always whole
+    activations: dict[str, str] = field(default_factory=dict)  # a name that means another one
+    written: dict[str, str] = field(default_factory=dict)  # our activation -> theirs, if another
+    derived: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    """Fields of ModelConfig that follow from config.json and the other fields."""
     buffers: str = r"rotary_emb\.inv_freq$"  # tensors that are no parameters
 
 
@@ -97,7 +101,9 @@ def read(family: Family, theirs: Mapping[str, Any]) -> ModelConfig:
     if family.biases:
         ours["bias"] = _bias(family, theirs)
     if family.rope_base is not None:
-        ours |= rope.read(theirs, family.rope_base, family.partial_rope, ours["context_length"])
+        ours |= rope.read(theirs, family.rope_base, family.rope_share, ours["context_length"])
+    if family.derived is not None:
+        ours |= family.derived(theirs, ours)
     return ModelConfig(**ours)
 
 
@@ -118,14 +124,14 @@ def write(family: Family, cfg: ModelConfig) -> dict[str, Any]:
     theirs: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        family.activation: ACTIVATIONS[cfg.activation][0],
+        family.activation: family.written.get(cfg.activation, ACTIVATIONS[cfg.activation][0]),
     }
     theirs |= {key: getattr(resolved, name) for name, key, _ in family.settings}
     for key in sorted(set().union(*family.biases.values())):
         theirs[key] = key in family.biases.get(cfg.bias, ())
     theirs |= family.neutral
     if family.rope_base is not None:
-        theirs |= rope.write(cfg, family.partial_rope)
+        theirs |= rope.write(cfg, family.rope_share is not None)
     return theirs
 
 
@@ -151,10 +157,11 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
     """The config with every derived value stated and every idle setting at its default."""
     stated: dict[str, Any] = {
         "num_kv_heads": cfg.kv_heads, "head_dim": cfg.head_width, "mlp_dim": cfg.mlp_width,
+        "attention_scale": cfg.attention_scale or cfg.head_width**-0.5,
     }  # fmt: skip
-    idle = []
+    idle = [] if cfg.qk_norm else ["qk_norm_over"]
     if cfg.position != "rope":
-        idle += ["rope_base", "rope_scaling", "rope_share"]
+        idle += ["rope_base", "rope_scaling", "rope_share", "rope_skip"]
     if not cfg.num_experts:
         idle += ["experts_per_token", "normalize_expert_weights", "expert_capacity", "balance"]
     elif cfg.balance == "none":
@@ -182,7 +189,9 @@ def _typed(name: str, key: str, value: Any) -> Any:
     default = getattr(ModelConfig(), name)
     if value is None and default is None:
         return None
-    if isinstance(default, bool):
+    if name == "attention_scale":
+        value = number(key, value)
+    elif isinstance(default, bool):
         if not isinstance(value, bool):
             refuse(key, value, "must be true or false")
     elif isinstance(default, float):
@@ -194,6 +203,7 @@ def _typed(name: str, key: str, value: Any) -> Any:
 
 def _activation(family: Family, theirs: Mapping[str, Any]) -> str:
     value = theirs.get(family.activation, ACTIVATIONS[family.fixed["activation"]][0])
+    value = family.activations.get(value, value) if isinstance(value, str) else value
     for ours, names in ACTIVATIONS.items():
         if value in names:
             return ours

@@ -56,6 +56,7 @@ GPT2 = Family(
         ("tie_embeddings", "tie_word_embeddings", True),
     ),
     activation="activation_function",
+    written={"gelu_tanh": "gelu_new"},
     table=TABLE,
     renamed={
         "hidden_size": "n_embd",

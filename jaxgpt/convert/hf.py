@@ -20,13 +20,19 @@ from jaxgpt.convert import family as families
 from jaxgpt.convert import table, tensors
 from jaxgpt.convert import tokenizer_files as side_files
 from jaxgpt.convert.family import Family
+from jaxgpt.convert.gemma import GEMMA
 from jaxgpt.convert.gpt2 import GPT2
-from jaxgpt.convert.llama import LLAMA, MISTRAL
+from jaxgpt.convert.llama import GRANITE, LLAMA, MISTRAL, SMOLLM3
 from jaxgpt.convert.mixtral import MIXTRAL
+from jaxgpt.convert.neox import NEOX, STARCODER2
+from jaxgpt.convert.olmo import OLMO2
 from jaxgpt.convert.qwen3 import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from jaxgpt.types import Params
 
-FAMILIES = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, MIXTRAL)
+FAMILIES = (
+    GPT2, LLAMA, MISTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, MIXTRAL, GRANITE, SMOLLM3, GEMMA,
+    OLMO2, NEOX, STARCODER2,
+)  # fmt: skip
 PRODUCER = {"exported_by": "jaxgpt"}  # in config.json: this directory is ours to replace
 
 
@@ -83,7 +89,7 @@ def save(
     kinds = {dtype_of(leaf).name for leaf in tree.flatten(params).values()}
     if special_ids is None:
         special_ids = side_files.special_ids(dict(tokenizer_files or {}))
-    ids = {"bos_token_id": None, "eos_token_id": None, **special_ids}
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special_ids}
     settings |= {"dtype": "float32" if len(kinds) > 1 else kinds.pop(), **ids, **PRODUCER}
     files = {
         "config.json": _json(settings),

@@ -1,6 +1,11 @@
-"""Llama, SmolLM2 and Mistral: RMSNorm, rotary positions, grouped queries, SwiGLU."""
+"""Llama, SmolLM2 and 3, Mistral, Granite: RMSNorm, rotary positions, grouped queries, SwiGLU."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from jaxgpt.convert.family import REQUIRED, Family
+from jaxgpt.convert.rope import refuse
 
 LAYER = "model.layers.{layer}."
 
@@ -76,7 +81,56 @@ LLAMA = Family(
     activation="hidden_act",
     table=ENDS + ATTENTION + QKV_BIAS + GATED_MLP + OTHER_BIAS,
     rope_base=10000.0,
-    biases={"none": (), "all": ("attention_bias", "mlp_bias")},
+    biases={
+        "none": (),
+        "attention": ("attention_bias",),
+        "mlp": ("mlp_bias",),
+        "all": ("attention_bias", "mlp_bias"),
+    },
+)
+
+# Llama with four multipliers.
+GRANITE = dataclasses.replace(
+    LLAMA,
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    settings=(
+        *(setting for setting in LLAMA.settings if setting[0] != "head_dim"),
+        ("embedding_scale", "embedding_multiplier", 1.0),
+        ("residual_scale", "residual_multiplier", 1.0),
+        ("attention_scale", "attention_multiplier", 1.0),
+        ("logit_divisor", "logits_scaling", 1.0),
+    ),
+)
+
+
+def _smollm3(theirs: Mapping[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """no_rope_layers has a 0 for every layer without positions; transformers reads it first."""
+    listed, layers = theirs.get("no_rope_layers"), range(1, ours["num_layers"] + 1)
+    every = lambda skip: [int(layer % skip != 0) for layer in layers]
+    if listed is None or listed == every(ours["rope_skip"]):
+        return {}
+    if listed == [1] * len(layers):
+        return {"rope_skip": 0}
+    refuse("no_rope_layers", listed, "must leave out every n-th layer, by no_rope_layer_interval")
+
+
+SMOLLM3 = dataclasses.replace(
+    LLAMA,
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    settings=(
+        *(setting for setting in SETTINGS if setting[0] != "tie_embeddings"),
+        ("tie_embeddings", "tie_word_embeddings", True),
+        ("num_kv_heads", "num_key_value_heads", 4),
+        ("head_dim", "head_dim", None),
+        ("mlp_dim", "intermediate_size", REQUIRED),
+        ("rope_skip", "no_rope_layer_interval", 4),
+    ),
+    rope_base=2e6,
+    neutral={"use_sliding_window": False},
+    inert=("sliding_window", "max_window_layers", "no_rope_layers"),
+    derived=_smollm3,
 )
 
 # Without a window it is written as Llama, which computes the same.

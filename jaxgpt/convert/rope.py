@@ -28,14 +28,16 @@ KINDS = {
 }
 
 
-def read(theirs: Mapping[str, Any], base: float, partial: bool, context: int) -> dict[str, Any]:
+def read(
+    theirs: Mapping[str, Any], base: float, share: float | None, context: int
+) -> dict[str, Any]:
     """The fields of ModelConfig about RoPE.
 
     transformers 5 has rope_parameters; before, rope_theta stood beside rope_scaling.
 
     Args:
         base: theta where nothing states it.
-        partial: whether the family can leave a share of each head unrotated.
+        share: of each head that is rotated where nothing states it; None: always the whole.
         context: max_position_embeddings.
 
     Raises:
@@ -47,9 +49,9 @@ def read(theirs: Mapping[str, Any], base: float, partial: bool, context: int) ->
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
             refuse(key, rope, "must be one table of settings, for all layers")
         if rope:
-            found.append(_Table(theirs, rope, key, context).fields(base, partial))
+            found.append(_Table(theirs, rope, key, context).fields(base, share))
     if not found:
-        return _Table(theirs, {}, TABLES[1], context).fields(base, partial)
+        return _Table(theirs, {}, TABLES[1], context).fields(base, share)
     if found[0] != found[-1]:
         old, new = (theirs[key] for key in TABLES)
         refuse(
@@ -98,11 +100,11 @@ class _Table:
     def __init__(self, theirs: Mapping[str, Any], rope: Mapping[str, Any], key: str, context: int):
         self.theirs, self.rope, self.key, self.context = theirs, rope, key, context
 
-    def fields(self, base: float, partial: bool) -> dict[str, Any]:
+    def fields(self, base: float, usual: float | None) -> dict[str, Any]:
         base = self.rope.get("rope_theta", self.theirs.get("rope_theta", base))
         share = self.rope.get("partial_rotary_factor", self.theirs.get("partial_rotary_factor"))
-        share = 1.0 if share is None else number("partial_rotary_factor", share)
-        if share != 1 and not partial:
+        share = (usual or 1.0) if share is None else number("partial_rotary_factor", share)
+        if share != 1 and usual is None:
             refuse(f"{self.key}.partial_rotary_factor", share, "must be 1 for this model_type")
         kind = self.rope.get("rope_type", self.rope.get("type", "default"))
         found = {"rope_base": number("rope_theta", base), "rope_share": share}

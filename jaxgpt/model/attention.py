@@ -82,24 +82,33 @@ class Attention(nn.Module):
         k_BTKH = self._heads("key", cfg.kv_heads, x_BTD)
         v_BTKH = self._heads("value", cfg.kv_heads, x_BTD)
         if cfg.qk_norm:
-            q_BTNH = RMSNorm(cfg.norm_eps, cfg.dtype, name="query_norm")(q_BTNH)
-            k_BTKH = RMSNorm(cfg.norm_eps, cfg.dtype, name="key_norm")(k_BTKH)
+            q_BTNH, k_BTKH = self._norm("query_norm", q_BTNH), self._norm("key_norm", k_BTKH)
         if inputs.rope is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, inputs.rope), rotate(k_BTKH, inputs.rope)
+        if cfg.attention_scale is not None:  # the kernels divide by sqrt(H)
+            q_BTNH = q_BTNH * (cfg.attention_scale * cfg.head_width**0.5)
         # Rotation and norms ran in float32; the products of attention run in the compute type.
         q_BTNH, k_BTKH, v_BTKH = (a.astype(cfg.dtype) for a in (q_BTNH, k_BTKH, v_BTKH))
 
         out_BTNH, slots = _attend(cfg, q_BTNH, k_BTKH, v_BTKH, inputs, slots)
         out_BTF = kernels.by_columns(out_BTNH.reshape(*x_BTD.shape[:2], -1))
-        output = Linear(
-            cfg.model_dim, cfg.bias == "all", cfg.dtype, residual_std(cfg), name="output"
-        )
+        biased = cfg.bias in ("attention", "all")
+        output = Linear(cfg.model_dim, biased, cfg.dtype, residual_std(cfg), name="output")
         return output(out_BTF), slots
 
     def _heads(self, name: str, count: int, x_BTD: Array) -> Array:
         width = self.cfg.head_width
-        linear = Linear(count * width, self.cfg.bias != "none", self.cfg.dtype, name=name)
+        biased = self.cfg.bias in ("qkv", "attention", "all")
+        linear = Linear(count * width, biased, self.cfg.dtype, name=name)
         return kernels.by_columns(linear(x_BTD)).reshape(*x_BTD.shape[:2], count, width)
+
+    def _norm(self, name: str, x_BTNH: Array) -> Array:
+        """Every head by itself, or all heads of a token as one vector (OLMo 2)."""
+        cfg = self.cfg
+        norm = RMSNorm(cfg.norm_eps, cfg.dtype, cfg.norm_offset, name=name)
+        if cfg.qk_norm_over == "head":
+            return norm(x_BTNH)
+        return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
 
 
 def _attend(

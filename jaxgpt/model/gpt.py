@@ -34,7 +34,10 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), on a float32 residual stream."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), on a float32 residual stream.
+
+    ModelConfig's norm_place and parallel_residual change the order.
+    """
 
     cfg: ModelConfig
 
@@ -50,24 +53,46 @@ class Block(nn.Module):
 
         # The stream itself is never normalised (pre-norm): the sum of all layers' contributions
         # reaches the head, and gradients reach the embedding, without passing through a norm.
-        normed_BTD = make_norm(cfg, "attention_norm")(x_BTD)
-        attended_BTD, slots = Attention(cfg, name="attention")(normed_BTD, inputs, slots)
+        before = cfg.norm_place == "before"
+        read_BTD = make_norm(cfg, "attention_norm")(x_BTD) if before else x_BTD
+        inputs = _positioned(cfg, inputs, layer)
+        attended_BTD, slots = Attention(cfg, name="attention")(read_BTD, inputs, slots)
         if cfg.adapter_dim and not cfg.adapter_parallel:
             attended_BTD += Adapter(cfg, name="attention_adapter")(attended_BTD)
         # Dropout numbers its places in the network: 0 the embedding, then two for each layer.
-        x_BTD = by_rows(x_BTD + dropout(attended_BTD, inputs.rng_B, 2 * layer + 1, cfg.dropout))
+        added_BTD = _added(cfg, "attention_norm", attended_BTD, inputs.rng_B, 2 * layer + 1)
+        begin_BTD, x_BTD = x_BTD, by_rows(x_BTD + added_BTD)
 
-        normed_BTD = make_norm(cfg, "mlp_norm")(x_BTD)
+        read_BTD = begin_BTD if cfg.parallel_residual else x_BTD
+        read_BTD = make_norm(cfg, "mlp_norm")(read_BTD) if before else read_BTD
         if cfg.num_experts:
-            mixed_BTD, stats = MoE(cfg, name="moe")(normed_BTD, bias_E, inputs.segments_BT)
+            mixed_BTD, stats = MoE(cfg, name="moe")(read_BTD, bias_E, inputs.segments_BT)
         else:
             mlp = GatedMlp if cfg.mlp == "gated" else Mlp
-            mixed_BTD, stats = mlp(cfg, name="mlp")(normed_BTD), None
+            mixed_BTD, stats = mlp(cfg, name="mlp")(read_BTD), None
         if cfg.adapter_dim:
-            seen_BTD = normed_BTD if cfg.adapter_parallel else mixed_BTD
+            seen_BTD = read_BTD if cfg.adapter_parallel else mixed_BTD
             mixed_BTD += Adapter(cfg, name="mlp_adapter")(seen_BTD)
-        x_BTD = by_rows(x_BTD + dropout(mixed_BTD, inputs.rng_B, 2 * layer + 2, cfg.dropout))
-        return x_BTD, (stats, slots)
+        added_BTD = _added(cfg, "mlp_norm", mixed_BTD, inputs.rng_B, 2 * layer + 2)
+        return by_rows(x_BTD + added_BTD), (stats, slots)
+
+
+def _positioned(cfg: ModelConfig, inputs: BlockInputs, layer: Array | int) -> BlockInputs:
+    """The inputs of one layer: those without positions rotate by nothing (SmolLM3)."""
+    if not cfg.rope_skip or inputs.rope is None:
+        return inputs
+    (cos, sin), still = inputs.rope, (layer + 1) % cfg.rope_skip == 0
+    return inputs._replace(rope=(jnp.where(still, 1, cos), jnp.where(still, 0, sin)))
+
+
+def _added(
+    cfg: ModelConfig, norm: str, out_BTD: Array, rng_B: Array | None, site: Array | int
+) -> Array:
+    """What half a block adds to the residual stream, of what it computed."""
+    if cfg.norm_place == "after":
+        out_BTD = make_norm(cfg, norm)(out_BTD)
+    out_BTD = dropout(out_BTD, rng_B, site, cfg.dropout)
+    return out_BTD if cfg.residual_scale == 1 else out_BTD * cfg.residual_scale
 
 
 class Table(nn.Module):
@@ -112,6 +137,8 @@ class GPT(nn.Module):
         positions_BT = index_BT if positions_BT is None else positions_BT
 
         x_BTD = Table(cfg.vocab_size, cfg.model_dim, name="embed")(tokens_BT)
+        if cfg.embedding_scale != 1:
+            x_BTD = x_BTD * cfg.embedding_scale
         if cfg.position == "learned":
             x_BTD += Table(cfg.context_length, cfg.model_dim, name="positions")(positions_BT)
         x_BTD = by_rows(dropout(x_BTD, rng_B, 0, cfg.dropout))
@@ -139,6 +166,8 @@ class GPT(nn.Module):
             # `logits` reads this kernel; calling it on one token is how Linen makes it exist.
             Linear(cfg.vocab_size, False, cfg.dtype, name="head")(x_BTD[:1, :1])
         hidden_BTD = make_norm(cfg, "final_norm")(x_BTD)
+        if cfg.logit_divisor != 1:  # here, since the heads know no config
+            hidden_BTD = hidden_BTD / cfg.logit_divisor
         if cache is not None and slots is not None:
             keys, values = zip(*slots, strict=True)
             cache = cache.grown(keys, values, tokens_BT.shape[1])

@@ -64,21 +64,25 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale (arXiv:1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * (scale + offset) (arXiv:1910.07467)."""
 
     eps: float
     dtype: str
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        first = nn.initializers.constant(1 - self.offset)
+        scale_D = self.param("scale", first, (x.shape[-1],))
+        if self.offset:
+            scale_D = scale_D + self.offset
         return kernels.rms_norm(x, scale_D, self.eps, self.dtype)
 
 
 def make_norm(cfg: ModelConfig, name: str) -> nn.Module:
     """The norm that the config asks for."""
     if cfg.norm == "rmsnorm":
-        return RMSNorm(cfg.norm_eps, cfg.dtype, name=name)
+        return RMSNorm(cfg.norm_eps, cfg.dtype, cfg.norm_offset, name=name)
     return LayerNorm(cfg.norm_eps, cfg.bias == "all", cfg.dtype, name=name)
 
 

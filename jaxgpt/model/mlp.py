@@ -22,7 +22,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
-        linear = partial(Linear, use_bias=self.cfg.bias == "all", dtype=self.cfg.dtype)
+        linear = partial(Linear, use_bias=self.cfg.bias in ("mlp", "all"), dtype=self.cfg.dtype)
         hidden_BTF = activate(self.cfg, linear(self.cfg.mlp_width, name="up")(x_BTD))
         return linear(self.cfg.model_dim, std=residual_std(self.cfg), name="down")(hidden_BTF)
 
@@ -34,7 +34,7 @@ class GatedMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
-        linear = partial(Linear, use_bias=self.cfg.bias == "all", dtype=self.cfg.dtype)
+        linear = partial(Linear, use_bias=self.cfg.bias in ("mlp", "all"), dtype=self.cfg.dtype)
         gate_BTF = activate(self.cfg, linear(self.cfg.mlp_width, name="gate")(x_BTD))
         up_BTF = linear(self.cfg.mlp_width, name="up")(x_BTD)
         down = linear(self.cfg.model_dim, std=residual_std(self.cfg), name="down")

@@ -12,7 +12,10 @@ from jaxgpt.convert import family as families
 from jaxgpt.convert import hf
 from jaxgpt.model import gpt
 
-NAMES = ["gpt2", "llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral"]
+NAMES = [
+    "gpt2", "llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral", "granite",
+    "smollm3", "gemma", "olmo2", "gpt_neox", "starcoder2",
+]  # fmt: skip
 # transformers reads these too, though none of its own files states them.
 UNSTATED = {
     "is_causal": True, "attention_chunk_size": None, "partial_rotary_factor": 1.0,
