@@ -1,4 +1,7 @@
-"""Optimizers: AdamW and Muon with warm-up schedules, clipping and decay by parameter path."""
+"""Optimizers: AdamW and Muon with warm-up schedules, clipping and decay by parameter path.
+
+Notes: chapter 7.
+"""
 
 import dataclasses
 import math

@@ -25,7 +25,7 @@ def group_advantages(rewards_GP: ArrayLike, baseline: str) -> Array:
     others  r - mean of the other answers, RLOO (arXiv:2402.14740)
     batch   (r - mean) / std over the answers to all prompts, REINFORCE++ (arXiv:2501.03262)
 
-    Answers that are all equally good have advantage zero exactly.
+    Answers that are all equally good have advantage zero exactly. Notes: chapter 17.
     """
     rewards_GP = jnp.asarray(rewards_GP, jnp.float32)
     P = rewards_GP.shape[1]
@@ -55,7 +55,7 @@ def gae(
 
     delta_t = r_t + gamma V_next - V_t;  A_t = delta_t + gamma lam A_next, where next is the next
     token of the mask: what lies between, such as a tool's answer, takes no time. After the last one
-    comes nothing, of value zero.
+    comes nothing, of value zero. Notes: chapter 15.
     """
     rewards_BT, values_BT = (jnp.asarray(x, jnp.float32) for x in (rewards_BT, values_BT))
     real_BT = jnp.asarray(mask_BT) > 0
@@ -75,7 +75,10 @@ def gae(
 
 
 def whiten(x_BT: Array, mask_BT: ArrayLike) -> Array:
-    """(x - mean) / std over the tokens of the mask, zero elsewhere and where there is only one."""
+    """(x - mean) / std over the tokens of the mask, zero elsewhere and where there is only one.
+
+    Notes: chapter 15.
+    """
     mask_BT = jnp.asarray(mask_BT, jnp.float32)
     count = jnp.maximum(mask_BT.sum(), 1.0)
     centred_BT = (x_BT - (x_BT * mask_BT).sum() / count) * mask_BT
@@ -95,6 +98,8 @@ def clipped_policy_loss(
 
     Args:
         change_BT: log p now minus log p when the token was drawn; the ratio is its exponential.
+
+    Notes: chapter 15.
     """
     # exp(20) is far beyond any clip; the bound keeps a lost token from becoming inf * 0.
     ratio_BT = jnp.exp(jnp.clip(change_BT, -20.0, 20.0))
@@ -106,7 +111,10 @@ def clipped_policy_loss(
 def clipped_value_loss(
     values_BT: Array, old_BT: Array, returns_BT: Array, clip: float
 ) -> tuple[Array, Array]:
-    """The larger of half the squared errors of V and of V kept within `clip` of the old value."""
+    """The larger of half the squared errors of V and of V kept within `clip` of the old value.
+
+    Notes: chapter 15.
+    """
     kept_BT = old_BT + jnp.clip(values_BT - old_BT, -clip, clip)
     free_BT, bound_BT = (0.5 * jnp.square(v - returns_BT) for v in (values_BT, kept_BT))
     # Where V has moved less, the two differ by rounding alone.
@@ -121,6 +129,8 @@ def kl(logprobs_BT: Array, reference_BT: Array, kind: str) -> Array:
     k1  d, unbiased, of either sign
     k2  d^2 / 2
     k3  exp(-d) - 1 + d, unbiased, never negative; d is clamped, for its exponential may overflow
+
+    Notes: chapter 15.
     """
     d_BT = logprobs_BT.astype(jnp.float32) - reference_BT.astype(jnp.float32)
     if kind == "k1":
@@ -140,6 +150,8 @@ def token_weights(mask_BT: Array, normalize: str, max_tokens: int) -> tuple[Arra
     tokens     all tokens alike (DAPO, arXiv:2503.14476)
     sequences  all answers alike, so that a token of a long one counts less (GRPO as published)
     constant   all tokens alike, divided by max_tokens for every answer (Dr. GRPO)
+
+    Notes: chapter 17.
     """
     mask_BT = jnp.asarray(mask_BT, jnp.float32)
     length_B = mask_BT.sum(-1)
@@ -155,7 +167,10 @@ def token_weights(mask_BT: Array, normalize: str, max_tokens: int) -> tuple[Arra
 
 
 def explained_variance(values_BT: ArrayLike, returns_BT: ArrayLike, mask_BT: ArrayLike) -> Array:
-    """1 - Var(return - value) / Var(return): 1 if values tell all, 0 if no more than a constant."""
+    """1 - Var(return - value) / Var(return): 1 if values tell all, 0 if no more than a constant.
+
+    Notes: chapter 15.
+    """
     values_BT, returns_BT, mask_BT = map(jnp.asarray, (values_BT, returns_BT, mask_BT))
     count = jnp.maximum(mask_BT.sum(), 1.0)
 

@@ -5,6 +5,8 @@ the parameter tree holds; no layer knows of quantisation or adapters. Every leaf
 axes (layers, experts), which the scan over layers takes off as it does an array's.
 
 Axes of this file: C slots of one expert; R the rank of an adapter, or rows sorted by expert.
+
+Notes: chapter 19.
 """
 
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""The network: one GPT whose families are settings of `ModelConfig`."""
+"""The network: one GPT whose families are settings of `ModelConfig`. Notes: chapters 3 to 5."""

@@ -1,4 +1,4 @@
-"""Causal self-attention, and the key/value cache it reads and writes."""
+"""Causal self-attention, and the key/value cache it reads and writes. Notes: chapters 3 and 10."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple

@@ -5,6 +5,8 @@
 Each block adds to x_BTD, the residual stream, what attention and then the MLP make of a
 normalised copy of it. The last step, the product with the head, is a function of its own
 (`logits`): a loss that goes through the tokens in chunks never builds all scores.
+
+Notes: chapters 5 and 12.
 """
 
 from typing import Any, NamedTuple

@@ -5,6 +5,8 @@ is seen is what the layers themselves computed, adapters and quantised kernels i
 softmax of attention is written again, since fast kernels never build its weights.
 
 Axes of this file: A places between blocks (before the first, after each), J a token's experts.
+
+Notes: chapter 3.
 """
 
 from collections.abc import Callable

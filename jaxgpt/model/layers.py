@@ -1,4 +1,4 @@
-"""The small parts: linear layers, norms, rotary positions, dropout."""
+"""The small parts: linear layers, norms, rotary positions, dropout. Notes: chapters 2 and 5."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Feed-forward layers: plain, gated, and the bottleneck adapter."""
+"""Feed-forward layers: plain, gated, and the bottleneck adapter. Notes: chapter 4."""
 
 from functools import partial
 

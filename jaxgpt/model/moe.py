@@ -1,7 +1,7 @@
 """Mixture of experts: a float32 router sends every token to its top-k expert MLPs.
 
 Axes of this file: J choices of a token, Z choices of all tokens, C slots of one expert, R rows
-sorted by expert (kernels/grouped.py), S slots of all experts.
+sorted by expert (kernels/grouped.py), S slots of all experts. Notes: chapter 4.
 """
 
 import math

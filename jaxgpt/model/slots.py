@@ -4,7 +4,7 @@ A row's numbers never depend on the other rows. Attention reads the cache block 
 longest row, and a block that a row may not see changes nothing in it, to the bit: its weights are
 zero, and its largest score is no larger than the one before.
 
-Axes of this file: Q queries of one key head.
+Axes of this file: Q queries of one key head. Notes: chapter 10.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 `score_rows` reads whole rows. `score_continuations` reads a context once for all the texts that
 may follow it, and computes the head only where a continuation is predicted.
 
-Axes of this file: R continuations, each going on from one row of the cache.
+Axes of this file: R continuations, each going on from one row of the cache. Notes: chapter 11.
 """
 
 import itertools

@@ -1,6 +1,8 @@
 """Prefill, then decode in short scans: one compiled program per shape, streaming between scans.
 
 Axes of this file: W tokens that are written, R rows that are still being written.
+
+Notes: chapter 10.
 """
 
 from collections import deque

@@ -6,7 +6,7 @@ request, `read` reads a chunk of its prompt, `write` writes the next tokens of a
 prompt, its settings and its seed, never on its neighbours or its place in the batch.
 
 Axes of this file: N tokens written by one call; J likeliest tokens, or shifted ones; W words of 32
-bits; I bits of a word.
+bits; I bits of a word. Notes: chapter 10.
 """
 
 from functools import partial

@@ -2,6 +2,8 @@
 
 All find a threshold on the probabilities by bisection instead of sorting the vocabulary, which
 costs milliseconds per token. Tokens exactly as likely as the last one kept are kept too.
+
+Notes: chapter 10.
 """
 
 from collections.abc import Callable

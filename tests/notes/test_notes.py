@@ -1,10 +1,17 @@
 """The notes' builder; the chapters themselves are slow."""
 
+import ast
 import importlib
 import json
+import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from jaxgpt.data import chat
 
 pytest.importorskip("markdown_it")  # the extra `notes`
 pytest.importorskip("latex2mathml")
@@ -125,3 +132,78 @@ def test_links_and_quotes_of_all_chapters() -> None:
 
 def test_importing_the_package_does_not_need_the_extra() -> None:
     assert importlib.import_module("jaxgpt.notes")
+
+
+THREADED = ("losses", "policy_losses", "optim", "weights", "model", "sampling")
+
+
+def documented(name: str) -> list[tuple[str, str]]:
+    """Public functions and classes of a file or folder, with their docstrings and the module's."""
+    place = ROOT / "jaxgpt" / name
+    found = []
+    for file in sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]:
+        tree = ast.parse(file.read_text())
+        for node in tree.body:
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
+            if public:
+                text = f"{ast.get_docstring(node)}\n{ast.get_docstring(tree)}"
+                found.append((f"{file.stem}.{node.name}", text))
+    return found
+
+
+@pytest.mark.parametrize("name", THREADED)
+def test_every_public_function_names_its_chapter(name: str) -> None:
+    numbers = {path.name[:2] for path in CHAPTERS}
+    for function, text in documented(name):
+        named = re.findall(r"Notes: chapters? ([\d, and to]+)", text)
+        assert named, f"{function} names no chapter of the notes, nor does its module"
+        assert {n.zfill(2) for n in re.findall(r"\d+", " ".join(named))} <= numbers, function
+
+
+def test_there_is_a_chapter_for_every_building_block() -> None:
+    assert [path.name[:2] for path in CHAPTERS] == [f"{n:02}" for n in range(1, 23)]
+    for path in CHAPTERS:
+        text = path.read_text()
+        assert "$" in text, path.name
+        assert "```python figure" in text and "assert" in text, path.name
+        assert text.count("::: exercise") == 3 and "## Sources" in text, path.name
+        assert re.search(r"## .*([Ww]hat goes wrong|What breaks)|wrong", text), path.name
+
+
+def see_all(q_BTNH, k_BTKH, v_BTKH, *_args, **_kwargs):
+    """Attention that forgot its causal mask."""
+    groups = q_BTNH.shape[2] // k_BTKH.shape[2]
+    k_BSNH, v_BSNH = (jnp.repeat(x, groups, axis=2) for x in (k_BTKH, v_BTKH))
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / q_BTNH.shape[-1] ** 0.5
+    return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores_BNTS), v_BSNH)
+
+
+def learn_all(form, messages, **kwargs):
+    """A conversation whose every token is a target."""
+    made = ENCODE(form, messages, **kwargs)
+    return [example._replace(target_T=np.ones_like(example.target_T)) for example in made]
+
+
+ENCODE = chat.encode
+BROKEN = {
+    "03": ("jaxgpt.kernels.attention", see_all),
+    "07": ("jaxgpt.optim.learning_rate", lambda cfg, step, num_steps: cfg.learning_rate + 0 * step),
+    "10": ("jaxgpt.sampling.truncation._keep", lambda probs_BV, threshold_B: probs_BV),
+    "13": ("jaxgpt.data.chat.encode", learn_all),
+    "15": (
+        "jaxgpt.policy_losses.gae",
+        lambda rewards, values, mask, gamma, lam: jnp.asarray(rewards) - jnp.asarray(values),
+    ),
+    "16": ("jaxgpt.losses.dpo", lambda margin_B, beta, smoothing=0.0: -beta * margin_B),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", BROKEN)
+def test_chapter_fails_when_the_code_it_explains_is_broken(
+    number: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = (path for path in CHAPTERS if path.name.startswith(number))
+    monkeypatch.setattr(*BROKEN[number])
+    with pytest.raises(ValueError, match=rf"{path.name}, line \d+: AssertionError"):
+        chapter.run(chapter.read(path))
