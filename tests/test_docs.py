@@ -1,5 +1,6 @@
 """The documents hold what the code and the data files say."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -40,3 +41,11 @@ def test_named_files_exist(page: Path) -> None:
     )
     missing = sorted({name for name in named if not (ROOT / name).exists()})
     assert not missing, missing
+
+
+def test_answers_name_functions_that_exist() -> None:
+    named = re.findall(r"`(jaxgpt(?:\.\w+)+)`", (ROOT / "docs" / "questions.md").read_text())
+    assert len(named) > 10
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
