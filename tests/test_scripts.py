@@ -57,7 +57,7 @@ BAD = {
     "small vocabulary": ((*GOOD, "--model.vocab_size", "50"), ["model.vocab_size=50"]),
     "another vocabulary": (("--data.path", "large.bin"), ["large.bin", "token"]),
     "batch on a mesh": ((*GOOD, "--train.batch_size", "12"), ["train.batch_size=12"]),
-    "mesh": ((*GOOD, "--mesh.data", "3"), ["mesh", "8 devices"]),
+    "mesh": ((*GOOD, "--mesh.data", "3"), ["mesh=data 3", "here are 8", "--mesh.data -1"]),
     "parameters on a mesh": (
         (*GOOD, "--mesh.fsdp", "8", "--model.model_dim", "12"), ["mesh.fsdp=8", "kernel"],
     ),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import weights
+from jaxgpt import kernels, weights
 from jaxgpt.kernels import grouped
 from jaxgpt.weights import Int8, Lora
 
@@ -145,12 +145,13 @@ def test_casting_leaves_codes_and_norms_alone(rng):
     assert weights.is_quantized(params) and not weights.is_quantized(params["norm"])
 
 
-def test_scores_are_not_rounded_to_bfloat16_on_accelerators(monkeypatch, rng):
-    monkeypatch.setattr(weights, "platform", lambda: "gpu")
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+def test_scores_are_not_rounded_to_bfloat16(kind, rng):
     x_BTD = (10 * jax.random.normal(rng, (2, 5, D))).astype(jnp.bfloat16)
     kernel = jax.random.normal(rng, (D, F)).astype(jnp.bfloat16)
     exact = np.einsum("btd,df->btf", *(np.asarray(a, np.float64) for a in (x_BTD, kernel)))
-    found = weights.scores(x_BTD, kernel)
+    with kernels.use(kind):
+        found = weights.scores(x_BTD, kernel)
     assert found.dtype == jnp.float32
     assert np.abs(exact).max() > 64  # where bfloat16 has steps of a half
     np.testing.assert_allclose(found, exact, atol=1e-3)

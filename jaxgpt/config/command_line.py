@@ -119,8 +119,10 @@ def _several_paths(args: Sequence[str]) -> list[str]:
     joined = []
     for arg in join_lists(args, *flags):
         name, _, value = arg.partition("=")
-        paths = json.loads(value) if name in flags else []
-        joined.append(f"{name}={paths[0]}" if len(paths) == 1 else name if value == "[]" else arg)
+        if name in flags:
+            paths = json.loads(value)
+            arg = f"{name}={paths[0]}" if len(paths) == 1 else arg if paths else name
+        joined.append(arg)
     return joined
 
 

@@ -280,11 +280,11 @@ def test_truncated_items_are_counted(lm, tmp_path):
     ("task", "content", "message"),
     [
         ("perplexity", b"", "is empty"),
-        ("perplexity", b"fine\n\xff\xfe", "line 2: not UTF-8"),
+        ("perplexity", b"fine\n\xff\xfe", "byte 5 is not UTF-8"),
         ("multiple_choice", b'{"query": "a"}\n', "line 1: choices must be a list"),
         ("multiple_choice", b'\n{"text": "a"}\n', "line 2: must have query, choices and gold"),
         ("multiple_choice", b'{"query": "a", "choices": ["b", "c"], "gold": 2}', "gold=2 must"),
-        ("multiple_choice", b"[1]", "entry 1: must be an object"),
+        ("multiple_choice", b"[1]", "item 1: must be an object"),
         ("arc", b'{"question": "a"', "line 1: not JSON"),
         ("hellaswag", b'{"ctx": "a"}', "line 1: endings must be"),
         ("winogrande", b'{"sentence": "a b", "option1": "x", "option2": "y"}', "must have a _"),
@@ -298,7 +298,7 @@ def test_bad_data_is_named_with_its_place(lm, tmp_path, task, content, message):
     path.write_bytes(content)
     if task == "hellaswag":
         path = path.rename(tmp_path / "data.jsonl")
-    with pytest.raises(ValueError, match=f"data={path}.*{message}"):
+    with pytest.raises(ValueError, match=f"{path}.*{message}"):
         evals.evaluate(lm, config(task, path))
 
 
@@ -332,7 +332,7 @@ def test_the_command_ends_with_one_json_object(lm, tmp_path, monkeypatch, capsys
     found = json.loads(printed.out.splitlines()[-1])
     expected = evals.evaluate(lm, config("multiple_choice", data))
     assert found == {n: pytest.approx(v) if n != "task" else v for n, v in expected.items()}
-    assert [len(f.read_text().splitlines()) for f in (tmp_path / "run/evals").iterdir()] == [4]
+    assert [len(f.read_text().splitlines()) for f in (tmp_path / "run/evals").glob("*.jsonl")] == [4]
     code, printed = run(monkeypatch, capsys, *args, "--limit", 1)
     assert json.loads(printed.out.splitlines()[-1])["acc_stderr"] is None
 

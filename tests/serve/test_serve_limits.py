@@ -74,7 +74,8 @@ def test_bodies_have_a_limit(ask):
 
 
 def test_a_full_queue_says_when_to_come_back(ask, served):
-    body = {"prompt": "a", "max_tokens": 900, "stream": True, **ENDLESS}
+    # Sixteen answers one after the other in the only slot: longer than the second request takes.
+    body = {"prompt": "a", "max_tokens": 900, "n": 16, "stream": True, **ENDLESS}
     key = {"authorization": "Bearer secret"}
     with httpx.stream("POST", f"{served[0]}/v1/completions", json=body, headers=key) as parts:
         next(parts.iter_lines())
