@@ -78,7 +78,8 @@ def test_a_full_queue_says_when_to_come_back(ask, served):
     body = {"prompt": "a", "max_tokens": 900, "n": 16, "stream": True, **ENDLESS}
     key = {"authorization": "Bearer secret"}
     with httpx.stream("POST", f"{served[0]}/v1/completions", json=body, headers=key) as parts:
-        next(parts.iter_lines())
+        lines = parts.iter_lines()  # kept: when the iterator goes, the connection is closed
+        next(lines)
         found = ask(prompt="a", max_tokens=1)
     assert found.status_code == 429 and found.headers["retry-after"] == "1"
     assert found.json()["error"]["code"] == "rate_limit_exceeded"
