@@ -332,7 +332,8 @@ def test_the_command_ends_with_one_json_object(lm, tmp_path, monkeypatch, capsys
     found = json.loads(printed.out.splitlines()[-1])
     expected = evals.evaluate(lm, config("multiple_choice", data))
     assert found == {n: pytest.approx(v) if n != "task" else v for n, v in expected.items()}
-    assert [len(f.read_text().splitlines()) for f in (tmp_path / "run/evals").glob("*.jsonl")] == [4]
+    items = [file.read_text() for file in (tmp_path / "run/evals").glob("*.jsonl")]
+    assert [len(text.splitlines()) for text in items] == [4]
     code, printed = run(monkeypatch, capsys, *args, "--limit", 1)
     assert json.loads(printed.out.splitlines()[-1])["acc_stderr"] is None
 
