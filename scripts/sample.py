@@ -4,6 +4,7 @@ import sys
 from functools import partial
 
 from jaxgpt import config
+from jaxgpt.config import idle
 
 
 def main() -> None:
@@ -12,6 +13,8 @@ def main() -> None:
         __doc__,
         config.join_lists(sys.argv[1:], "--prompt", "--stop", "--tools", "--adapter"),
     )
+    for line in idle.of_writing(cfg):
+        print(f"warning: {line}", file=sys.stderr)
     from jaxgpt import kernels
 
     with kernels.use(cfg.kernels):

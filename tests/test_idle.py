@@ -34,6 +34,8 @@ def test_the_defaults_and_the_examples_are_used_whole(stage):
         ("sft", "--peft.kind=lora --peft.train_norms=true", "is for peft.kind=adapter"),
         ("pretrain", "--fit=auto --train.micro_batches=2", "fit=auto chooses it"),
         ("pretrain", "--sample.prompts=[] --sample.top_k=5", "there are no sample.prompts"),
+        ("pretrain", "--sample.temperature=0 --sample.top_k=5", "the likeliest token"),
+        ("sft", "--sample.top_p=0.5", "the likeliest token"),
         ("pretrain", "--data.tokenizer=gpt2 --data.vocab_size=300", "data.tokenizer is given"),
         ("pretrain", "--init=x --data.tokenizer=gpt2", "init brings its own"),
         ("sft", "--data.text_path=x", "is for data.text_share"),
@@ -83,6 +85,15 @@ def test_other_commands_name_theirs():
     cfg = config.EvaluateConfig("m", "perplexity", "d", top_k=3, window=8)
     assert idle.of_evaluation(cfg) == ["top_k=3: has no effect; is for tasks answered in words"]
     cfg = config.EvaluateConfig("m", "gsm8k", "d", top_k=3, window=8)
-    assert idle.of_evaluation(cfg) == ["window=8: has no effect; is for task=perplexity"]
+    greedy = "has no effect; temperature=0 always takes the likeliest token"
+    assert set(idle.of_evaluation(cfg)) == {
+        f"top_k=3: {greedy}",
+        "window=8: has no effect; is for task=perplexity",
+    }
+    cfg = config.EvaluateConfig("m", "gsm8k", "d", top_k=3, temperature=0.5)
+    assert idle.of_evaluation(cfg) == []
+    cfg = config.WriteConfig("m", temperature=0.0, min_p=0.1)
+    assert idle.of_writing(cfg) == [f"min_p=0.1: {greedy}"]
+    assert idle.of_writing(config.WriteConfig("m", min_p=0.1)) == []
     cfg = config.PrepareConfig("out", input=[__file__], hub_split="test")
     assert idle.of_preparation(cfg) == ["hub_split=test: has no effect; is for a Hub data set"]

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config.commands import EvaluateConfig, PrepareConfig
+from jaxgpt.config.commands import EvaluateConfig, PrepareConfig, WriteConfig
 from jaxgpt.config.run import RunConfig
 
 # (settings, whether they matter to this config, what they are for)
 Rule = tuple[str, Callable[[Any], bool], str]
 
+_GREEDY = "temperature=0 always takes the likeliest token"
 _LORA = ("lora", "qlora")
 _OF_ALL: tuple[Rule, ...] = (
     (r"model\.(experts_per_token|normalize_expert_weights|expert_capacity|balance|balance_weight)",
@@ -35,6 +36,7 @@ _OF_ALL: tuple[Rule, ...] = (
     (r"train\.micro_batches|model\.remat", lambda c: c.fit != "auto", "fit=auto chooses it"),
     (r"sample\.(max_new_tokens|temperature|top_p|top_k)", lambda c: c.sample.prompts != [],
      "there are no sample.prompts"),
+    (r"sample\.(top_p|top_k)", lambda c: c.sample.temperature > 0, f"sample.{_GREEDY}"),
     (r"data\.(tokenizer|vocab_size)", lambda c: not c.init, "init brings its own"),
     (r"data\.vocab_size", lambda c: not c.data.tokenizer, "data.tokenizer is given"),
     (r"data\.text_path", lambda c: c.data.text_share > 0, "is for data.text_share"),
@@ -77,7 +79,11 @@ _OF_EVALUATION: tuple[Rule, ...] = (
     (r"window|stride", lambda c: c.task == "perplexity", "is for task=perplexity"),
     (r"samples|temperature|top_p|top_k|max_new_tokens|seed",
      lambda c: c.task in ("gsm8k", "arithmetic"), "is for tasks answered in words"),
+    (r"top_p|top_k", lambda c: c.temperature > 0, _GREEDY),
 )  # fmt: skip
+_OF_WRITING: tuple[Rule, ...] = (
+    (r"top_p|top_k|min_p|seed", lambda c: c.temperature > 0, _GREEDY),
+)
 _OF_PREPARATION: tuple[Rule, ...] = (
     (r"hub_config|hub_split", lambda c: any(not Path(path).exists() for path in c.input),
      "is for a Hub data set"),
@@ -92,6 +98,11 @@ def of_run(stage: str, cfg: RunConfig) -> list[str]:
 def of_evaluation(cfg: EvaluateConfig) -> list[str]:
     """Warnings about the settings of evaluate.py."""
     return _unused(cfg, _OF_EVALUATION)
+
+
+def of_writing(cfg: WriteConfig) -> list[str]:
+    """Warnings about the settings of sample.py."""
+    return _unused(cfg, _OF_WRITING)
 
 
 def of_preparation(cfg: PrepareConfig) -> list[str]:
