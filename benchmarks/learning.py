@@ -221,10 +221,10 @@ def train(
 
 
 def share(run: Path, rule: str, temperature: float = 0.0) -> float:
-    """Share of held-out problems whose answer keeps a rule of data/synthetic.py."""
-    from jaxgpt.data import synthetic
+    """Share of held-out problems whose answer keeps a rule of jaxgpt/tasks."""
+    from jaxgpt import tasks
 
-    kept = [getattr(synthetic, rule)(*pair) for pair in answered(run, temperature)]
+    kept = [getattr(tasks, rule)(*pair) for pair in answered(run, temperature)]
     return sum(kept) / len(kept)
 
 

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from jaxgpt import tree
+from jaxgpt.files import sha256
 
 Accept = Callable[[int, dict[str, Any]], bool]
 
@@ -212,7 +213,7 @@ def verify(path: str | Path) -> None:
         raise ValueError(f"{path} has no readable manifest.json") from None
     for name, (size, digest) in expected.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
             raise ValueError(f"{path} is damaged: {name} differs from its manifest")
 
 
@@ -350,13 +351,8 @@ def _digests(directory: Path) -> dict[str, dict[str, Any]]:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
         name = file.relative_to(directory).as_posix()
-        entries[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        entries[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     return entries
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _discard(path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from jaxgpt import shapes
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import chat
 from jaxgpt.data.chat import Format, Message
@@ -71,7 +72,7 @@ def play(
     numbers = going if rows is None else rows
     while going:
         # A power of two after the first turn, so that few shapes are compiled.
-        size = len(episodes) if len(going) == len(episodes) else 1 << (len(going) - 1).bit_length()
+        size = len(episodes) if len(going) == len(episodes) else shapes.power_of_two(len(going))
         filled = [*going, *[going[-1]] * (min(size, len(episodes)) - len(going))]
         began = time.perf_counter()
         written = generate(

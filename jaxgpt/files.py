@@ -1,5 +1,6 @@
 """Files of this machine, written whole or not at all."""
 
+import hashlib
 import os
 import re
 import uuid
@@ -47,6 +48,12 @@ def write(path: str | Path, content: str | bytes) -> Path:
     except OSError as error:
         partial.unlink(missing_ok=True)  # on a full disk, give the room back
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def sha256(path: str | Path) -> str:
+    """The hash of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_partial(path: Path) -> bool:

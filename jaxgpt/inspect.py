@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
+from jaxgpt import shapes
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.model import inside
-from jaxgpt.sampling.likelihood import bucket, rolled
+from jaxgpt.sampling.likelihood import rolled
 from jaxgpt.sampling.sample import Sampling
 from jaxgpt.sampling.truncation import penalize_repetition, truncate
 from jaxgpt.types import Array, Params
@@ -232,7 +233,7 @@ def pieces(tokenizer: Tokenizer, tokens: Sequence[int], start: int = 0) -> Itera
 
 def _width(cfg: ModelConfig, num_tokens: int) -> int:
     """Positions that are computed. Slots of experts are shared by all, so none may be added."""
-    return num_tokens if cfg.expert_capacity else min(bucket(num_tokens), cfg.context_length)
+    return num_tokens if cfg.expert_capacity else min(shapes.bucket(num_tokens), cfg.context_length)
 
 
 @partial(jax.jit, static_argnames="cfg")

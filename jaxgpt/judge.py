@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import rundir, scoring
+from jaxgpt import rundir, scoring, shapes
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load
 from jaxgpt.data import chat
 from jaxgpt.data.chat import Message
 from jaxgpt.types import Array, Batch, Params
-
-BUCKET = 64  # rows are as wide as their longest, rounded up: few shapes are compiled
 
 
 class Judge:
@@ -55,14 +53,14 @@ class Judge:
         order = sorted(range(len(rows)), key=lambda n: -len(rows[n]))
         room = self.model.context_length
         while order:
-            width = min(-(-len(rows[order[0]]) // BUCKET) * BUCKET, room)
+            width = min(shapes.bucket(len(rows[order[0]]), 64), room)
             size = max(1, batch_tokens // width)
             some, order = order[:size], order[size:]
-            tokens_BT, segments_BT = np.zeros((2, size, width), np.int32)
-            for place, number in enumerate(some):
-                kept = rows[number][-room:]
-                tokens_BT[place, : len(kept)], segments_BT[place, : len(kept)] = kept, 1
-            batch = {"tokens": tokens_BT, "segments": segments_BT}
+            kept = [rows[number][-room:] for number in some]
+            batch = {
+                "tokens": shapes.start_together(kept, width, size),
+                "segments": shapes.start_together([np.ones_like(row) for row in kept], width, size),
+            }
             reward_B = np.asarray(_final_reward(self.model, self.body, self.head, batch))
             for number, reward in zip(some, reward_B, strict=False):
                 yield number, float(reward), len(rows[number]) > room

@@ -69,7 +69,7 @@ def begin(stage: str, cfg: RunConfig) -> None:
         "begun": before.get("begun", now()),
         "seed": cfg.seed,
         "config": {"sha256": rundir.config_hash(run)},
-        "tokenizer": {"sha256": _sha256(run / "tokenizer.json")},
+        "tokenizer": {"sha256": files.sha256(run / "tokenizer.json")},
         "data": [source(name, path) for name, path in _sources(stage, cfg)],
         "parents": [_parent(run, role, getattr(cfg, role, "")) for role in ROLES
                     if getattr(cfg, role, "")],
@@ -212,7 +212,7 @@ def carry(source: str | Path, target: str | Path, description: str) -> None:
     text = card(target.name, description, found)
     files.write(target / "README.md", text)
     own = sorted(p for p in target.rglob("*") if p.is_file() and p.name not in (NAME, "README.md"))
-    hashes = {file.relative_to(target).as_posix(): _sha256(file) for file in own}
+    hashes = {file.relative_to(target).as_posix(): files.sha256(file) for file in own}
     _write(target, found | {"files": hashes, "exported": now()})
 
 
@@ -319,9 +319,9 @@ def _embedded(task: str) -> str:
 def _hashes(path: Path) -> dict[str, Any]:
     """sha256 and bytes of a file, or of all files of a folder."""
     if path.is_file():
-        return {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        return {"sha256": files.sha256(path), "bytes": path.stat().st_size}
     found = sorted(p for p in path.rglob("*") if p.is_file() and not files.is_partial(p))
-    hashes = {p.relative_to(path).as_posix(): _sha256(p) for p in found}
+    hashes = {p.relative_to(path).as_posix(): files.sha256(p) for p in found}
     lines = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
     entry = {
         "sha256": hashlib.sha256(lines.encode()).hexdigest(),
@@ -366,7 +366,7 @@ def _check_weights(path: Path, wanted: Mapping[str, Any]) -> tuple[str, str]:
 def _compare(file: Path, digest: str) -> tuple[str, str]:
     if not file.is_file():
         return str(file), "is gone"
-    return str(file), "" if _sha256(file) == digest else "its sha256 is another"
+    return str(file), "" if files.sha256(file) == digest else "its sha256 is another"
 
 
 def _branches(found: Node) -> Iterator[str]:
@@ -416,8 +416,3 @@ def _all_sources(found: Node) -> Iterator[str]:
 
 def _write(path: Path, found: Node) -> None:
     files.write(path / NAME, json.dumps(found, indent=1, ensure_ascii=False))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

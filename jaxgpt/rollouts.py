@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxgpt import sharding, train
+from jaxgpt import shapes, sharding, train
 from jaxgpt.config import RolloutConfig, RunConfig
 from jaxgpt.data import batches, examples
 from jaxgpt.episodes import Episode, Writer, play, transcript
@@ -21,7 +21,7 @@ from jaxgpt.tasks import Task
 from jaxgpt.tasks.environment import Environment
 from jaxgpt.types import Batch, BatchSpec, Carry, Params, Report
 
-WIDTH = 16  # rows are as wide as their longest, rounded up to this: few shapes are compiled
+WIDTH = 16  # rows are as wide as their longest, rounded up to a multiple of this
 SHOWN = 4  # episodes in the log
 # |Δ log p| between sampler and trainer from which on they are not the same function. One token in a
 # thousand may lie beyond: where a network can hardly decide, rounding alone moves it further.
@@ -265,23 +265,16 @@ def minibatch(cfg: RunConfig, loss_reads: Sequence[str]) -> BatchSpec:
 def lay_out(episodes: Sequence[Episode], context_length: int) -> Rows:
     """Episodes as rows, filled up on the right; `mask` is 1 where the policy drew the target."""
     longest = max(len(episode.tokens) for episode in episodes)
-    T = min(-(-longest // WIDTH) * WIDTH, context_length)
-    shape = (len(episodes), T)
+    T = shapes.multiple(longest, WIDTH, context_length)
+    lay = partial(shapes.start_together, width=T)
     rows: Rows = {
-        "tokens": np.zeros(shape, np.int32),
-        "targets": np.zeros(shape, np.int32),
-        "mask": np.zeros(shape, np.float32),
-        "segments": np.zeros(shape, np.int32),
-        "sampler": np.zeros(shape, np.float32),
-    }
-    for row, episode in enumerate(episodes):
         # The last token is read, too: a reward model judges there.
-        length = len(episode.tokens)
-        rows["tokens"][row, :length] = episode.tokens
-        rows["targets"][row, : length - 1] = episode.tokens[1:]
-        rows["mask"][row, : length - 1] = episode.mask[1:]
-        rows["segments"][row, :length] = 1
-        rows["sampler"][row, : length - 1] = episode.logprobs[1:]
+        "tokens": lay([e.tokens for e in episodes]),
+        "targets": lay([e.tokens[1:] for e in episodes]),
+        "mask": lay([e.mask[1:] for e in episodes], kind=np.float32),
+        "segments": lay([[1] * len(e.tokens) for e in episodes]),
+        "sampler": lay([e.logprobs[1:] for e in episodes], kind=np.float32),
+    }
     rows["stopped"] = np.array([episode.stopped for episode in episodes], np.float32)
     return rows
 

@@ -149,8 +149,7 @@ def fingerprint(path: str | Path) -> str:
     digest = hashlib.sha256()
     for file in sources:
         if file.exists():
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(bytes.fromhex(files.sha256(file)))
     return digest.hexdigest()
 
 

@@ -23,6 +23,7 @@ DOORS = {
     "machine": "chips, memory, processes",
     "checkpoint": "saving and restoring",
     "runlog": "metrics.jsonl and the progress bar",
+    "shapes": "lengths rounded up, rows padded",
     "files": "writing a file whole or not at all",
     "platform": "for which device a program is written, and what that changes",
     "data": "token files, packing, rows of conversations",

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from jaxgpt.config.checks import nearest
 from jaxgpt.data import rows
 from jaxgpt.data.rows import BLOCK, TABLES, Errors, kind, read_blocks
+from jaxgpt.files import sha256
 
 TEXTS = {
     ".txt", ".text", ".md", ".rst", ".tex", ".html", ".csv", ".py", ".pyi", ".c", ".h", ".cc",
@@ -86,7 +87,7 @@ class Corpus:
         digest, files = hashlib.sha256(), self._files()
         for file in files:
             if isinstance(file, Path):
-                digest.update(_sha256(file))
+                digest.update(bytes.fromhex(sha256(file)))
             else:  # the Hub's text is not here to be hashed, but its revision is a hash
                 names = (file, self.hub_config, self.hub_split, rows.hub_revision(file))
                 digest.update(":".join(names).encode())
@@ -186,11 +187,6 @@ def python_files() -> tuple[Path, ...]:
         folders[:] = [name for name in folders if not LEAVE_OUT.fullmatch(name)]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     return tuple(sorted(file for file in found if _python_text(file)))
-
-
-def _sha256(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _is_held_out(number: int, fraction: float) -> bool:

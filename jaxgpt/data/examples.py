@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from jaxgpt import shapes
 from jaxgpt.config import ConversationConfig
 from jaxgpt.data import batches, packing, rows
 from jaxgpt.data.batches import Rows, Windows
@@ -20,7 +21,7 @@ T = TypeVar("T")
 Item = tuple[Sequence[Encoded], ...]  # the sequences of a row, each of one or several examples
 KINDS = {"tokens": np.int32, "targets": np.int32, "mask": np.float32, "segments": np.int32,
          "positions": np.int32, "roles": np.int8}  # fmt: skip
-BUCKET = 64  # padded rows are as wide as their longest, rounded up: few shapes are compiled
+WIDTH = 64  # padded rows are as wide as their longest, rounded up to a multiple of this
 
 
 @dataclass
@@ -136,7 +137,7 @@ class Examples:
 
     def _width(self, items: Sequence[Item]) -> int:
         longest = max(sum(map(_slots, sequence)) for item in items for sequence in item)
-        return min(-(-max(longest, 1) // BUCKET) * BUCKET, self.width)
+        return shapes.multiple(longest, WIDTH, self.width)
 
 
 def split(

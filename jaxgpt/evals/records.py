@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxgpt import files
 from jaxgpt.data import rows
 
 
@@ -93,9 +94,6 @@ class Results:
 
 def digest(name: str) -> str:
     """sha256 of the bytes of all files that are read."""
-    files = [file for file in rows.find(name, rows.TABLES) if isinstance(file, Path)]
-    hashes = []
-    for file in files:
-        with file.open("rb") as opened:
-            hashes.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    found = [file for file in rows.find(name, rows.TABLES) if isinstance(file, Path)]
+    hashes = [files.sha256(file) for file in found]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

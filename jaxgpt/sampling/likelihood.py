@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import kernels
+from jaxgpt import kernels, shapes
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import gpt
 from jaxgpt.model.attention import KVCache, init_cache, rows_first
@@ -79,8 +79,8 @@ def score_rows(
     lengths = [len(row) - 1 for row in rows]
     for width, numbers in _batches(lengths, batch_tokens):
         size = _batch_size(len(numbers), width, batch_tokens)
-        tokens_BT = _align_left([rows[n][:-1] for n in numbers], size, width)
-        targets_BT = _align_left([rows[n][1:] for n in numbers], size, width)
+        tokens_BT = shapes.start_together([rows[n][:-1] for n in numbers], width, size)
+        targets_BT = shapes.start_together([rows[n][1:] for n in numbers], width, size)
         scores = jax.device_get(_score(cfg, params, None, None, tokens_BT, targets_BT))
         for row, n in enumerate(numbers):
             yield n, Scored(*(x_BT[row, : len(rows[n]) - 1] for x_BT in scores))
@@ -100,10 +100,8 @@ def score_continuations(
     lengths = [len(group.context) - 1 for group in groups]
     for width, numbers in _batches(lengths, batch_tokens):
         size = _batch_size(len(numbers), width, batch_tokens)
-        tokens_BT = _align_right([groups[n].context[:-1] for n in numbers], size, width)
-        start_B = np.full(size, width, np.int32)
-        start_B[: len(numbers)] = [width - len(groups[n].context) + 1 for n in numbers]
-        cache = _read(cfg, params, tokens_BT, start_B)
+        contexts = [groups[n].context[:-1] for n in numbers]
+        cache = _read(cfg, params, *shapes.end_together(contexts, width, size))
 
         texts = [groups[n].continuations for n in numbers]
         found: dict[tuple[int, int], Scored] = {}
@@ -111,8 +109,8 @@ def score_continuations(
             parent_R = np.zeros(count, np.int32)
             parent_R[: len(part)] = [row for row, _ in part]
             inputs = [[groups[numbers[row]].context[-1], *texts[row][i][:-1]] for row, i in part]
-            tokens_RC = _align_left(inputs, count, tail)
-            targets_RC = _align_left([texts[row][i] for row, i in part], count, tail)
+            tokens_RC = shapes.start_together(inputs, tail, count)
+            targets_RC = shapes.start_together([texts[row][i] for row, i in part], tail, count)
             scores = jax.device_get(_score(cfg, params, cache, parent_R, tokens_RC, targets_RC))
             for place, (row, i) in enumerate(part):
                 found[row, i] = Scored(*(x_RC[place, : len(texts[row][i])] for x_RC in scores))
@@ -170,7 +168,7 @@ def rolled(cfg: ModelConfig) -> ModelConfig:
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, list[int]]]:
     """(width, numbers of those that fit into it), longest first: it shows what fits."""
-    widths = [bucket(length) for length in lengths]
+    widths = [shapes.bucket(length) for length in lengths]
     order = sorted(range(len(widths)), key=widths.__getitem__, reverse=True)
     for width, same in itertools.groupby(order, key=widths.__getitem__):
         numbers = list(same)
@@ -187,36 +185,12 @@ def _parts(
     left.sort(key=lambda pair: -len(texts[pair[0]][pair[1]]))
     while left:
         row, i = left[0]
-        width = bucket(len(texts[row][i]), smallest=4)
+        width = shapes.bucket(len(texts[row][i]), smallest=4)
         count = _batch_size(len(left), width, part_tokens)
         yield width, count, left[:count]
         left = left[count:]
 
 
-def bucket(length: int, smallest: int = 16) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, 128, … so that few shapes are compiled."""
-    sizes = (
-        size
-        for power in itertools.count()
-        for size in (smallest << power, smallest * 3 << power >> 1)
-    )
-    return next(size for size in sizes if length <= size)
-
-
 def _batch_size(count: int, width: int, batch_tokens: int) -> int:
     """Rows of a batch: as many as fit, or the next power of two where fewer are left."""
-    return min(max(1, batch_tokens // width), 1 << (count - 1).bit_length())
-
-
-def _align_left(rows: Sequence[Sequence[int]], size: int, width: int) -> np.ndarray:
-    tokens_BT = np.zeros((size, width), np.int32)
-    for row, tokens in enumerate(rows):
-        tokens_BT[row, : len(tokens)] = tokens
-    return tokens_BT
-
-
-def _align_right(rows: Sequence[Sequence[int]], size: int, width: int) -> np.ndarray:
-    tokens_BT = np.zeros((size, width), np.int32)
-    for row, tokens in enumerate(rows):
-        tokens_BT[row, width - len(tokens) :] = tokens
-    return tokens_BT
+    return min(max(1, batch_tokens // width), shapes.power_of_two(count))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt import sharding, weights
+from jaxgpt import shapes, sharding, weights
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.platform import jit, platform
 from jaxgpt.model import gpt
@@ -108,7 +108,7 @@ def generate(
     stops = jnp.asarray(list(stop_ids), jnp.int32)
     room_B = [min(settings.max_new_tokens, cfg.context_length - len(p)) for p in prompts]
 
-    width = _bucket(max(len(prompt) for prompt in prompts))
+    width = shapes.bucket(max(len(prompt) for prompt in prompts))
     num_scans = -(-settings.max_new_tokens // SCAN_STEPS)
     state = _begin(cfg, params, prompts, width, num_scans * SCAN_STEPS, settings, mesh)
     if mesh is not None:
@@ -174,7 +174,7 @@ def _begin(
     placed = None if mesh is None else sharding.over_rows(mesh, len(prompts))
     together = (placed is None or placed.num_devices == 1) and not weights.by_row(params)
     copies = _copies(prompts) if together else 1
-    tokens_BT, start_B = _align_right(prompts[::copies], width)
+    tokens_BT, start_B = shapes.end_together(prompts[::copies], width)
     if placed is not None:
         tokens_BT, start_B = (sharding.spread(placed, x) for x in (tokens_BT, start_B))
     state = prefill(cfg, params, tokens_BT, start_B, width + room, settings)
@@ -316,25 +316,12 @@ def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
             )
 
 
-def _bucket(length: int) -> int:
-    """The next of 16, 32, 64, … then multiples of 256, so that few shapes are compiled."""
-    return next((size for size in (16, 32, 64, 128) if length <= size), -(-length // 256) * 256)
-
-
 def _copies(prompts: Sequence[Sequence[int]]) -> int:
     """How often every prompt stands there, one copy beside the other, as in groups of samples."""
     whole = [tuple(prompt) for prompt in prompts]
     count = next((i for i, prompt in enumerate(whole) if prompt != whole[0]), len(whole))
     first_of = [whole[i - i % count] for i in range(len(whole))]
     return count if len(whole) % count == 0 and whole == first_of else 1
-
-
-def _align_right(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens_BT = np.zeros((len(prompts), width), np.int32)
-    start_B = np.array([width - len(prompt) for prompt in prompts], np.int32)
-    for row, (prompt, start) in enumerate(zip(prompts, start_B, strict=True)):
-        tokens_BT[row, start:] = prompt
-    return tokens_BT, start_B
 
 
 def _completion(
@@ -353,7 +340,7 @@ def _still_going(done_R: np.ndarray) -> np.ndarray | None:
     Finished rows fill the number up: what they go on to write is never looked at.
     """
     going = int((~done_R).sum())
-    size = max(SMALLEST_BATCH, 1 << (going - 1).bit_length())
+    size = max(SMALLEST_BATCH, shapes.power_of_two(going))
     if 2 * size > len(done_R):
         return None
     return np.sort(np.argsort(done_R, kind="stable")[:size])

@@ -121,6 +121,16 @@ def asks(question: str) -> list[Message]:
     return [{"role": "user", "content": question}]
 
 
+def is_correct(problem: Any, text: str) -> bool:
+    """Whether a text ends on the answer to an embedded problem."""
+    return verify.last_number(text) == str(problem.answer)
+
+
+def is_concise(problem: synthetic.Problem, text: str) -> bool:
+    """Correct, and no longer than it has to be: the rule behind `arithmetic-concise`."""
+    return is_correct(problem, text) and len(text) <= len(synthetic.concise(problem))
+
+
 def _held_out(row: Row) -> bool:
     digest = hashlib.blake2b(row.question.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % HELD_OUT == 0
@@ -131,7 +141,7 @@ def _right(row: Row, text: str) -> float:
 
 
 def _embedded(rule: Callable[[Any, str], bool], *tools: str, name: str = "") -> Task:
-    """Problems of data/synthetic.py, judged by one of its rules."""
+    """Problems of data/synthetic.py, judged by a rule."""
     return Task(
         lambda held_out: list(synthetic.PROBLEMS.get(name, synthetic.problems)(held_out)),
         lambda problem: asks(synthetic.question(problem)),
@@ -141,11 +151,11 @@ def _embedded(rule: Callable[[Any, str], bool], *tools: str, name: str = "") -> 
 
 
 TASKS: dict[str, Task] = {
-    "arithmetic": _embedded(synthetic.is_correct),
-    "arithmetic-concise": _embedded(synthetic.is_concise)._replace(full="full_reward"),
-    "arithmetic-calculator": _embedded(synthetic.is_correct, "calculator"),
-    "multi-step": _embedded(synthetic.is_correct, name="multi-step"),
-    "products": _embedded(synthetic.is_correct, name="products"),
-    "products-calculator": _embedded(synthetic.is_correct, "calculator", name="products"),
-    "assistant": _embedded(synthetic.is_correct, "calculator", name="assistant"),
+    "arithmetic": _embedded(is_correct),
+    "arithmetic-concise": _embedded(is_concise)._replace(full="full_reward"),
+    "arithmetic-calculator": _embedded(is_correct, "calculator"),
+    "multi-step": _embedded(is_correct, name="multi-step"),
+    "products": _embedded(is_correct, name="products"),
+    "products-calculator": _embedded(is_correct, "calculator", name="products"),
+    "assistant": _embedded(is_correct, "calculator", name="assistant"),
 }

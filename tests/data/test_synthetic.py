@@ -2,6 +2,7 @@
 
 import pytest
 
+from jaxgpt import tasks
 from jaxgpt.data import synthetic
 
 
@@ -12,7 +13,8 @@ def text_of(messages: list) -> str:
 @pytest.mark.parametrize("style", [synthetic.concise, synthetic.rambling])
 def test_every_style_ends_with_the_answer(style) -> None:
     for problem in synthetic.problems(held_out=True):
-        assert synthetic.stated_answer(style(problem)) == eval(str(problem))
+        assert eval(str(problem)) == problem.answer
+        assert tasks.is_correct(problem, style(problem))
 
 
 def test_every_step_of_a_solution_is_right() -> None:
@@ -38,14 +40,14 @@ def test_the_intermediate_step_of_a_solution_may_be_a_seen_problem_but_not_the_q
 def test_the_rules_tell_the_answers_of_a_pair_apart() -> None:
     for problem in list(synthetic.problems(held_out=True))[:200]:
         right, wrong = synthetic.PREFERENCES["arithmetic-correct"](problem)
-        assert synthetic.is_correct(problem, right) and not synthetic.is_correct(problem, wrong)
+        assert tasks.is_correct(problem, right) and not tasks.is_correct(problem, wrong)
         assert len(right) == len(wrong)
         result, changed = (text.rsplit(" ", 1)[1] for text in (right, wrong))
         assert all(a != b for a, b in zip(result, changed, strict=True))
         assert changed == str(int(changed))
         short, long = synthetic.PREFERENCES["arithmetic-concise"](problem)
-        assert synthetic.is_concise(problem, short) and not synthetic.is_concise(problem, long)
-        assert synthetic.is_correct(problem, long)
+        assert tasks.is_concise(problem, short) and not tasks.is_concise(problem, long)
+        assert tasks.is_correct(problem, long)
 
 
 def test_a_task_is_the_same_on_every_machine() -> None:
