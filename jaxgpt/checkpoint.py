@@ -6,6 +6,10 @@
                        manifest.json  size and SHA-256 of every other file
 
 Orbax restores flipped bytes without a word, so nothing is read before its manifest agrees.
+
+On this machine a checkpoint is written beside its place and renamed. A store renames nothing:
+there it is written in a folder of this machine, whose files are put into the store, the manifest
+last; what has no manifest is no checkpoint. It is read through a copy on this machine.
 """
 
 import functools
@@ -24,11 +28,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt import tree
+from jaxgpt import files, tree
 from jaxgpt.files import sha256
 
 Accept = Callable[[int, dict[str, Any]], bool]
 
+MANIFEST = "manifest.json"
 _UNFINISHED = ".tmp"  # suffix of a step directory that is being written or deleted
 
 
@@ -40,7 +45,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | Path, keep: int = 2, pinned: int | None = None) -> None:
-        self.directory = Path(directory).absolute()
+        self.directory = files.path(directory).absolute()
         self.keep, self.pinned = keep, pinned
         self._writer: Any = None  # Orbax's checkpointer, made by the first save
         self._thread: threading.Thread | None = None
@@ -51,7 +56,8 @@ class Checkpoints:
         """Steps that have a complete directory, oldest first; their content is not verified."""
         if not self.directory.is_dir():
             return []
-        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
+        found = (p for p in self.directory.iterdir() if p.name.isdecimal())
+        return sorted(int(p.name) for p in found if files.is_local(p) or _is_complete(p))
 
     def save(
         self, step: int, state: Any, meta: dict[str, Any], best_value: float | None = None
@@ -65,10 +71,10 @@ class Checkpoints:
         """
         self.wait()
         arrays = _to_host(tree.flatten(state))
-        unfinished = self.directory / f"{step}{_UNFINISHED}"
+        unfinished = self._staging / f"{step}{_UNFINISHED}"
         if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob(f"*{_UNFINISHED}"):
+            self._staging.mkdir(parents=True, exist_ok=True)
+            for leftover in self._staging.glob(f"*{_UNFINISHED}"):
                 shutil.rmtree(leftover)
             unfinished.mkdir()
             _write_json(unfinished / "meta.json", meta)
@@ -148,6 +154,15 @@ class Checkpoints:
         _check_arrays(self._path(step), _read_index(self._path(step))["arrays"], wanted)
         return tree.unflatten(like, _read(self._path(step), wanted))
 
+    @functools.cached_property
+    def _staging(self) -> Path:
+        """Where a checkpoint is written before it appears in its place."""
+        if files.is_local(self.directory):
+            return self.directory
+        from jaxgpt import store
+
+        return store.new_folder()
+
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
 
@@ -175,16 +190,22 @@ class Checkpoints:
                 self._commit(step)
         except Exception as error:
             self._error = self._failure(step, error)
-            shutil.rmtree(self.directory / f"{step}{_UNFINISHED}", ignore_errors=True)
+            shutil.rmtree(self._staging / f"{step}{_UNFINISHED}", ignore_errors=True)
         finally:
             barrier(key=f"checkpoint_{self.directory}_{step}", timeout_ms=600_000)
 
     def _commit(self, step: int) -> None:
-        unfinished, final = self.directory / f"{step}{_UNFINISHED}", self._path(step)
-        _write_json(unfinished / "manifest.json", {"files": _digests(unfinished)})
+        unfinished, final = self._staging / f"{step}{_UNFINISHED}", self._path(step)
+        _write_json(unfinished / MANIFEST, {"files": _digests(unfinished)})
         if final.exists():
             _discard(final)
-        unfinished.rename(final)
+        if files.is_local(final):
+            unfinished.rename(final)
+        else:
+            _put(unfinished, final)
+            for folder in self.directory.iterdir():  # what a kill left half uploaded
+                if folder.name.isdecimal() and not _is_complete(folder):
+                    _discard(folder)
         self._verified.discard(step)
         # A later step is damaged, or of a run that ended there before it was given more steps:
         # this run was resumed in front of it.
@@ -198,19 +219,33 @@ class Checkpoints:
         lines = [line for line in str(error).splitlines() if line.strip()]
         full = "No space left on device"
         reason = full if full in str(error) else (lines or [type(error).__name__])[0]
-        intact = [s for s in self.steps() if s != step]
-        left = f"checkpoint {intact[-1]} is intact" if intact else "no earlier checkpoint exists"
+        left = "no earlier checkpoint exists"
+        try:
+            if intact := [s for s in self.steps() if s != step]:
+                left = f"checkpoint {intact[-1]} is intact"
+        except Exception:  # the store that did not take it does not answer either
+            left = "the earlier ones cannot be listed"
         return OSError(f"cannot write checkpoint {self._path(step)}: {reason}; {left}")
 
 
 def verify(path: str | Path) -> None:
     """Raises ValueError unless every file of the checkpoint is what its manifest says."""
-    path = Path(path)
+    path = files.path(path)
     try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
-        expected = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = json.loads((path / MANIFEST).read_text())["files"]
+        expected = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        silent = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        if silent and not files.is_local(path):
+            raise  # a store that does not answer says nothing about its files
         raise ValueError(f"{path} has no readable manifest.json") from None
+    if not files.is_local(path):
+        from jaxgpt import store
+
+        if not store.is_as_noted(path, found):
+            with store.copy(path) as copy:
+                _verify_copy(copy, path)
+        return
     for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
@@ -223,7 +258,7 @@ def read_arrays(path: str | Path, prefix: str = "") -> dict[str, np.ndarray]:
     Args:
         path: a step directory, such as `runs/demo/checkpoints/500`.
     """
-    path = Path(path).absolute()
+    path = files.path(path).absolute()
     verify(path)
     index = _read_index(path)["arrays"]
     names = [name for name in index if name.startswith(prefix)]
@@ -238,7 +273,7 @@ def content(path: str | Path) -> str:
 
     Empty where no hash is known: arrays over several processes, or checkpoints of old versions.
     """
-    known = _read_index(Path(path)).get("arrays", {})
+    known = _read_index(files.path(path)).get("arrays", {})
     weights = {name: entry for name, entry in known.items() if "sha256" in entry}
     lines = [f"{name} {weights[name]['sha256']}\n" for name in sorted(weights)]
     return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else ""
@@ -337,8 +372,10 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True)
     args = ocp.args.PyTreeRestore(item=how, restore_args=how, partial_restore=True)
     try:
-        with ocp.Checkpointer(handler) as reader:
-            return reader.restore(path / "arrays", args=args)
+        with files.here(path) as copy, ocp.Checkpointer(handler) as reader:
+            if copy != path:
+                _verify_copy(copy, path)
+            return reader.restore(copy / "arrays", args=args)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read: {reason}") from error
@@ -355,8 +392,36 @@ def _digests(directory: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def _is_complete(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def _put(unfinished: Path, final: Path) -> None:
+    """Puts a checkpoint into a store; its manifest holds the store's own checksums, too."""
+    from jaxgpt import store
+
+    manifest = json.loads((unfinished / MANIFEST).read_text())
+    (unfinished / MANIFEST).unlink()
+    store.upload(unfinished, final)
+    store.note_checksums(final, manifest["files"])
+    files.write(final / MANIFEST, json.dumps(manifest, indent=1))
+    shutil.rmtree(unfinished)
+
+
+def _verify_copy(copy: Path, path: Path) -> None:
+    try:
+        verify(copy)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(copy), str(path))) from None
+
+
 def _discard(path: Path) -> None:
     """Deletes a step directory such that a kill halfway leaves nothing that looks like one."""
+    if not files.is_local(path):
+        from jaxgpt import store
+
+        store.remove(path, first=MANIFEST)
+        return
     doomed = path.with_name(f"{path.name}.old{_UNFINISHED}")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)

@@ -359,9 +359,14 @@ class LanguageModel:
         Raises:
             ValueError: the directory holds other files, or no Hugging Face family has this model.
         """
-        self._write(path, format, base_name, type)
-        if format != "gguf":
+        if format == "jaxgpt":  # a run directory, which a store holds as it is
+            self._write(path, format, base_name, type)
             lineage.carry(self.name, path, repr(self))
+            return
+        with files.staged(files.path(path), last="config.json") as place:
+            self._write(place, format, base_name, type)
+            if format != "gguf":
+                lineage.carry(self.name, place, repr(self))
 
     def _write(self, path: str | Path, format: str, base_name: str, type: str) -> None:
         if format not in ("huggingface", "jaxgpt", "gguf"):

@@ -11,7 +11,6 @@ It is written before the first step. An export carries its run's tree along, and
 
 import dataclasses
 import datetime
-import glob
 import hashlib
 import json
 import os
@@ -61,7 +60,7 @@ def begin(stage: str, cfg: RunConfig) -> None:
 
     Data that has changed since the run began is named on stderr.
     """
-    run = Path(cfg.run)
+    run = files.path(cfg.run)
     before = read(run) or {}
     found: Node = {
         "stage": stage,
@@ -102,10 +101,10 @@ def note(run: Path, session: Session) -> None:
 def complete(cfg: RunConfig) -> None:
     """Adds the weights that came out."""
     found = read(cfg.run)
-    if found and "result" not in found and (Path(cfg.run) / "checkpoints").is_dir():
+    if found and "result" not in found and (files.path(cfg.run) / "checkpoints").is_dir():
         result = rundir.weights(cfg.run)
         if result["step"] == cfg.train.steps:  # else it was stopped, and goes on some other time
-            _write(Path(cfg.run), found | {"result": result, "ended": now()})
+            _write(files.path(cfg.run), found | {"result": result, "ended": now()})
 
 
 def read(path: str | Path) -> Node | None:
@@ -114,7 +113,7 @@ def read(path: str | Path) -> Node | None:
     Raises:
         ValueError: it is damaged.
     """
-    file = Path(path) / NAME
+    file = files.path(path) / NAME
     try:
         return json.loads(file.read_text()) if file.is_file() else None
     except ValueError as error:
@@ -123,7 +122,7 @@ def read(path: str | Path) -> Node | None:
 
 def require_writer(setting: str, path: str | Path) -> None:
     """Raises ValueError where a setting that asks for a model that writes names a reward model."""
-    if Path(path).is_dir() and (read(path) or {}).get("stage") == "reward":
+    if files.path(path).is_dir() and (read(path) or {}).get("stage") == "reward":
         raise ValueError(
             f"{setting}={path}: is a reward model, which gives answers a number and writes none; "
             "give the model that it was trained from"
@@ -150,7 +149,9 @@ def tree(path: str | Path) -> Node:
 def where(run: str | Path, parent: Mapping[str, Any]) -> Path | None:
     """Where a parent is now: as seen from the run, so that a folder of runs may move, or as it was
     named; None if it is not here."""
-    places = (Path(os.path.normpath(Path(run) / parent["relative"])), Path(parent["path"]))
+    scheme, mark, place = f"{run}/{parent['relative']}".rpartition("://")
+    beside = files.path(scheme + mark + os.path.normpath(place))
+    places = (beside, files.path(parent["path"]))
     return next((place for place in places if place.exists()), None)
 
 
@@ -171,7 +172,7 @@ def check(path: str | Path, seen: set[str] | None = None) -> Iterator[tuple[str,
     Args:
         seen: runs that were looked at already; several children may share one.
     """
-    found, path, seen = read(path), Path(path), set() if seen is None else seen
+    found, path, seen = read(path), files.path(path), set() if seen is None else seen
     assert found is not None
     seen.add(str(path.resolve()))
     for name, digest in found.get("files", {}).items():  # an export's own
@@ -204,9 +205,9 @@ def carry(source: str | Path, target: str | Path, description: str) -> None:
     Args:
         description: one line that says what the model is.
     """
-    if not (source and Path(source).is_dir() and read(source)):
+    if not (source and files.path(source).is_dir() and read(source)):
         return
-    found, target = tree(source), Path(target)
+    found, target = tree(source), files.path(target)
     if "files" not in found:
         found |= {"results": results(source), "exported_from": str(source)}
     text = card(target.name, description, found)
@@ -227,7 +228,10 @@ def spent(found: Node, kind: str) -> dict[str, float]:
 
 def results(run: str | Path) -> list[dict[str, Any]]:
     """The summaries of the evaluations that were made of a run (scripts/evaluate.py)."""
-    return [json.loads(file.read_text()) for file in sorted(Path(run).glob("evals/*.json"))]
+    return [
+        json.loads(file.read_text())
+        for file in sorted(files.path(run).glob("evals/*.json"), key=str)
+    ]
 
 
 def card(name: str, description: str, found: Node) -> str:
@@ -264,7 +268,9 @@ def source(setting: str, path: str) -> dict[str, Any]:
     """What a data setting names, with its hash: files, an embedded task, Python's library, a data
     set of the Hub (whose revision is its hash)."""
     entry: dict[str, Any] = {"setting": setting, "path": path or LIBRARY}
-    file = Path(path.partition(":")[0] if not Path(path).exists() else path)  # tasks.py:name
+    file = files.path(path)
+    if not file.exists() and files.is_local(file):
+        file = Path(path.partition(":")[0])  # tasks.py:name
     if path and file.exists():
         return entry | {"kind": "files", "path": str(file.absolute())} | _hashes(file)
     task = path.removeprefix("embedded:")
@@ -286,14 +292,14 @@ def _sources(stage: str, cfg: Any) -> Iterator[tuple[str, str]]:
             yield "data.path", path or _default(stage)
         elif name == "text_path" and share > 0:
             yield "data.text_path", path or ""
-        elif path and (name == "val_path" or name == "task" or Path(path).is_file()):
+        elif path and (name == "val_path" or name == "task" or files.path(path).is_file()):
             yield f"data.{name}", path
 
 
 def _paths(data: Any, name: str) -> list[str]:
     """The paths of a setting, globs opened; one empty path where there is none."""
     found = names(getattr(data, name, None) or "")
-    opened = [glob.glob(p, recursive=True) if not Path(p).exists() else [p] for p in found]
+    opened = [[*map(str, files.find(p))] if not files.path(p).exists() else [p] for p in found]
     return [
         path for given, paths in zip(found, opened, strict=True) for path in paths or [given]
     ] or [""]
@@ -320,7 +326,8 @@ def _hashes(path: Path) -> dict[str, Any]:
     """sha256 and bytes of a file, or of all files of a folder."""
     if path.is_file():
         return {"sha256": files.sha256(path), "bytes": path.stat().st_size}
-    found = sorted(p for p in path.rglob("*") if p.is_file() and not files.is_partial(p))
+    inside = (p for p in path.rglob("*") if p.is_file() and not files.is_partial(p))
+    found = sorted(inside, key=lambda p: p.parts)
     hashes = {p.relative_to(path).as_posix(): files.sha256(p) for p in found}
     lines = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
     entry = {
@@ -331,9 +338,10 @@ def _hashes(path: Path) -> dict[str, Any]:
 
 
 def _parent(run: Path, role: str, path: str) -> dict[str, Any]:
-    relative = os.path.relpath(Path(path).absolute(), run.absolute())
+    place, here = str(files.path(path).absolute()), str(run.absolute())
+    same = place.partition("://")[0] == here.partition("://")[0] or ("://" not in place + here)
     return {
-        "role": role, "path": str(Path(path).absolute()), "relative": relative,
+        "role": role, "path": place, "relative": os.path.relpath(place, here) if same else place,
         "weights": rundir.weights(path),
     }  # fmt: skip
 
@@ -343,11 +351,11 @@ def _check_source(run: Path, entry: Mapping[str, Any]) -> Iterator[tuple[str, st
     name = f"{run}: {entry['setting']}={entry['path']}"
     if entry["kind"] == "hub":
         yield f"{name} (of the Hub, not here)", ""
-    elif entry["kind"] == "files" and not Path(entry["path"]).exists():
+    elif entry["kind"] == "files" and not files.path(entry["path"]).exists():
         yield name, "is gone"
     elif entry["kind"] == "files" and "files" in entry:
         for file, digest in entry["files"].items():
-            yield _compare(Path(entry["path"]) / file, digest)
+            yield _compare(files.path(entry["path"]) / file, digest)
     else:
         path = "" if entry["kind"] == "library" else entry["path"]
         same = source(entry["setting"], path)["sha256"] == entry["sha256"]

@@ -24,8 +24,14 @@ from jaxgpt.config import LogConfig, ModelConfig
 Sink = Callable[[int, Mapping[str, Any]], None]  # (step, metrics) -> None
 
 
+STORE_SECONDS = 30.0  # how long lines may wait for the next writing of a log in a store
+
+
 class MetricsLog:
     """metrics.jsonl: one flat JSON object a line, each written whole or not at all.
+
+    In a store, where nothing is appended, `flush` writes the file again; so does a line that comes
+    STORE_SECONDS after the last time.
 
     Args:
         resume_step: lines of later steps are dropped, since they will be written again;
@@ -33,20 +39,35 @@ class MetricsLog:
     """
 
     def __init__(self, path: str | Path, resume_step: int = 0) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = files.path(path)
+        files.make_folder(path.parent)
         old = read_jsonl(path) if resume_step > 0 else []
         lines = [_line(record) for record in old if record["step"] <= resume_step]
-        self._path = files.write(path, b"".join(lines))
+        self._path, self._stored = files.write(path, b"".join(lines)), time.monotonic()
+        self._lines = [] if files.is_local(path) else lines  # of a store all that it shall hold
+        self._waiting = False
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
+        line = _line({"step": step, **metrics})
+        if not files.is_local(self._path):
+            self._lines.append(line)
+            self._waiting = True
+            if time.monotonic() - self._stored > STORE_SECONDS:
+                self.flush()
+            return
         with self._path.open("ab", buffering=0) as file:  # one write call, so no half lines
-            file.write(_line({"step": step, **metrics}))
+            file.write(line)
+
+    def flush(self) -> None:
+        """Puts the lines that wait into the store; on this machine none do."""
+        if self._waiting:
+            files.write(self._path, b"".join(self._lines))
+            self._waiting, self._stored = False, time.monotonic()
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a last line that was cut by a kill is left out."""
-    path = Path(path)
+    path = files.path(path)
     if not path.exists():
         return []
     *lines, _half = path.read_text().split("\n")
@@ -78,14 +99,14 @@ def _plain(value: Any) -> Any:
 
 def append_samples(path: str | Path, step: int, texts: Sequence[str]) -> None:
     """Adds `## step N` and each text in a fence to samples.md; drops what a resume writes again."""
-    path = Path(path)
+    path = files.path(path)
     sections = [*(s for s in read_samples(path) if s[0] < step), (step, list(texts))]
     files.write(path, "\n".join(_section(*section) for section in sections))
 
 
 def read_samples(path: str | Path) -> list[tuple[int, list[str]]]:
     """(step, texts) of every section of samples.md."""
-    path = Path(path)
+    path = files.path(path)
     sections: list[tuple[int, list[str]]] = []
     pattern = r"^## step (\d+)$|^(`{3,})text\n(.*?)\n\2$"  # in order, so fences hide headings
     content = path.read_bytes().decode(errors="replace") if path.exists() else ""
@@ -111,9 +132,9 @@ def open_sinks(cfg: LogConfig, run_dir: str | Path, settings: dict[str, Any]) ->
     require_sinks(cfg)
     sinks = []
     if cfg.tensorboard:
-        sinks.append(_tensorboard(Path(run_dir)))
+        sinks.append(_tensorboard(files.path(run_dir)))
     if cfg.wandb:
-        sinks.append(_wandb(cfg.wandb, Path(run_dir), settings))
+        sinks.append(_wandb(cfg.wandb, files.path(run_dir), settings))
     return sinks
 
 
@@ -152,8 +173,8 @@ def _wandb(project: str, run_dir: Path, settings: dict[str, Any]) -> Sink:
     run_id = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:12]
     try:
         run = wandb.init(
-            project=project, name=run_dir.name, id=run_id, dir=run_dir, config=settings,
-            resume="allow",
+            project=project, name=run_dir.name, id=run_id, config=settings, resume="allow",
+            dir=run_dir if files.is_local(run_dir) else None,
         )  # fmt: skip
     except Exception as error:  # of its own kinds: no key, a wrong one, no network
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -61,7 +61,7 @@ _TITLES = {
 
 def write_report(run_dir: str | Path) -> Path:
     """Writes report.html and plots/*.png into the run directory; returns the page's path."""
-    run_dir = Path(run_dir)
+    run_dir = files.path(run_dir)
     try:
         records, problem = metrics.read_jsonl(run_dir / "metrics.jsonl"), ""
     except ValueError as error:  # a damaged log must not cost the rest of the page
@@ -162,7 +162,7 @@ def _curves(plots: dict[str, Plot], directory: Path) -> str:
     """A grid of figures, and a PNG of each."""
     if not plots:
         return ""
-    directory.mkdir(exist_ok=True)
+    files.make_folder(directory)
     figures = []
     for key, plot in plots.items():
         group, slash, name = key.rpartition("/")
@@ -209,7 +209,9 @@ def _figure(key: str, png: Path) -> Iterator[tuple[Any, list[str]]]:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5.6, 3.1), layout="constrained")
         yield figure.add_subplot(), markup
-        figure.savefig(png, dpi=150)
+        image = io.BytesIO()
+        figure.savefig(image, dpi=150)
+        png.write_bytes(image.getvalue())
         svg = io.StringIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     text = svg.getvalue()
@@ -255,7 +257,7 @@ def _reliability(records: list[dict[str, Any]], directory: Path) -> str:
     sure, right, share = (
         np.array([bin[name] for bin in bins]) for name in ("expected", "right", "share")
     )
-    directory.mkdir(exist_ok=True)
+    files.make_folder(directory)
     with _figure("reliability", directory / "reliability.png") as (axes, svg):
         axes.plot([0.5, 1], [0.5, 1], "--", color=_INK, alpha=0.4, label="perfectly calibrated")
         axes.plot(sure, right, "-", color=_COLORS["val"], linewidth=1.6)

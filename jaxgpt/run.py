@@ -234,7 +234,7 @@ def _prepare(cfg: RunConfig) -> Mesh:
 
 def _settle(name: str, cfg: RunConfig, start: Loaded, mesh: Mesh) -> RunConfig:
     """Writes down what the run starts from; the config with all that was open in it."""
-    run = Path(cfg.run)
+    run = files.path(cfg.run)
     if jax.process_index() == 0:  # the others may be reading these by now
         start.tokenizer.save(run / "tokenizer.json")
         for file in start.files.keys() - {"tokenizer.json"}:

@@ -23,6 +23,7 @@ from jaxgpt.types import Params
 
 # Settings that change what is watched, kept or where it is computed, but no number of the run.
 FREE = ("run", "log", "sample", "mesh", "checkpoint", "fit")
+FREE_TOO = ("data/cache",)  # of the other sections
 # What fit=auto decides: the same numbers but for rounding.
 FITTED = ("train/micro_batches", "model/remat")
 # What a run that starts from other weights decides itself; the rest of its model is theirs.
@@ -36,7 +37,7 @@ def enter(cfg: RunConfig) -> Path:
         ValueError: another config made it (naming the differing keys), it holds other files, or
             it cannot be written.
     """
-    path = Path(cfg.run)
+    path = files.path(cfg.run)
     if path.exists() and not path.is_dir():
         raise ValueError(f"run={path}: is a file; choose a directory")
     file = path / "config.yaml"
@@ -55,7 +56,7 @@ def enter(cfg: RunConfig) -> Path:
     ):
         raise ValueError(f"run={path}: holds files that are no run of jaxgpt; choose another")
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path)
         write_config(cfg)
     except OSError as error:
         raise ValueError(
@@ -66,19 +67,20 @@ def enter(cfg: RunConfig) -> Path:
 
 def write_config(cfg: RunConfig) -> None:
     """config.yaml, also where several processes write it at a time."""
-    files.write(Path(cfg.run) / "config.yaml", to_yaml(cfg))
+    files.write(files.path(cfg.run) / "config.yaml", to_yaml(cfg))
 
 
 def config_hash(path: str | Path) -> str:
     """sha256 of the settings that decide a run's numbers, whatever the order and spelling."""
-    settings = yaml.safe_load((Path(path) / "config.yaml").read_text())
+    settings = yaml.safe_load((files.path(path) / "config.yaml").read_text())
     kept = {name: value for name, value in settings.items() if name not in FREE}
+    kept.get("data", {}).pop("cache", None)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def read_fit(path: str | Path, devices: dict[str, Any]) -> dict[str, Any] | None:
     """What fit=auto chose for these devices when the run began; None if that is to be done."""
-    file = Path(path) / "fit.json"
+    file = files.path(path) / "fit.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     return found["chosen"] if found.get("devices") == devices else None
 
@@ -86,12 +88,12 @@ def read_fit(path: str | Path, devices: dict[str, Any]) -> dict[str, Any] | None
 def write_fit(path: str | Path, devices: dict[str, Any], chosen: dict[str, Any]) -> None:
     """Remembers a choice, so that the same run on the same devices makes it again."""
     content = json.dumps({"devices": devices, "chosen": chosen}, indent=1)
-    files.write(Path(path) / "fit.json", content)
+    files.write(files.path(path) / "fit.json", content)
 
 
 def is_run(path: str | Path) -> bool:
     """Whether `path` is the directory of a run."""
-    return (Path(path) / "config.yaml").is_file()
+    return (files.path(path) / "config.yaml").is_file()
 
 
 def untuned(setting: str, path: str | Path) -> list[str]:
@@ -99,14 +101,14 @@ def untuned(setting: str, path: str | Path) -> list[str]:
 
     A vocabulary of ours has tokens for chat, so that such a run has a template all the same.
     """
-    if not is_run(path) or (Path(path) / "chat_template.jinja").exists():
+    if not is_run(path) or (files.path(path) / "chat_template.jinja").exists():
         return []
     return [f"{setting}={path}: was never tuned to chat; run scripts/sft.py --init {path} first"]
 
 
 def model_config(path: str | Path) -> ModelConfig:
     """The network of a run."""
-    settings = yaml.safe_load((Path(path) / "config.yaml").read_text())["model"]
+    settings = yaml.safe_load((files.path(path) / "config.yaml").read_text())["model"]
     scaling = settings.pop("rope_scaling", None)
     return ModelConfig(**settings, rope_scaling=scaling and RopeScaling(**scaling))
 
@@ -117,7 +119,7 @@ def read_params(path: str | Path, network: str = "policy") -> Params:
     Raises:
         ValueError: no intact checkpoint.
     """
-    checkpoints = Checkpoints(Path(path) / "checkpoints")
+    checkpoints = Checkpoints(files.path(path) / "checkpoints")
     step = checkpoints.latest_valid()
     if step is None:
         raise ValueError(f"{path}: has no intact checkpoint; train it first")
@@ -137,7 +139,7 @@ def fingerprint(path: str | Path) -> str:
     Raises:
         ValueError: there are none.
     """
-    path = Path(path)
+    path = files.path(path)
     if is_run(path):
         checkpoints = Checkpoints(path / "checkpoints")
         step = checkpoints.latest_valid()
@@ -145,7 +147,7 @@ def fingerprint(path: str | Path) -> str:
             raise ValueError(f"{path}: has no intact checkpoint; train it first")
         sources = [checkpoints.directory / str(step) / "manifest.json", path / "base.json"]
     else:
-        sources = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        sources = sorted(path.glob("*.safetensors"), key=str) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in sources:
         if file.exists():
@@ -164,13 +166,13 @@ def weights(path: str | Path, step: int | None = None) -> dict[str, Any]:
     """
     if not is_run(path):
         return {"sha256": fingerprint(path)}
-    checkpoints = Checkpoints(Path(path) / "checkpoints")
+    checkpoints = Checkpoints(files.path(path) / "checkpoints")
     found = checkpoints.latest_valid() if step is None else step
     if found is None:
         raise ValueError(f"{path}: has no intact checkpoint; train it first")
     directory = checkpoints.directory / str(found)
     if step is not None:
-        if not directory.is_dir():
+        if not (directory / "manifest.json").is_file():
             raise ValueError(f"{directory}: is gone")
         verify(directory)
     return {"step": found, "sha256": content(directory) or fingerprint(path)}
@@ -182,8 +184,8 @@ def write_base(cfg: RunConfig) -> None:
     Raises:
         ValueError: the run began on other weights.
     """
-    file = Path(cfg.run) / "base.json"
-    found = {"path": str(Path(cfg.init).absolute()), "sha256": fingerprint(cfg.init)}
+    file = files.path(cfg.run) / "base.json"
+    found = {"path": str(files.path(cfg.init).absolute()), "sha256": fingerprint(cfg.init)}
     if file.exists() and json.loads(file.read_text())["sha256"] != found["sha256"]:
         raise ValueError(f"init={cfg.init}: has changed since {cfg.run} began; use another --run")
     files.write(file, json.dumps(found, indent=1))
@@ -195,16 +197,16 @@ def read_base(path: str | Path) -> tuple[Path, PeftConfig] | None:
     Raises:
         ValueError: the base is gone or has changed.
     """
-    file = Path(path) / "base.json"
+    file = files.path(path) / "base.json"
     if not file.exists():
         return None
     base = json.loads(file.read_text())
-    if not Path(base["path"]).exists():
+    if not files.path(base["path"]).exists():
         raise ValueError(f"{path}: builds on {base['path']}, which is gone; name it in {file}")
     if fingerprint(base["path"]) != base["sha256"]:
         raise ValueError(f"{path}: builds on {base['path']}, which has changed since")
-    settings = yaml.safe_load((Path(path) / "config.yaml").read_text())["peft"]
-    return Path(base["path"]), PeftConfig(**settings)
+    settings = yaml.safe_load((files.path(path) / "config.yaml").read_text())["peft"]
+    return files.path(base["path"]), PeftConfig(**settings)
 
 
 def _defaults(cfg: Any) -> dict[str, Any]:
@@ -261,6 +263,7 @@ def _require_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         for name in {**before, **after}
         if before.get(name) != after.get(name)
         and name.split("/")[0] not in FREE
+        and name not in FREE_TOO
         and not given(name)
         and not (new["fit"] == "auto" and name in FITTED)
     ]

@@ -5,7 +5,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -29,7 +28,7 @@ class RunLog:
     """
 
     def __init__(self, cfg: RunConfig, start: int) -> None:
-        self._cfg, self._start, self._directory = cfg, start, Path(cfg.run)
+        self._cfg, self._start, self._directory = cfg, start, files.path(cfg.run)
         self._writes = jax.process_index() == 0
         self._pending: list[tuple[int, Mapping[str, Array], int]] = []
         self._flushed = time.perf_counter()
@@ -49,15 +48,16 @@ class RunLog:
             environment = json.dumps(machine.environment(), indent=1)
             files.write(self._directory / "environment.json", environment)
             # A run that begins again repeats the evaluation before its first step, too.
-            file = metrics.MetricsLog(self._directory / "metrics.jsonl", self._start)
+            self._log = metrics.MetricsLog(self._directory / "metrics.jsonl", self._start)
             settings = dataclasses.asdict(self._cfg)
             self._progress = metrics.Progress(self._cfg.train.steps, self._start)
-            self._sinks = [file, *metrics.open_sinks(self._cfg.log, self._directory, settings)]
+            self._sinks = [self._log, *metrics.open_sinks(self._cfg.log, self._directory, settings)]
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._writes:
             self._progress.close()
+            self._log.flush()
             if self._session.stop > self._start:
                 self.note(self._session.stop)
 
@@ -65,6 +65,11 @@ class RunLog:
         """A line for the person who watches."""
         if self._writes:
             self._progress.write(text)
+
+    def keep(self) -> None:
+        """Has all lines in the run's directory, before the checkpoint that they lead up to."""
+        if self._writes:
+            self._log.flush()
 
     def note(self, done: int) -> None:
         """Writes what has been spent so far into the run's lineage.json, as of `done` updates."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import kernels, losses, sharding
+from jaxgpt import files, kernels, losses, sharding
 from jaxgpt.config import ModelConfig, RunConfig
 from jaxgpt.data.batches import Batches
 from jaxgpt.data.examples import Examples
@@ -193,16 +193,18 @@ def precompute(
     key = f"{key}, rows {rows.fingerprint}"
     done = directory / "key.txt"
     if not done.is_file():
-        _compute(directory, fn, params, rows)
-        if jax.process_index() == 0:
-            done.write_text(key)
+        with files.staged(directory, last=done.name, over=True) as folder:
+            _compute(folder, fn, params, rows)
+            if jax.process_index() == 0:
+                (folder / done.name).write_text(key)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(str(directory))
     if done.read_text() != key:
         raise ValueError(f"{directory}: is of another network or other data; delete it")
-    found = {file.stem: np.load(file, mmap_mode="r") for file in sorted(directory.glob("*.npy"))}
+    with files.here(directory) as folder:  # what is mapped stays when its folder goes
+        found = {f.stem: np.load(f, mmap_mode="r") for f in sorted(folder.glob("*.npy"))}
     return replace(rows, numbers=rows.numbers | found)
 
 
@@ -215,7 +217,7 @@ def _compute(
     mesh = jax.sharding.get_mesh()
     whole = jax.jit(fn, out_shardings=sharding.replicated(mesh))  # every process can read that
     place = partial(sharding.place_rows, mesh, rows.batch_size)
-    files: dict[str, np.memmap] = {}
+    arrays: dict[str, np.memmap] = {}
     directory.mkdir(parents=True, exist_ok=True)
     for index in range(rows.num_held_out()):
         found = whole(params, place(partial(rows.held_out, index)))
@@ -223,15 +225,15 @@ def _compute(
             continue
         first = index * rows.batch_size
         for name, array in jax.device_get(found).items():
-            if name not in files:
+            if name not in arrays:
                 shape = (len(rows.items), *array.shape[1:])
-                files[name] = np.lib.format.open_memmap(
+                arrays[name] = np.lib.format.open_memmap(
                     directory / f"{name}.npy", "w+", array.dtype, shape
                 )
             left = len(rows.items) - first
-            files[name][first : first + len(array)] = array[:left]
-    for file in files.values():
-        file.flush()
+            arrays[name][first : first + len(array)] = array[:left]
+    for array in arrays.values():
+        array.flush()
 
 
 def router_metrics(cfg: ModelConfig, stats: RouterStats) -> Metrics:

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxgpt import machine, optim, sharding, tree
+from jaxgpt import files, machine, optim, sharding, tree
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import RunConfig
 from jaxgpt.kernels.platform import compiler_options
@@ -178,7 +177,7 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, watch: Callable[[], None] = la
     # Where wsd's decay begins is what more steps go on from.
     stable = optim.open_until(cfg.optim, cfg.train.steps) if cfg.optim.schedule == "wsd" else 0
     stable = int(stable) // updates * updates
-    checkpoints = Checkpoints(Path(cfg.run) / "checkpoints", cfg.checkpoint.keep, stable)
+    checkpoints = Checkpoints(files.path(cfg.run) / "checkpoints", cfg.checkpoint.keep, stable)
     optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps)
     state, frozen = _place(stage, cfg, mesh, optimizer)
     stage = stage._replace(params={})  # of which the state is a copy
@@ -211,6 +210,7 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, watch: Callable[[], None] = la
                     log.samples(done, stage.sample(params) if stage.sample else [])
             if saves:
                 with log.clock("saving"):
+                    log.keep()
                     checkpoints.save(done, state, meta, log.held_out_loss(done))
                     log.note(done)
             if evaluates or saves:

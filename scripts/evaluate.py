@@ -3,12 +3,10 @@
 The last line of the output is one JSON object: measures, their standard errors, the count.
 """
 
-import glob
 import json
 import math
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 from jaxgpt import config, files
@@ -28,7 +26,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     from jaxgpt import evals, lineage, machine, rundir
     from jaxgpt.config import idle
 
-    if not evals.is_embedded(cfg) and not (Path(cfg.data).exists() or glob.glob(cfg.data)):
+    if not evals.is_embedded(cfg) and not (files.path(cfg.data).exists() or files.find(cfg.data)):
         raise ValueError(f"data={cfg.data}: does not exist")
 
     if cfg.task != "reward":
@@ -39,9 +37,9 @@ def evaluate(cfg: EvaluateConfig) -> None:
     machine.use_compilation_cache()
     lm = jaxgpt.load(cfg.checkpoint, dtype=cfg.dtype)
     print(lm)
-    output, of_run = Path(cfg.output) if cfg.output else None, False
+    output, of_run = files.path(cfg.output) if cfg.output else None, False
     if output is None and rundir.is_run(cfg.checkpoint):
-        output, of_run = Path(cfg.checkpoint) / "evals" / evals.results_name(lm, cfg), True
+        output, of_run = files.path(cfg.checkpoint) / "evals" / evals.results_name(lm, cfg), True
     measures = evals.evaluate(lm, cfg, output)
     if of_run and output:
         about = {"data": cfg.data, "command": shlex.join(["python", *sys.argv])}

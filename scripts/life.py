@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from jaxgpt import config
+from jaxgpt import config, files
 
 REPO = Path(__file__).parents[1]
 
@@ -33,6 +33,7 @@ def main() -> None:
     from jaxgpt.life import life as lives  # here, so that --help needs no JAX
 
     life = lives.read(args.config, args.set)
+    files.require_local("run", args.run or life.run)
     run = Path(args.run or life.run)
     if args.plan:
         from jaxgpt.life import forecast

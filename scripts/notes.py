@@ -14,7 +14,7 @@ import http.server
 import os
 from pathlib import Path
 
-from jaxgpt import config
+from jaxgpt import config, files
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, default=8000, help="port of serve, on 127.0.0.1")
     args = parser.parse_args()
+    files.require_local("output", args.output)
     output = Path(args.output)
     if args.action == "serve":
         return serve(output, args.port)

@@ -32,6 +32,7 @@ def main() -> None:
     args = parser.parse_args(own)
     if args.config and not Path(args.config).is_file():
         raise ValueError(f"config={args.config}: does not exist")
+    files.require_local("runs", args.runs)
     if args.jobs < 1:
         raise ValueError(f"jobs={args.jobs}: must be at least 1")
     from jaxgpt.life import compare, sweep  # here, so that --help needs no JAX

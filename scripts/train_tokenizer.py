@@ -2,9 +2,8 @@
 
 import sys
 import time
-from pathlib import Path
 
-from jaxgpt import config
+from jaxgpt import config, files
 from jaxgpt.config import TokenizerConfig
 
 
@@ -13,10 +12,10 @@ def main() -> None:
     from jaxgpt.data import documents, token_files, tokenizer
 
     start = time.perf_counter()
-    output = Path(cfg.output)
+    output = files.path(cfg.output)
     if output.is_dir():
         raise ValueError(f"output={output}: is a folder; name a file in it")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(output.parent)
     text = documents.Corpus(
         tuple(cfg.input), val_fraction=0.0, errors=cfg.errors, column=cfg.column
     )

@@ -11,7 +11,8 @@ PACKAGE = ROOT / "jaxgpt"
 
 # A module may import from layers above its own in this list, and within its own package.
 LAYERS = (
-    {"types", "files", "shapes", "tree"},
+    {"types", "store", "shapes", "tree"},
+    {"files"},
     {"config"},
     {"sharding"},
     {"kernels"},

@@ -12,13 +12,13 @@ PACKAGE = Path(__file__).parents[1] / "jaxgpt"
 # A room that outgrows its line gives lines back elsewhere, or says in its commit why not.
 BUDGET = {
     "__init__.py": 30,
-    "checkpoint.py": 260,
-    "config": 1140,
-    "convert": 2960,
+    "checkpoint.py": 305,
+    "config": 1150,
+    "convert": 2965,
     "data": 3390,
     "episodes.py": 130,
-    "evals": 940,
-    "files.py": 35,
+    "evals": 955,
+    "files.py": 110,
     "kernels": 1540,
     "language_model.py": 350,
     "losses.py": 70,
@@ -46,15 +46,16 @@ BUDGET = {
     "weights.py": 160,
 }
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
-TOTAL = 16_850
+TOTAL = 17_080
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
     "inspect.py": 180,
     "judge.py": 60,
     "life": 1350,  # with lineage.py: life, compare, sweep 840; list, card, page, check the rest
-    "lineage.py": 300,
+    "lineage.py": 305,
     "notes": 310,
     "serve": 2110,
+    "store.py": 180,
 }
 
 _NO_CODE = {

@@ -66,8 +66,8 @@ Weight = Annotated[float, minimum(0)]
 Share = Annotated[float, within("[0, 1]")]
 BelowOne = Annotated[float, within("[0, 1)")]
 Pattern = Annotated[str, Rule("regular expression", _pattern_problem)]
-LocalPath = Annotated[str, Rule("path", files.problem)]
-Paths = list[LocalPath] | LocalPath
+FilePath = Annotated[str, Rule("path", files.problem)]  # of this machine, or of a store
+Paths = list[FilePath] | FilePath
 
 
 def check(section: str, cfg: Any) -> None:

@@ -198,8 +198,13 @@ def exit_cleanly(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {' '.join(_said(error).split())}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        if not isinstance(error, ValueError | OSError | FloatingPointError):
+            from jaxgpt import store
+
+            if not store.is_cloud_error(error):
+                raise
+        print(f"error: {' '.join(_said(error).split())}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None

@@ -8,7 +8,7 @@ from jaxgpt.config.checks import (
     Amount,
     BelowOne,
     Count,
-    LocalPath,
+    FilePath,
     Positive,
     Weight,
     check,
@@ -56,12 +56,12 @@ def planned(kind: type[RunConfig]) -> type[Any]:
 class WriteConfig:
     """Let a model write."""
 
-    checkpoint: LocalPath
+    checkpoint: FilePath
     """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
     prompt: list[str] = field(default_factory=list)
     """Texts to continue, or with --chat messages to answer; none: one is read from standard
     input."""
-    adapter: list[LocalPath] = field(default_factory=list)
+    adapter: list[FilePath] = field(default_factory=list)
     """Adapters: runs with --peft.kind lora or qlora on this checkpoint, or PEFT directories; one
     for all prompts, or one for each; none is the checkpoint alone."""
     max_new_tokens: Amount = 128
@@ -105,7 +105,7 @@ class WriteConfig:
 class ServeConfig:
     """Serve a model by OpenAI's API."""
 
-    checkpoint: LocalPath
+    checkpoint: FilePath
     """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
     adapter: list[str] = field(default_factory=list)
     """Adapters as NAME=PATH: runs with --peft.kind lora or qlora on this checkpoint, or PEFT
@@ -155,7 +155,7 @@ class ServeConfig:
 class ChatConfig:
     """Talk to a model in the terminal."""
 
-    checkpoint: LocalPath
+    checkpoint: FilePath
     """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
     system: str = ""
     """System prompt; empty: the template's own, if it has one."""
@@ -193,12 +193,12 @@ class ChatConfig:
 class TokenizerConfig:
     """What to learn a vocabulary from."""
 
-    input: list[LocalPath] = field(default_factory=list)
+    input: list[FilePath] = field(default_factory=list)
     """Text files, folders, JSONL, JSON or Parquet files, or Hub data sets; none: the source code
     of Python's standard library."""
     vocab_size: Count = 4096
     """Ids of the vocabulary, of which 256 are the bytes and 4 special."""
-    output: LocalPath = "tokenizer.json"
+    output: FilePath = "tokenizer.json"
     """File to write, in Hugging Face's format."""
     column: str = "text"
     """Column of JSONL, JSON, Parquet and Hub rows that holds the text."""
@@ -215,12 +215,12 @@ class TokenizerConfig:
 class PrepareConfig:
     """Text to turn into token files."""
 
-    output: LocalPath
+    output: FilePath
     """Directory to write; a killed run is continued, another data set is never written over."""
-    input: list[LocalPath] = field(default_factory=list)
+    input: list[FilePath] = field(default_factory=list)
     """Text files, folders, JSONL, JSON or Parquet files, or Hub data sets; none: the source code
     of Python's standard library."""
-    tokenizer: LocalPath = "gpt2"
+    tokenizer: FilePath = "gpt2"
     """byte, a tiktoken name (gpt2, cl100k_base), a tokenizer.json or a directory that holds one."""
     val_fraction: BelowOne = 0.1
     """Share held out for validation: every n-th document, or the end of each of few text files."""
@@ -243,13 +243,13 @@ class PrepareConfig:
 class InspectConfig:
     """Which model is looked into, and on which text."""
 
-    checkpoint: LocalPath
+    checkpoint: FilePath
     """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
     text: str
     """What the model reads."""
-    against: LocalPath = ""
+    against: FilePath = ""
     """Another model, whose probabilities of the same text stand beside; empty: none."""
-    output: LocalPath = "page.html"
+    output: FilePath = "page.html"
     """HTML file to write, which needs nothing else."""
     temperature: Weight = 1.0
     """Of the distributions after truncation; 0: only the likeliest token is left."""
@@ -269,7 +269,7 @@ class InspectConfig:
 class EvaluateConfig:
     """What to measure, and on what."""
 
-    checkpoint: LocalPath
+    checkpoint: FilePath
     """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
     task: Literal[
         "perplexity", "multiple_choice", "hellaswag", "piqa", "arc", "winogrande", "lambada",
@@ -277,13 +277,13 @@ class EvaluateConfig:
     ]  # fmt: skip
     """Measure; multiple_choice reads any JSONL of {query, choices, gold}, reward any pairs, core
     a folder with the tasks of DCLM's CORE."""
-    data: LocalPath
+    data: FilePath
     """Plain text (perplexity), or JSONL as on the Hub or in its local layout, also .gz or .bz2; or
     the held-out part of an embedded task: arithmetic, multi-step, … with task arithmetic and
     --chat, arithmetic-correct or arithmetic-concise with task reward."""
     limit: Amount = 0
     """Items to measure, the first ones; 0: all."""
-    output: LocalPath = ""
+    output: FilePath = ""
     """JSONL of single items' results, from which the same command continues; empty: a file in
     the run directory, and none for other checkpoints."""
     window: Annotated[int, minimum(2)] = 1024
@@ -307,7 +307,7 @@ class EvaluateConfig:
     """true: ask questions that are answered in words by the model's chat template."""
     tools: list[str] = field(default_factory=list)
     """Tools that a chatting model may call: calculator."""
-    reward_model: LocalPath = ""
+    reward_model: FilePath = ""
     """Run of scripts/reward.py that chooses the best of the samples: gives best@n."""
     batch_tokens: Count = 2048
     """Positions that are computed at a time, padding included."""
@@ -338,9 +338,9 @@ class EvaluateConfig:
 class ConvertConfig:
     """Which model to write, and how."""
 
-    checkpoint: LocalPath
+    checkpoint: FilePath
     """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
-    output: LocalPath
+    output: FilePath
     """Directory, or .gguf file, to write; never over something else's."""
     to: Literal["huggingface", "jaxgpt", "gguf"] = "huggingface"
     """Layout to write: Hugging Face's, a run directory, or a GGUF file (llama.cpp, Ollama)."""

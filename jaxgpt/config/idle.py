@@ -7,9 +7,9 @@ checked; what is only unused, or strange, is named here before a run begins.
 import dataclasses
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from jaxgpt import files
 from jaxgpt.config.commands import EvaluateConfig, PrepareConfig, WriteConfig
 from jaxgpt.config.run import RunConfig
 
@@ -39,6 +39,8 @@ _OF_ALL: tuple[Rule, ...] = (
     (r"sample\.(top_p|top_k)", lambda c: c.sample.temperature > 0, f"sample.{_GREEDY}"),
     (r"data\.(tokenizer|vocab_size)", lambda c: not c.init, "init brings its own"),
     (r"data\.vocab_size", lambda c: not c.data.tokenizer, "data.tokenizer is given"),
+    (r"data\.cache", lambda c: not all(map(files.is_local, _token_files(c))),
+     "no token files are in a bucket"),
     (r"data\.text_path", lambda c: c.data.text_share > 0, "is for data.text_share"),
     (r"data\.(learn|calls|long|packing|val_path|template|system)",
      lambda c: getattr(c.data, "text_share", 0) < 1, "data.text_share=1 reads no conversations"),
@@ -81,11 +83,9 @@ _OF_EVALUATION: tuple[Rule, ...] = (
      lambda c: c.task in ("gsm8k", "arithmetic"), "is for tasks answered in words"),
     (r"top_p|top_k", lambda c: c.temperature > 0, _GREEDY),
 )  # fmt: skip
-_OF_WRITING: tuple[Rule, ...] = (
-    (r"top_p|top_k|min_p|seed", lambda c: c.temperature > 0, _GREEDY),
-)
+_OF_WRITING: tuple[Rule, ...] = ((r"top_p|top_k|min_p|seed", lambda c: c.temperature > 0, _GREEDY),)
 _OF_PREPARATION: tuple[Rule, ...] = (
-    (r"hub_config|hub_split", lambda c: any(not Path(path).exists() for path in c.input),
+    (r"hub_config|hub_split", lambda c: any(not files.path(path).exists() for path in c.input),
      "is for a Hub data set"),
 )  # fmt: skip
 
@@ -128,6 +128,12 @@ def _unused(cfg: Any, rules: tuple[Rule, ...]) -> list[str]:
         if why := next(idle, ""):
             lines.append(f"{name}={value}: has no effect; {why}")
     return lines
+
+
+def _token_files(cfg: Any) -> list[str]:
+    """Where token files may be: as they are given, or of a text in the run's directory."""
+    path = cfg.data.path
+    return [cfg.run, *([path] if isinstance(path, str) else path), *cfg.data.mixture]
 
 
 def _lengths(cfg: RunConfig) -> list[str]:

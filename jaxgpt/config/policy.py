@@ -7,7 +7,7 @@ from jaxgpt.config.checks import (
     Amount,
     BelowOne,
     Count,
-    LocalPath,
+    FilePath,
     Paths,
     Positive,
     Share,
@@ -93,7 +93,7 @@ class TaskConfig:
     val_path: Paths = ""
     """Held-out rows, as data.path; empty: one row in ten of data.path. Embedded tasks hold out by
     themselves."""
-    template: LocalPath = ""
+    template: FilePath = ""
     """Chat template: chatml, llama3, plain or a Jinja file; empty: the model's own, else chatml, or
     plain where the vocabulary has no tokens for chat."""
     system: str | None = None
@@ -139,7 +139,7 @@ class PolicyConfig(RunConfig):
 class GrpoConfig(PolicyConfig):
     """GRPO and its relatives: answers are compared with others to the same prompt."""
 
-    run: LocalPath = "runs/grpo"
+    run: FilePath = "runs/grpo"
     """Directory of the run; the same command on the same directory resumes it."""
     baseline: Literal["group", "mean", "others", "batch"] = "group"
     """How an answer's reward r becomes its advantage: group: (r - mean) / std of the answers to its
@@ -169,7 +169,7 @@ class GrpoConfig(PolicyConfig):
 class PpoConfig(PolicyConfig):
     """PPO: rewards against what a value network expected."""
 
-    run: LocalPath = "runs/ppo"
+    run: FilePath = "runs/ppo"
     """Directory of the run; the same command on the same directory resumes it."""
     rollout: RolloutConfig = field(
         default_factory=lambda: RolloutConfig(updates=4, epochs=2, samples=1)
@@ -177,7 +177,7 @@ class PpoConfig(PolicyConfig):
     clip_high: Positive = 0.2
     """Upper clip: above 1 + clip_high the ratio of a token's probability to that of its rollout has
     no gradient."""
-    reward_model: LocalPath = ""
+    reward_model: FilePath = ""
     """Run of scripts/reward.py whose reward is learned from; empty: the task's rule alone."""
     rule_weight: Weight | None = None
     """Weight of the task's rule in the reward; null: 1, or 0 with a reward model."""

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from jaxgpt import files
 from jaxgpt.config.checks import (
     Amount,
     BelowOne,
     Count,
-    LocalPath,
+    FilePath,
     Paths,
     Pattern,
     Positive,
@@ -30,9 +31,9 @@ class DataConfig:
     glob, JSONL, JSON or Parquet; empty: the source code of Python's standard library."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column of JSONL, JSON and Parquet that holds the text, as {"text": "body"}; empty: text."""
-    mixture: dict[LocalPath, Positive] = field(default_factory=dict)
+    mixture: dict[FilePath, Positive] = field(default_factory=dict)
     """Several token directories with the weight of each, in place of data.path."""
-    tokenizer: LocalPath = ""
+    tokenizer: FilePath = ""
     """byte, a tiktoken name (gpt2, cl100k_base), or a tokenizer.json; empty: the one that is
     recorded beside the token files, else a BPE that is trained on the text."""
     vocab_size: Count = 2048
@@ -43,6 +44,9 @@ class DataConfig:
     documents: bool = False
     """true: pack whole documents, each with its own attention and its own positions; false: read
     the text as one endless stream."""
+    cache: Weight = 20.0
+    """GB on this machine at most for token files that are in a bucket: as many as fit are copied
+    while others are read there; 0: none."""
 
     def __post_init__(self) -> None:
         check("data", self)
@@ -264,9 +268,9 @@ class PeftConfig:
 class RunConfig:
     """What every training command has."""
 
-    run: LocalPath
+    run: FilePath
     """Directory of the run; the same command on the same directory resumes it."""
-    init: LocalPath = ""
+    init: FilePath = ""
     """Weights to start from: a run directory or a Hugging Face directory; empty: random ones."""
     seed: int = 0
     """Seed of initialisation, data order, dropout and sampling."""
@@ -290,12 +294,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check("", self)
+        for setting in ("tensorboard", "profile"):
+            value = getattr(self.log, setting)
+            require(
+                not value or files.is_local(self.run), f"log.{setting}", value,
+                f"writes no files to {self.run}; drop it, or give a --run on this machine",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     """Next-token prediction on plain text."""
 
-    run: LocalPath = "runs/pretrain"
+    run: FilePath = "runs/pretrain"
     """Directory of the run; the same command on the same directory resumes it."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from jaxgpt.config.checks import (
     Amount,
     BelowOne,
-    LocalPath,
+    FilePath,
     Paths,
     Positive,
     Share,
@@ -39,13 +39,13 @@ class ConversationConfig:
     """Held-out rows; empty: every n-th row of path. Embedded tasks hold out by themselves."""
     val_fraction: BelowOne = 0.05
     """Share of path that is held out where there is no val_path."""
-    template: LocalPath = ""
+    template: FilePath = ""
     """chatml, llama3, plain or a Jinja file; empty: the model's own, else chatml, or plain where
     the vocabulary has no tokens for chat."""
     system: str | None = None
     """System prompt of conversations that have none; null: the template's own, if it has one. The
     model's files keep it."""
-    tokenizer: LocalPath = "byte"
+    tokenizer: FilePath = "byte"
     """For a model that starts at random; init brings its own."""
     max_tokens: Amount = 0
     """Longest row; 0: model.context_length."""
@@ -68,7 +68,7 @@ class ChatDataConfig(ConversationConfig):
     """GSM8K's <<48/2=24>> is text, or a turn that calls the calculator and what that gives."""
     text_share: Share = 0.0
     """Share of the rows that are windows of plain text, against forgetting; 1: nothing else."""
-    text_path: LocalPath = ""
+    text_path: FilePath = ""
     """That text, as data.path of pretraining; empty: the source code of Python's library."""
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ def greedy() -> SampleConfig:
 class SftConfig(RunConfig):
     """Supervised fine-tuning: what the assistant says in conversations."""
 
-    run: LocalPath = "runs/sft"
+    run: FilePath = "runs/sft"
     """Directory of the run; the same command on the same directory resumes it."""
     data: ChatDataConfig = field(default_factory=ChatDataConfig)
     optim: OptimConfig = field(default_factory=lambda: small_steps(2e-5))
@@ -103,7 +103,7 @@ class SftConfig(RunConfig):
 class RewardConfig(RunConfig):
     """A reward model: which of two answers people prefer."""
 
-    run: LocalPath = "runs/reward"
+    run: FilePath = "runs/reward"
     """Directory of the run; the same command on the same directory resumes it."""
     data: ConversationConfig = field(default_factory=ConversationConfig)
     optim: OptimConfig = field(default_factory=lambda: small_steps(1e-5))
@@ -117,7 +117,7 @@ class RewardConfig(RunConfig):
 class DpoConfig(RunConfig):
     """Direct preference optimisation and its relatives."""
 
-    run: LocalPath = "runs/dpo"
+    run: FilePath = "runs/dpo"
     """Directory of the run; the same command on the same directory resumes it."""
     data: ConversationConfig = field(default_factory=ConversationConfig)
     optim: OptimConfig = field(default_factory=lambda: small_steps(1e-6))
@@ -155,11 +155,11 @@ class DpoConfig(RunConfig):
 class DistillConfig(RunConfig):
     """Distillation: a student imitates a teacher's distribution, or its answers."""
 
-    run: LocalPath = "runs/distill"
+    run: FilePath = "runs/distill"
     """Directory of the run; the same command on the same directory resumes it."""
     data: ChatDataConfig = field(default_factory=ChatDataConfig)
     sample: SampleConfig = field(default_factory=greedy)
-    teacher: LocalPath = ""
+    teacher: FilePath = ""
     """Model to imitate: a run directory or a Hugging Face directory."""
     layers: Amount = 0
     """Layers of the teacher, evenly spaced, that the student starts from where there is no init;

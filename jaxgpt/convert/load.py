@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxgpt import files as paths
 from jaxgpt import peft, rundir, tree
 from jaxgpt.config import ModelConfig, PeftConfig
 from jaxgpt.convert import gguf, hf, llama2c, peft_hf, spm, tensors, tokenizer_files
@@ -47,9 +49,11 @@ def load(path: str | Path, *, place: Place | None = None, merged: bool = False) 
     Raises:
         ValueError: nothing we know, damaged files, or settings that our model does not have.
     """
-    path = Path(path)
+    path = paths.path(path)
     if not path.exists():
         raise ValueError(f"checkpoint={path}: does not exist")
+    if not paths.is_local(path) and not rundir.is_run(path):
+        return _load_stored(path, place, merged)
     if rundir.is_run(path):
         files = own_files(tokenizer_files.read(path))
         params = _placed(_read_run(path, merged), place)
@@ -65,6 +69,20 @@ def load(path: str | Path, *, place: Place | None = None, merged: bool = False) 
         return _with_tokenizer(cfg, params, tokenizer_files.read(path), path, settings)
     cfg, params, files = _reader(path)(path, place=place)
     return _with_tokenizer(cfg, params, files, path)
+
+
+def _load_stored(path: Path, place: Place | None, merged: bool) -> Loaded:
+    """`load` by way of a copy: weights are mapped into memory, which may outlive their file."""
+    parts = re.sub(r"-\d{5}-of-", "-*-of-", path.name)  # a GGUF file may come in several
+    with paths.here(path) as copy:
+        for pattern in (parts, "tok*.bin") if path.is_file() else ():
+            for file in path.parent.glob(pattern):
+                with paths.here(file) as beside:
+                    beside.replace(copy.with_name(file.name))
+        try:
+            return load(copy, place=place, merged=merged)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(copy), str(path))) from None
 
 
 def _require_model(path: Path) -> None:
@@ -94,7 +112,7 @@ def _reader(path: Path) -> Callable[..., tuple[ModelConfig, Params, dict[str, by
 
 def model_config(path: str | Path) -> ModelConfig:
     """The shape of a model on disk; the weights are read only where nothing else tells it."""
-    path = Path(path)
+    path = paths.path(path)
     if rundir.is_run(path):
         return rundir.model_config(path)
     if (path / "config.json").is_file():
@@ -122,7 +140,7 @@ def load_with_adapters(
         ValueError: no adapter, one of another base, or bases quantised in different ways.
     """
     runs: dict[Path, PeftConfig] = {}
-    for adapter in map(Path, adapters):
+    for adapter in map(paths.path, adapters):
         if not peft_hf.is_adapter(adapter):
             runs[adapter] = _adapter_settings(adapter, path)
     quantized = {cfg.quantize if cfg.kind == "qlora" else "" for cfg in runs.values()}
@@ -137,10 +155,11 @@ def load_with_adapters(
 
     def beside(adapter: Path) -> Params:
         if adapter not in runs:
-            return peft_hf.load(adapter, base.config, base.params)
+            with paths.here(adapter) as copy:
+                return peft_hf.load(copy, base.config, base.params)
         return peft.restore(runs[adapter], base.params, tree.flatten(rundir.read_params(adapter)))
 
-    return base, [beside(Path(adapter)) for adapter in adapters]
+    return base, [beside(paths.path(adapter)) for adapter in adapters]
 
 
 def _adapter_settings(path: Path, base: str | Path) -> PeftConfig:

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxgpt import peft, tree, weights
+from jaxgpt import files, peft, tree, weights
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert import hf, table
 from jaxgpt.convert.table import Row
@@ -61,7 +61,7 @@ MERGE = (
 
 def is_adapter(path: str | Path) -> bool:
     """Whether `path` is a directory that PEFT wrote."""
-    return (Path(path) / CONFIG).is_file()
+    return (files.path(path) / CONFIG).is_file()
 
 
 def base_of(path: str | Path) -> Path:
@@ -70,13 +70,13 @@ def base_of(path: str | Path) -> Path:
     Raises:
         ValueError: it is not on this machine.
     """
-    name = read_json(Path(path) / CONFIG).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name or not Path(name).exists():
+    name = read_json(files.path(path) / CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name or not files.path(name).exists():
         raise ValueError(
             f"{path}/{CONFIG}: base_model_name_or_path={name!r:.80}: is not here; write the path "
             "of the base"
         )
-    return Path(name)
+    return files.path(name)
 
 
 def load(path: str | Path, cfg: ModelConfig, base: Params) -> Params:

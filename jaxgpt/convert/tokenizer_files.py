@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxgpt import files as paths
 from jaxgpt.convert import tensors, words
 
 NAMES = (
@@ -24,7 +25,8 @@ def read(path: str | Path) -> dict[str, bytes]:
     Raises:
         ValueError: a file that should hold JSON or UTF-8 text does not.
     """
-    found = {name: Path(path) / name for name in NAMES if (Path(path) / name).is_file()}
+    path = paths.path(path)
+    found = {name: path / name for name in NAMES if (path / name).is_file()}
     for name, file in found.items():
         if name.endswith(".json"):
             tensors.read_json(file)

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxgpt import store
 from jaxgpt.data import packing
 from jaxgpt.data.token_files import TokenFile, check_vocab, open_tokens
 from jaxgpt.data.tokenizer import Tokenizer
@@ -70,8 +71,11 @@ class Windows:
         for file in set(choice.tolist()):
             mine = np.flatnonzero(choice == file)
             tokens = self.files[file].train
-            for row, start in zip(mine, self._train_starts(file, counts[mine]), strict=True):
-                tokens_BS[row] = tokens.read(start, start + self.context_length + 1)
+            read = lambda start, of=tokens: of.read(start, start + self.context_length + 1)
+            starts = self._train_starts(file, counts[mine])
+            windows = (store.together if tokens.in_store() else map)(read, starts)
+            for row, window in zip(mine, windows, strict=True):
+                tokens_BS[row] = window
         return self._batch(tokens_BS)
 
     def num_held_out(self, limit: int = 0) -> int:
@@ -86,11 +90,11 @@ class Windows:
         """
         total, batches = sum(self._val_windows()), self.num_held_out(limit)
         wanted = min(total, batches * self.batch_size)
-        windows = []
-        for row in index * self.batch_size + np.asarray(rows, np.int64):
-            inside = row < wanted
-            windows.append(self._val_window(int(row) * total // wanted if inside else -1))
-        return self._batch(np.stack(windows))
+        numbers = index * self.batch_size + np.asarray(rows, np.int64)
+        chosen = [int(row) * total // wanted if row < wanted else -1 for row in numbers]
+        in_store = any(file.val.in_store() for file in self.files)
+        windows = (store.together if in_store else map)(self._val_window, chosen)
+        return self._batch(np.stack(list(windows)))
 
     def _train_starts(self, file: int, counts: np.ndarray) -> list[int]:
         """Where the windows begin that this file gives as its counts-th ones."""
@@ -158,15 +162,19 @@ def windows(
     context_length: int,
     seed: int = 0,
     documents: bool = False,
+    cache: float = 0.0,
 ) -> Windows:
     """Opens and checks one path, or several with weights.
+
+    Args:
+        cache: see token_files.open_tokens; each path gets its share.
 
     Raises:
         ValueError: a file that is missing, damaged, shorter than the context, or made with
             another tokenizer.
     """
     weights = files if isinstance(files, Mapping) else {str(files): 1.0}
-    opened = tuple(open_tokens(path) for path in weights)
+    opened = tuple(open_tokens(path, cache / len(weights)) for path in weights)
     for file in opened:
         check_vocab(file, tokenizer)
         if file.train.size < context_length + 1:

@@ -17,12 +17,12 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxgpt import files
 from jaxgpt.data import messages as forms
 from jaxgpt.data import templates
 from jaxgpt.data.engines import Span
@@ -106,10 +106,10 @@ def find_format(
     """
     if not variables.get("eos_token"):
         variables["eos_token"] = tokenizer.decode([tokenizer.eos_id])
-    if name and name not in TEMPLATES and not Path(name).is_file():
+    if name and name not in TEMPLATES and not files.path(name).is_file():
         raise ValueError(f"data.template={name}: no such file, and not {', '.join(TEMPLATES)}")
     ours = CHATML if "<|im_start|>" in tokenizer.special else PLAIN
-    template = TEMPLATES.get(name) or (Path(name).read_text() if name else own or ours)
+    template = TEMPLATES.get(name) or (files.path(name).read_text() if name else own or ours)
     if name in TEMPLATES:
         needed = re.findall(r"<\|\w+\|>", template)
         missing = [token for token in needed if token not in tokenizer.special]

@@ -86,7 +86,7 @@ class Corpus:
         """What decides the pieces, with a hash of every file's bytes."""
         digest, files = hashlib.sha256(), self._files()
         for file in files:
-            if isinstance(file, Path):
+            if not isinstance(file, str):
                 digest.update(bytes.fromhex(sha256(file)))
             else:  # the Hub's text is not here to be hashed, but its revision is a hash
                 names = (file, self.hub_config, self.hub_split, rows.hub_revision(file))
@@ -103,7 +103,7 @@ class Corpus:
 
     def size(self) -> int:
         """Bytes of all files; of a Hub data set it is not known."""
-        return sum(file.stat().st_size for file in self._files() if isinstance(file, Path))
+        return sum(file.stat().st_size for file in self._files() if not isinstance(file, str))
 
     def pieces(self) -> Iterator[Piece]:
         """All text in order; `found` then tells what there was besides.
@@ -113,7 +113,7 @@ class Corpus:
         """
         self.found.__init__()
         files = self._files()
-        texts = [file for file in files if isinstance(file, Path) and kind(file) not in TABLES]
+        texts = [file for file in files if not isinstance(file, str) and kind(file) not in TABLES]
         cut = len(texts) * self.val_fraction < FEWEST_HELD_OUT
         number = 0
         for file in files:
@@ -141,9 +141,9 @@ class Corpus:
 
     def _documents(self, file: Path | str) -> Iterator[Iterable[str]]:
         """Every document as its blocks."""
-        if isinstance(file, Path) and not self.inputs:
+        if not isinstance(file, str) and not self.inputs:
             yield [_python_text(file)]
-        elif isinstance(file, Path) and kind(file) not in TABLES:
+        elif not isinstance(file, str) and kind(file) not in TABLES:
             yield _at_word_ends(self._blocks(file))
         else:
             for row, place in self._rows(file):
@@ -153,7 +153,7 @@ class Corpus:
         return read_blocks(file, self.errors, self.advice.errors)
 
     def _rows(self, file: Path | str) -> Iterator[tuple[Any, str]]:
-        if isinstance(file, Path):
+        if not isinstance(file, str):
             if kind(file) == ".parquet":  # of which only the text is read
                 self.found.columns.update(dict.fromkeys(rows.parquet(file).schema_arrow.names))
             return rows.file_rows(file, self.hub_split, self.errors, self.column)

@@ -2,10 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from jaxgpt import files
 from jaxgpt.config import ChatDataConfig
 from jaxgpt.data import chat, conversations, examples, synthetic, token_files
 from jaxgpt.data.batches import Windows, windows
@@ -90,6 +90,6 @@ def _singly(encoded: Sequence[Encoded]) -> list[examples.Item]:
 
 def _text(cfg: ChatDataConfig, form: Format, width: int, seed: int, run: str) -> Windows:
     """Windows of the plain text, one a batch, so that they can be had by their number."""
-    directory = Path(run)
+    directory = files.path(run)
     path = token_files.prepare(cfg.text_path, directory / "data", str(directory / "tokenizer.json"))
     return windows(path, form.tokenizer, 1, width, seed)

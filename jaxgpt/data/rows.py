@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxgpt import files
 from jaxgpt.config.checks import nearest
 
 Errors = Literal["strict", "replace"]
@@ -51,19 +52,17 @@ def find(name: str, kinds: set[str]) -> list[Path | str]:
     Raises:
         ValueError: there is no such file, or an empty one.
     """
-    path = Path(name)
+    path = files.path(name)
     if path.is_dir():
         inside = (file for file in path.rglob("*") if file.is_file())
         shown = (f for f in inside if not any(p[0] == "." for p in f.relative_to(path).parts))
-        found = sorted(file for file in shown if kind(file) in kinds)
+        found = _sorted(file for file in shown if kind(file) in kinds)
         if not found:
             raise ValueError(f"{name}: the folder holds no file that ends in {_list(kinds)}")
     elif path.is_file():
         found = [path]
     elif glob.has_magic(name):
-        found = sorted(
-            file for file in map(Path, glob.glob(name, recursive=True)) if file.is_file()
-        )
+        found = _sorted(file for file in files.find(name) if file.is_file())
         if not found:
             raise ValueError(f"{name}: no file has such a name")
     elif HUB_NAME.fullmatch(name.partition(":")[0]) and kind(path) not in kinds:
@@ -149,7 +148,8 @@ def parquet(file: Path) -> Any:
 
     try:
         packed = file.suffix in PACKED
-        return pq.ParquetFile(io.BytesIO(b"".join(_bytes(file))) if packed else file)
+        opened = file if files.is_local(file) else file.open("rb")
+        return pq.ParquetFile(io.BytesIO(b"".join(_bytes(file))) if packed else opened)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not a Parquet file, or cut short ({error})") from None
 
@@ -191,9 +191,9 @@ def read_text(path: str | Path, errors: Errors = "strict") -> str:
     Raises:
         ValueError: empty, not UTF-8 (with the byte's offset), or binary.
     """
-    if Path(path).is_dir():
+    if files.path(path).is_dir():
         raise ValueError(f"{path}: is a directory; name a file")
-    text = "".join(read_blocks(Path(path), errors))
+    text = "".join(read_blocks(files.path(path), errors))
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
     return text
@@ -224,10 +224,10 @@ def read_blocks(path: Path, errors: Errors = "strict", advice: str = "") -> Iter
         offset += len(block)
 
 
-def _open_zstd(path: Path, _: str) -> Any:
+def _open_zstd(file: Any, _: str) -> Any:
     import pyarrow as pa
 
-    return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+    return pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
 
 
 PACKED: dict[str, Callable[..., Any]] = {
@@ -235,14 +235,19 @@ PACKED: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+def _sorted(found: Iterable[Path]) -> list[Path]:
+    """By folder and name, wherever they are."""
+    return sorted(found, key=lambda file: file.parts)
+
+
 def _list(kinds: Iterable[str]) -> str:
     return ", ".join(sorted(kinds))
 
 
 def _bytes(path: Path) -> Iterator[bytes]:
-    opener = PACKED.get(path.suffix, open)
+    unpack = PACKED.get(path.suffix, lambda file, _: file)
     try:
-        with opener(path, "rb") as file:
+        with path.open("rb") as packed, unpack(packed, "rb") as file:
             while block := file.read(BLOCK):
                 yield block
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:

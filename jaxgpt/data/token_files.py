@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from jaxgpt import files
+from jaxgpt import files, store
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.documents import Advice, Corpus, Piece
 from jaxgpt.data.rows import Paths, names
@@ -44,9 +44,9 @@ TRAINING = Advice(
 
 @dataclass(frozen=True)
 class Tokens:
-    """Shards on disk, read as one long array."""
+    """Shards on disk or in a store, read as one long array."""
 
-    shards: tuple[np.ndarray, ...] = ()
+    shards: tuple[np.ndarray | store.Shard, ...] = ()
 
     @functools.cached_property
     def size(self) -> int:
@@ -60,6 +60,10 @@ class Tokens:
                 parts.append(shard[max(start - first, 0) : stop - first])
             first += shard.size
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def in_store(self) -> bool:
+        """Whether a read may wait for a store, so that many are better made at once."""
+        return any(isinstance(shard, store.Shard) for shard in self.shards)
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,11 @@ class TokenFile:
     source_sha256: str  # of the text; empty: not recorded
 
 
-def is_tokens(path: Paths | Path) -> TypeGuard[str | Path]:
+def is_tokens(path: Any) -> TypeGuard[str | Path]:
     """Whether a path holds tokens already: ours, nanoGPT's or llm.c's."""
-    if not isinstance(path, (str, Path)):
+    if isinstance(path, list | tuple):
         return False
-    path = Path(path)
+    path = files.path(path)
     return (path / MANIFEST).is_file() or path.suffix == ".bin" or (path / "train.bin").is_file()
 
 
@@ -96,10 +100,10 @@ def prepare(
 
     An empty path is Python's standard library; an empty tokenizer is our BPE trained on the text.
     """
-    inputs = tuple(names(str(path) if isinstance(path, Path) else path))
+    inputs = tuple(names([*path] if isinstance(path, list | tuple) else str(path)))
     if len(inputs) == 1 and is_tokens(inputs[0]):
-        return Path(inputs[0])
-    out_dir = Path(out_dir)
+        return files.path(inputs[0])
+    out_dir = files.path(out_dir)
     corpus = Corpus(inputs, val_fraction, column=column, advice=TRAINING)
     name = tokenizer or f"BPE of {vocab_size} ids, trained on the text"
     source = corpus.describe()
@@ -138,7 +142,7 @@ def write_tokens(
         name: how the user named the tokenizer, for the manifest.
         source: `corpus.describe()`, if it is known.
     """
-    out_dir = Path(out_dir)
+    out_dir = files.path(out_dir)
     state = {
         "format": FORMAT,
         "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
@@ -153,16 +157,17 @@ def write_tokens(
         manifest = json.loads((out_dir / MANIFEST).read_text())
         _require_same(manifest, state, out_dir)
         return manifest
-    out_dir.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out_dir)
+    there = list(out_dir.iterdir()) if out_dir.exists() else []  # no folder is empty in a store
     progress = {**state, "pieces": 0, "text_bytes": 0, "shards": []}
     if (out_dir / PROGRESS).is_file():
         unfinished = json.loads((out_dir / PROGRESS).read_text())
         if unfinished["shards"]:  # else there is nothing to lose in starting over
             _require_same(unfinished, state, out_dir)
             progress = unfinished
-    elif not all(files.is_partial(file) for file in out_dir.iterdir()):
+    elif not all(map(files.is_partial, there)):
         raise ValueError(f"output={out_dir}: the folder holds other files; choose an empty one")
-    for file in filter(files.is_partial, out_dir.iterdir()):  # left by a run that was killed
+    for file in filter(files.is_partial, there):  # left by a run that was killed
         file.unlink()
     tokenizer.save(out_dir / "tokenizer.json")
     files.write(out_dir / PROGRESS, json.dumps(progress, indent=1))
@@ -172,19 +177,25 @@ def write_tokens(
     return _finish(out_dir, progress)
 
 
-def open_tokens(path: str | Path) -> TokenFile:
+def open_tokens(path: str | Path, cache: float = 0.0) -> TokenFile:
     """A directory of prepare_data.py, llm.c's .bin, or nanoGPT's .bin (or the folder of them).
 
     A file named …train… takes its sibling …val… as the held-out split.
+
+    Args:
+        cache: GB of a store's files that are copied to this machine while others are read.
     """
-    path = Path(path)
+    path = files.path(path)
     if (path / MANIFEST).is_file():
-        return _open_directory(path)
-    if (path / "train.bin").is_file():
-        path = path / "train.bin"
-    if not path.is_file() or path.suffix != ".bin":
-        raise ValueError(f"data.path={path}: neither a token directory nor a .bin file")
-    return _open_bin(path)
+        found = _open_directory(path)
+    else:
+        path = path / "train.bin" if (path / "train.bin").is_file() else path
+        if not path.is_file() or path.suffix != ".bin":
+            raise ValueError(f"data.path={path}: neither a token directory nor a .bin file")
+        found = _open_bin(path)
+    shards = (*found.val.shards, *found.train.shards)  # the held-out ones are read again and again
+    store.keep_near((shard for shard in shards if isinstance(shard, store.Shard)), cache * 1e9)
+    return found
 
 
 def check_vocab(file: TokenFile, tokenizer: Tokenizer) -> None:
@@ -318,10 +329,11 @@ def _is_under_way(out_dir: Path, name: str, source: dict[str, Any]) -> bool:
 
 def _open_directory(path: Path) -> TokenFile:
     manifest = json.loads((path / MANIFEST).read_text())
-    splits: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    splits: dict[str, list[np.ndarray | store.Shard]] = {"train": [], "val": []}
+    sizes = _sizes(path)
     for shard in manifest["shards"]:
         file = path / shard["file"]
-        size = file.stat().st_size if file.is_file() else 0
+        size = sizes.get(file.name, 0)
         if size != shard["tokens"] * np.dtype(manifest["dtype"]).itemsize:
             raise ValueError(
                 f"data.path={path}: {file.name} is missing or cut short; prepare again"
@@ -339,6 +351,13 @@ def _open_directory(path: Path) -> TokenFile:
     )
 
 
+def _sizes(path: Path) -> dict[str, int]:
+    """Bytes of every file of a folder; in a store by one listing."""
+    if files.is_local(path):
+        return {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+    return {name: info["size"] for name, info in store.listing(path).items()}
+
+
 def _open_bin(path: Path) -> TokenFile:
     tokens, tokenizer = _read_bin(path)
     sibling = path.with_name(path.name.replace("train", "val"))
@@ -349,11 +368,14 @@ def _open_bin(path: Path) -> TokenFile:
     )  # fmt: skip
 
 
-def _read_bin(path: Path) -> tuple[np.ndarray, str]:
+def _read_bin(path: Path) -> tuple[np.ndarray | store.Shard, str]:
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"data.path={path}: the file is empty")
-    header = np.fromfile(path, np.int32, 3) if size >= 4 * LLMC_HEADER else np.zeros(3, np.int32)
+    header = np.zeros(3, np.int32)
+    if size >= 4 * LLMC_HEADER:
+        with path.open("rb") as file:
+            header = np.frombuffer(file.read(12), np.int32)
     if int(header[0]) not in LLMC_MAGIC:
         if size % 2:
             raise ValueError(f"data.path={path}: {size} bytes is not a whole number of uint16")
@@ -365,8 +387,10 @@ def _read_bin(path: Path) -> tuple[np.ndarray, str]:
     return _memory_map(path, dtype, count, 4 * LLMC_HEADER), tokenizer
 
 
-def _memory_map(path: Path, dtype: str, count: int, offset: int = 0) -> np.ndarray:
+def _memory_map(path: Path, dtype: str, count: int, offset: int = 0) -> np.ndarray | store.Shard:
     if count == 0:  # which a memory map refuses
         return np.zeros(0, dtype)
+    if not files.is_local(path):
+        return store.Shard(path, dtype, count, offset)
     # A plain array on the same pages: slicing np.memmap itself is ten times slower.
     return np.asarray(np.memmap(path, dtype, "r", offset=offset, shape=(count,)))

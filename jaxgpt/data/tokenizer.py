@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxgpt import files as paths
 from jaxgpt.data import tokenizer_json
 from jaxgpt.data.engines import SPECIAL, Bpe, Bytes, HuggingFace
 
@@ -35,7 +36,7 @@ def load(name: str | Path) -> Tokenizer:
         return Bytes()
     if name in tiktoken.list_encoding_names():
         return _load_tiktoken(str(name))
-    path = Path(name)
+    path = paths.path(name)
     if path.is_dir():
         found = {file: path / file for file in FILES if (path / file).is_file()}
         return from_files({file: found[file].read_bytes() for file in found}, f"tokenizer={name}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxgpt import rundir, tasks, train
+from jaxgpt import files, rundir, tasks, train
 from jaxgpt.config import EvaluateConfig
 from jaxgpt.data import synthetic
 from jaxgpt.evals import choice, core, exact_match, judges, lambada, perplexity, records
@@ -48,7 +48,7 @@ def evaluate(lm: LanguageModel, cfg: EvaluateConfig, output: Path | None = None)
     """
     import tqdm
 
-    task, path = TASKS[cfg.task], Path(cfg.data)
+    task, path = TASKS[cfg.task], files.path(cfg.data)
     items = task.read(lm, cfg, path)
     items = items[: cfg.limit] if cfg.limit else items
     results = records.Results(output, _question(lm, cfg) if output else {})

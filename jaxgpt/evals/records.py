@@ -1,7 +1,9 @@
 """Data files of evaluations, and the file in which the results of single items are kept."""
 
 import hashlib
+import io
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,22 +35,32 @@ def strings(value: Any, name: str, place: str) -> Sequence[str]:
     return value
 
 
+STORE_SECONDS = 30.0  # how long results may wait for the next writing of a file in a store
+
+
 class Results:
     """Results by item, one JSON object a line after a header that says what was asked.
 
-    The same question continues where it was left; another one is refused.
+    The same question continues where it was left; another one is refused. In a store, where
+    nothing is appended, the file is written again every STORE_SECONDS and at the end.
     """
 
     def __init__(self, path: Path | None, question: Mapping[str, Any]) -> None:
         self.found: dict[int, dict[str, Any]] = {}
-        self._file = None
+        self._file: Any = None
+        self._path: Path | None = None  # in a store
+        self._stored = 0.0
         if path is None:
             return
         if path.is_dir():
             raise ValueError(f"output={path}: is a directory; name a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path.parent)
         intact = self._read(path, question) if path.exists() else 0
-        self._file = path.open("r+b" if intact else "wb")
+        if files.is_local(path):
+            self._file = path.open("r+b" if intact else "wb")
+        else:
+            self._file, self._path = io.BytesIO(path.read_bytes() if intact else b""), path
+            self._stored = time.monotonic()
         self._file.truncate(intact)
         self._file.seek(intact)
         if not intact:
@@ -59,6 +71,7 @@ class Results:
         self._write({"index": index} | result)
 
     def close(self) -> None:
+        self._store()
         if self._file is not None:
             self._file.close()
 
@@ -90,10 +103,17 @@ class Results:
         if self._file is not None:
             self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
+            if self._path and time.monotonic() - self._stored > STORE_SECONDS:
+                self._store()
+
+    def _store(self) -> None:
+        if self._path and self._file is not None:
+            files.write(self._path, self._file.getvalue())
+            self._stored = time.monotonic()
 
 
 def digest(name: str) -> str:
     """sha256 of the bytes of all files that are read."""
-    found = [file for file in rows.find(name, rows.TABLES) if isinstance(file, Path)]
+    found = [file for file in rows.find(name, rows.TABLES) if not isinstance(file, str)]
     hashes = [files.sha256(file) for file in found]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

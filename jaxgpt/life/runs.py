@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from jaxgpt import lineage, metrics, rundir, tree
+from jaxgpt import files, lineage, metrics, rundir, tree
 
 # The longest first, so that <= is not read as <.
 COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -39,7 +39,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = files.path(path)
         if not rundir.is_run(path):
             raise ValueError(f"{path}: is no run (it has no config.yaml); name a run directory")
 
@@ -98,9 +98,9 @@ def find(folder: str | Path) -> list[Run]:
     Raises:
         ValueError: there is no such folder.
     """
-    if not Path(folder).is_dir():
+    if not files.path(folder).is_dir():
         raise ValueError(f"{folder}: is no folder")
-    return [Run(file.parent) for file in sorted(Path(folder).rglob("config.yaml"))]
+    return [Run(file.parent) for file in sorted(files.path(folder).rglob("config.yaml"))]
 
 
 def select(

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +133,7 @@ def answers(
     cfg: DistillConfig, teacher: Loaded, said: list[Dialogue], form: chat.Format, width: int
 ) -> list[Dialogue]:
     """The conversations with the teacher's own last turns, kept in the run's directory."""
-    file = Path(cfg.run) / "teacher_answers.jsonl"
+    file = files.path(cfg.run) / "teacher_answers.jsonl"
     if not file.is_file():
         lines = _write_answers(cfg, teacher, said, form, width)
         files.write(file, "".join(lines))
@@ -290,4 +289,4 @@ def _with_top_k(cfg: DistillConfig, teacher: Loaded, rows: Examples, name: str) 
         teacher.params, sharding.shardings(mesh, {"teacher": teacher.params})["teacher"]
     )
     key = f"{train.fingerprint(params)} top {K} at {cfg.temperature}"
-    return scoring.precompute(Path(cfg.run) / "teacher" / name, key, likeliest, params, rows)
+    return scoring.precompute(files.path(cfg.run) / "teacher" / name, key, likeliest, params, rows)

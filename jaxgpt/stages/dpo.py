@@ -1,14 +1,13 @@
 """Direct preference optimisation and its relatives: DPO, cDPO, IPO, hinge, KTO, ORPO, SimPO."""
 
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import losses, scoring, sharding, train
+from jaxgpt import files, losses, scoring, sharding, train
 from jaxgpt.config import DpoConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
@@ -159,5 +158,5 @@ def _with_reference(cfg: DpoConfig, params: Params, pairs: Examples, name: str) 
         logprobs_B2 = score(cfg, params, batch).logprobs_B2
         return {f"reference_{arm}": logprobs_B2[:, index] for index, arm in enumerate(ARMS)}
 
-    directory = Path(cfg.run) / "reference" / name
+    directory = files.path(cfg.run) / "reference" / name
     return scoring.precompute(directory, train.fingerprint(params), known, params, pairs)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import scoring, sharding
+from jaxgpt import files, scoring, sharding
 from jaxgpt.config import DataConfig, ModelConfig, PretrainConfig
 from jaxgpt.convert.load import Loaded
 from jaxgpt.data import batches, rows, token_files
@@ -30,7 +30,7 @@ def begin(cfg: PretrainConfig) -> Loaded:
 
 def tokenise(cfg: PretrainConfig) -> str:
     """Makes token files of the text, if that is still to be done; the tokenizer's name."""
-    data, run = cfg.data, Path(cfg.run)
+    data, run = cfg.data, files.path(cfg.run)
     name = str(run / "tokenizer.json") if cfg.init else data.tokenizer
     for path, directory in zip(data.mixture or [data.path], _token_paths(cfg), strict=True):
         if directory != path:
@@ -93,6 +93,7 @@ def data(cfg: PretrainConfig, start: Loaded) -> Stage:
         cfg.model.context_length,
         cfg.seed,
         cfg.data.documents,
+        cfg.data.cache,
     )
     place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
     return objective(cfg, start.params)._replace(
@@ -108,7 +109,7 @@ def data(cfg: PretrainConfig, start: Loaded) -> Stage:
 def _token_paths(cfg: PretrainConfig) -> list[str | Path]:
     """Where the token files of every `--data.path` are: as given, or in the run's own folder."""
     paths = list(cfg.data.mixture) or [cfg.data.path]
-    own = Path(cfg.run) / "data"
+    own = files.path(cfg.run) / "data"
     return [path if token_files.is_tokens(path) else own / str(n) for n, path in enumerate(paths)]
 
 
