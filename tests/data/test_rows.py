@@ -155,7 +155,7 @@ def test_a_cut_parquet_file_is_named(cut, tmp_path):
     [
         ("nowhere.jsonl", "nowhere.jsonl: no such file or folder"),
         ("*.jsonl", "no file has such a name"),
-        ("s3://bucket/a.jsonl", "no such file or folder"),
+        ("memory://bucket/a.jsonl", "no such file or folder"),
         ("", None),
     ],
 )
