@@ -9,6 +9,7 @@ import sys
 import pytest
 
 
+@pytest.mark.slow
 def test_training_keeps_its_pace_beside_torch():
     pytest.importorskip("torch")
     pytest.importorskip("transformers")

@@ -126,11 +126,21 @@ def test_text_becomes_a_model_that_writes(command, tmp_path):
         assert code == 2 and err.startswith("error: ") and named in err and err.count("\n") == 1
 
 
+def pairs(folder: Path) -> tuple[str, ...]:
+    """Writes preferences; what trains `pre` on them for a step."""
+    rows = [{"prompt": f"What is {n}?", "chosen": f"{n}.", "rejected": "No."} for n in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ("--init", "pre", "--data.path", "pairs.jsonl", "--train.steps", "1", "--eval.batches",
+            "1", "--train.batch_size", "8", "--sample.max_new_tokens", "2")  # fmt: skip
+
+
+WIDE = ("--model.context_length", "160", "--checkpoint.every", "9", "--train.z_loss", "0.1")
+
+
 def test_steps_that_cannot_be_right_are_named(command, tmp_path):
     """A pretrained run that is to chat, settings without effect, and a reward model that writes."""
     write(tmp_path)
-    wide = ("--model.context_length", "160", "--checkpoint.every", "9", "--train.z_loss", "0.1")
-    code, _, err = command("pretrain.py", *TINY, *GOOD, "--run", "pre", *wide, "--peft.rank", "3")
+    code, _, err = command("pretrain.py", *TINY, *GOOD, "--run", "pre", *WIDE, "--peft.rank", "3")
     assert code == 0 and "warning: optim.warmup_steps=100: is no shorter than train.steps=4" in err
     assert "warning: peft.rank=3: has no effect; is for peft.kind=lora and qlora" in err
     assert "warning: checkpoint.every=9: is beyond train.steps=4; it saves only the last" in err
@@ -141,15 +151,7 @@ def test_steps_that_cannot_be_right_are_named(command, tmp_path):
         code == 0 and "warning: checkpoint=pre: was never tuned to chat; run scripts/sft.py" in err
     )
 
-    rows = [{"prompt": f"What is {n}?", "chosen": f"{n}.", "rejected": "No."} for n in range(40)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tune = ("--init", "pre", "--data.path", "pairs.jsonl", "--train.steps", "1", "--eval.batches",
-            "1", "--train.batch_size", "8", "--sample.max_new_tokens", "2")  # fmt: skip
-    code, _, err = command("dpo.py", *tune, "--run", "dpo", "--model.num_layers", "3")
-    assert code == 0 and "warning: init=pre: was never tuned to chat" in err
-    assert "warning: model.num_layers=3: has no effect; init=pre has 2" in err
-    assert "19?" in (tmp_path / "dpo" / "samples.md").read_text(), "held-out prompts are answered"
-
+    tune = pairs(tmp_path)
     assert command("reward.py", *tune, "--run", "reward")[0] == 0
     for script, args in (
         ("sample.py", ("--checkpoint", "reward", "--prompt", "a")),
@@ -159,6 +161,17 @@ def test_steps_that_cannot_be_right_are_named(command, tmp_path):
     ):
         code, _, err = command(script, *args)
         assert code == 2 and "=reward: is a reward model, which gives answers a number" in err
+
+
+@pytest.mark.slow
+def test_preferences_of_a_model_that_never_chatted_are_learned_with_a_warning(command, tmp_path):
+    write(tmp_path)
+    assert command("pretrain.py", *TINY, *GOOD, "--run", "pre", *WIDE)[0] == 0
+    tune = pairs(tmp_path)
+    code, _, err = command("dpo.py", *tune, "--run", "dpo", "--model.num_layers", "3")
+    assert code == 0 and "warning: init=pre: was never tuned to chat" in err
+    assert "warning: model.num_layers=3: has no effect; init=pre has 2" in err
+    assert "19?" in (tmp_path / "dpo" / "samples.md").read_text(), "held-out prompts are answered"
 
 
 @pytest.mark.slow

@@ -96,8 +96,9 @@ def first_targets(example: Encoded) -> list[int]:
 
 
 def many(test):
+    """A few random conversations for each template and tokenizer, which are 64 pairs."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-    return settings(max_examples=25, deadline=None, suppress_health_check=checks)(test)
+    return settings(max_examples=8, deadline=None, suppress_health_check=checks)(test)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
