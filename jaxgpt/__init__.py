@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from jaxgpt.language_model import LanguageModel
 
-__all__ = ["LanguageModel", "load"]
+__all__ = ["LanguageModel", "__version__", "load"]
+
+__version__ = "0.1.0"
 
 
 def load(

@@ -14,7 +14,6 @@ import datetime
 import hashlib
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -64,7 +63,7 @@ def begin(stage: str, cfg: RunConfig) -> None:
     before = read(run) or {}
     found: Node = {
         "stage": stage,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": machine.command(),
         "begun": before.get("begun", now()),
         "seed": cfg.seed,
         "config": {"sha256": rundir.config_hash(run)},

@@ -147,7 +147,7 @@ def require_sinks(cfg: LogConfig) -> None:
         at_hand = sys.modules.get(package) or importlib.util.find_spec(package)
         if wanted and not at_hand:
             raise ValueError(
-                f'{setting}: needs the package {package}: pip install -e ".[log]", or drop the '
+                f'{setting}: needs the package {package}: pip install "jaxgpt[log]", or drop the '
                 "setting"
             )
 

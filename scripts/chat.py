@@ -1,21 +1,7 @@
-"""Talk to a model in the terminal."""
-
-import sys
-from functools import partial
+"""The command `jaxgpt chat`."""
 
 from jaxgpt import config
-
-
-def main() -> None:
-    cfg = config.parse(config.ChatConfig, __doc__, config.join_lists(sys.argv[1:], "--tools"))
-    from jaxgpt.serve import terminal
-
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  # lets lines be edited and called back
-    ask = partial(input, "> " if sys.stdin.isatty() else "")
-    show = partial(print, end="", flush=True)
-    terminal.talk(cfg, ask, show, partial(print, file=sys.stderr, flush=True))
-
+from jaxgpt.commands.chat import main
 
 if __name__ == "__main__":
     config.exit_cleanly(main)

@@ -1,14 +1,11 @@
-"""Distil a teacher into a smaller student."""
+"""The command `jaxgpt distill`."""
+
+from functools import partial
 
 from jaxgpt import config
+from jaxgpt.commands import training
 
-
-def main() -> None:
-    cfg = config.parse(config.DistillConfig, __doc__)
-    from jaxgpt import run  # here, so that --help and mistakes need no JAX
-
-    run.launch("distill", cfg)
-
+main = partial(training.main, "distill")
 
 if __name__ == "__main__":
     config.exit_cleanly(main)

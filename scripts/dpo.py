@@ -1,14 +1,11 @@
-"""Tune a model on preferred and rejected answers: DPO, IPO, hinge, KTO, ORPO or SimPO."""
+"""The command `jaxgpt dpo`."""
+
+from functools import partial
 
 from jaxgpt import config
+from jaxgpt.commands import training
 
-
-def main() -> None:
-    cfg = config.parse(config.DpoConfig, __doc__)
-    from jaxgpt import run  # here, so that --help and mistakes need no JAX
-
-    run.launch("dpo", cfg)
-
+main = partial(training.main, "dpo")
 
 if __name__ == "__main__":
     config.exit_cleanly(main)

@@ -1,14 +1,11 @@
-"""Let a model practise a task against its own answers: GRPO, Dr. GRPO, DAPO, RLOO, REINFORCE++."""
+"""The command `jaxgpt grpo`."""
+
+from functools import partial
 
 from jaxgpt import config
+from jaxgpt.commands import training
 
-
-def main() -> None:
-    cfg = config.parse(config.GrpoConfig, __doc__)
-    from jaxgpt import run  # here, so that --help and mistakes need no JAX
-
-    run.launch("grpo", cfg)
-
+main = partial(training.main, "grpo")
 
 if __name__ == "__main__":
     config.exit_cleanly(main)

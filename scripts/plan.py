@@ -1,60 +1,7 @@
-"""What a training run will need of its devices, before it runs and without them.
-
-Compiles the train step from shapes: for the devices that are here, for virtual ones (--devices 8),
-or for a TPU slice (--topology v5e:4x4). With fit=auto, the default here, it looks for the fewest
-micro-batches and the least recomputation that fit. All times are estimates from data sheets. The
-last line of the output is one JSON object.
-
-The stage is the name of the folder that --config is in, or --stage.
-"""
-
-import argparse
-import json
-import os
-import sys
-from pathlib import Path
-from typing import Any
+"""The command `jaxgpt plan`."""
 
 from jaxgpt import config
-
-
-def main() -> None:
-    stage, args = stage_of(sys.argv[1:])
-    cfg: Any = config.parse(config.planned(config.RUN_CONFIGS[stage]), __doc__, args)
-    if cfg.devices:
-        flags = f"--xla_force_host_platform_device_count={cfg.devices}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-    if cfg.devices or cfg.topology:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-
-    from jaxgpt import machine, run, sharding
-    from jaxgpt.plan import devices, report
-
-    if not cfg.topology:  # JAX can write such a program, but not read it without a TPU
-        machine.use_compilation_cache()
-    machine.keep_collectives_in_order()
-    mesh = sharding.make_mesh(cfg.mesh, devices.topology(cfg.topology) if cfg.topology else None)
-    cfg, step = run.plan(stage, cfg, mesh)
-    first = mesh.devices.flat[0]
-    chip = machine.chip(first)
-    if chip and cfg.price:
-        chip = chip._replace(price=cfg.price)
-    print(report.describe(cfg, mesh, step, chip))
-    print(json.dumps(report.as_json(cfg, mesh, step, chip)))
-
-
-def stage_of(args: list[str]) -> tuple[str, list[str]]:
-    """The stage, and the arguments without it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--stage", default="")
-    named, rest = parser.parse_known_args(args)
-    parser.add_argument("--config", default="")
-    folder = Path(parser.parse_known_args(args)[0].config).parent.name
-    stage = named.stage or (folder if folder in config.RUN_CONFIGS else "pretrain")
-    if stage not in config.RUN_CONFIGS:
-        raise ValueError(f"stage={stage}: must be one of {', '.join(config.RUN_CONFIGS)}")
-    return stage, rest
-
+from jaxgpt.commands.plan import main
 
 if __name__ == "__main__":
     config.exit_cleanly(main)

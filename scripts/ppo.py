@@ -1,14 +1,11 @@
-"""Let a model practise a task with a value network beside it, by a rule or a reward model: PPO."""
+"""The command `jaxgpt ppo`."""
+
+from functools import partial
 
 from jaxgpt import config
+from jaxgpt.commands import training
 
-
-def main() -> None:
-    cfg = config.parse(config.PpoConfig, __doc__)
-    from jaxgpt import run  # here, so that --help and mistakes need no JAX
-
-    run.launch("ppo", cfg)
-
+main = partial(training.main, "ppo")
 
 if __name__ == "__main__":
     config.exit_cleanly(main)

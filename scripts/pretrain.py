@@ -1,14 +1,11 @@
-"""Pretrain a GPT on text. Without arguments: on the source code of Python's standard library."""
+"""The command `jaxgpt pretrain`."""
+
+from functools import partial
 
 from jaxgpt import config
+from jaxgpt.commands import training
 
-
-def main() -> None:
-    cfg = config.parse(config.PretrainConfig, __doc__)
-    from jaxgpt import run  # here, so that --help and mistakes need no JAX
-
-    run.launch("pretrain", cfg)
-
+main = partial(training.main, "pretrain")
 
 if __name__ == "__main__":
     config.exit_cleanly(main)

@@ -1,14 +1,11 @@
-"""Train a reward model on preferred and rejected answers."""
+"""The command `jaxgpt reward`."""
+
+from functools import partial
 
 from jaxgpt import config
+from jaxgpt.commands import training
 
-
-def main() -> None:
-    cfg = config.parse(config.RewardConfig, __doc__)
-    from jaxgpt import run  # here, so that --help and mistakes need no JAX
-
-    run.launch("reward", cfg)
-
+main = partial(training.main, "reward")
 
 if __name__ == "__main__":
     config.exit_cleanly(main)

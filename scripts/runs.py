@@ -1,38 +1,7 @@
-"""List the runs in a folder: stage, state, seed, last measures, costs.
-
-    python scripts/runs.py runs/ --where stage=sft --where "val/loss<2" --sort val/loss
-
-Columns are run, stage, state, step, begun, tokens, seconds, every setting (optim.learning_rate) and
-the last value of every metric (val/loss). Conditions compare by = != < > <= >= or ~ (a regular
-expression).
-"""
-
-import argparse
-import json
-import re
+"""The command `jaxgpt runs`."""
 
 from jaxgpt import config
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", help="folder that holds runs")
-    parser.add_argument("--where", action="append", default=[], help="such as stage=sft")
-    parser.add_argument("--sort", default="", help="column; -column is descending: --sort=-step")
-    parser.add_argument("--json", action="store_true", help="one object a line, all columns")
-    args = parser.parse_args()
-    from jaxgpt.life import runs  # here, so that --help needs no JAX
-
-    rows = runs.select([run.row() for run in runs.find(args.folder)], args.where, args.sort)
-    if args.json:
-        for row in rows:
-            print(json.dumps(row))
-        return
-    named = [re.split("[<>=!~]", condition)[0] for condition in args.where]
-    print(runs.table(rows, [*named, args.sort.removeprefix("-")]) if rows else "no runs")
-
+from jaxgpt.commands.runs import main
 
 if __name__ == "__main__":
     config.exit_cleanly(main)

@@ -1,18 +1,7 @@
-"""Serve a model by OpenAI's API, with a page to talk to it."""
-
-import sys
+"""The command `jaxgpt serve`."""
 
 from jaxgpt import config
-
-
-def main() -> None:
-    lists = ("--adapter", "--api_key", "--cors")
-    args = config.join_lists(sys.argv[1:], *lists)
-    cfg = config.parse(config.ServeConfig, __doc__, args)
-    from jaxgpt.serve import launch
-
-    raise SystemExit(launch.serve(cfg, lambda line: print(line, flush=True)))
-
+from jaxgpt.commands.serve import main
 
 if __name__ == "__main__":
     config.exit_cleanly(main)

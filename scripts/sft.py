@@ -1,14 +1,11 @@
-"""Fine-tune a model on conversations. Without data: on an embedded arithmetic assistant."""
+"""The command `jaxgpt sft`."""
+
+from functools import partial
 
 from jaxgpt import config
+from jaxgpt.commands import training
 
-
-def main() -> None:
-    cfg = config.parse(config.SftConfig, __doc__)
-    from jaxgpt import run  # here, so that --help and mistakes need no JAX
-
-    run.launch("sft", cfg)
-
+main = partial(training.main, "sft")
 
 if __name__ == "__main__":
     config.exit_cleanly(main)

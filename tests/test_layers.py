@@ -27,7 +27,8 @@ LAYERS = (
     # jaxgpt is the front door, jaxgpt/__init__.py
     {"stages", "evals", "serve"},
     {"run", "notes", "life", "jaxgpt"},
-    {"scripts"},
+    {"commands"},
+    {"scripts", "__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 # What only some rooms may know of, by the start of an import's name.

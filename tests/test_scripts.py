@@ -220,8 +220,6 @@ for script in sys.argv[1:]:
     except SystemExit as stop:
         assert stop.code == 0, (script, stop.code)
     assert "usage: " in shown.getvalue(), script
-    if "config.parse(" in open(script).read():
-        assert "--config" in shown.getvalue(), script
     heavy = {"jax", "flax", "torch", "datasets", "transformers", "matplotlib"} & set(sys.modules)
     assert not heavy, (script, heavy)
 """

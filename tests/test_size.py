@@ -11,9 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "jaxgpt"
 # Lines that hold code (no blanks, comments or docstrings), by folder or file of jaxgpt/.
 # A room that outgrows its line gives lines back elsewhere, or says in its commit why not.
 BUDGET = {
-    "__init__.py": 30,
+    "__init__.py": 31,
+    "__main__.py": 3,
     "checkpoint.py": 305,
-    "config": 1150,
+    "config": 1240,
     "convert": 2965,
     "data": 3390,
     "episodes.py": 130,
@@ -46,9 +47,10 @@ BUDGET = {
     "weights.py": 160,
 }
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
-TOTAL = 17_080
+TOTAL = 17_172  # 85 of them for configs by name and completion in the shell
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
+    "commands": 620,  # what was scripts/ (480), the list of commands, the doctor
     "inspect.py": 180,
     "judge.py": 60,
     "life": 1350,  # with lineage.py: life, compare, sweep 840; list, card, page, check the rest

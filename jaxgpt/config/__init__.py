@@ -3,7 +3,7 @@
 A default lives here and nowhere else; the text under a field is what `--help` prints.
 """
 
-from jaxgpt.config.command_line import exit_cleanly, join_lists, parse, to_yaml
+from jaxgpt.config.command_line import complete, exit_cleanly, extras, join_lists, parse, to_yaml
 from jaxgpt.config.commands import (
     ChatConfig,
     ConvertConfig,
@@ -75,7 +75,9 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "WriteConfig",
+    "complete",
     "exit_cleanly",
+    "extras",
     "join_lists",
     "parse",
     "planned",

@@ -1,9 +1,13 @@
 """From YAML and the command line to a config, and a config's mistakes to one line."""
 
+import argparse
 import dataclasses
 import difflib
 import errno
+import importlib.metadata
+import importlib.util
 import json
+import os
 import re
 import sys
 import typing
@@ -12,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxgpt import files
+from jaxgpt.config import named
 
 C = TypeVar("C")
 
@@ -39,8 +44,10 @@ def parse(kind: type[C], description: str | None, args: Sequence[str] | None = N
         "--config", action="config", help="YAML file that states what differs from the defaults"
     )
     parser.add_class_arguments(kind, sub_configs=True)
-    given = _bare_flags(kind, _several_paths(sys.argv[1:] if args is None else args))
-    _require_readable(given)
+    if _completes():
+        _offer_values(parser, kind)
+    own = sys.argv[1:] if args is None else args
+    given = _with_files(kind, _bare_flags(kind, _several_paths(own)))
     try:
         parsed = parser.parse_args(given)
         for name in _sections(kind):
@@ -69,16 +76,28 @@ def _keys(kind: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _require_readable(args: Sequence[str]) -> None:
-    """Raises ValueError where a file of --config is empty or names a bucket; a setting that is
-    missing there would have its default, but an empty file is a mistake."""
-    for arg, value in zip(args, [*args, ""][1:], strict=True):
-        name, equals, own = arg.partition("=")
-        if name == "--config":
-            path = own if equals else value
-            files.require_local("config", path)
-            if Path(path).is_file() and not Path(path).read_bytes().strip():
+def _with_files(kind: type, args: Sequence[str]) -> list[str]:
+    """The arguments, with the paths of config files for their names (config/named.py).
+
+    Raises:
+        ValueError: a file of --config is not there, is empty or is in a bucket. A setting that is
+            missing in it would have its default, but an empty file is a mistake.
+    """
+    sections, given, before = {f"--{name}" for name in _sections(kind)}, [], ""
+    for arg in args:
+        flag, equals, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+        start = f"{flag}=" if equals else ""
+        if flag in sections and named.ours(value):
+            arg = f"{start}{named.ours(value)}"
+        elif flag == "--config" and (equals or not arg.startswith("--")):
+            files.require_local("config", value)
+            path = named.find("config", value)
+            if not Path(path).read_bytes().strip():
                 raise ValueError(f"config={path}: is empty; name settings, or drop --config")
+            arg = f"{start}{path}"
+        before = arg if arg.startswith("--") else ""
+        given.append(arg)
+    return given
 
 
 def _reworded(message: str, keys: Sequence[str]) -> str:
@@ -176,6 +195,14 @@ def join_lists(args: Sequence[str], *flags: str) -> list[str]:
     return rest + [f"{name}={json.dumps(found)}" for name, found in values.items()]
 
 
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answers a shell that asks what may follow, if it does; `parse` does so by itself."""
+    if _completes():
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
+
 def to_yaml(cfg: Any) -> str:
     """The whole config as YAML that `--config` reads back."""
     import yaml
@@ -191,6 +218,51 @@ def _said(error: Exception) -> str:
     return f"{error.filename or 'a file'}: {error.strerror}{fix}"
 
 
+def _offer_values(parser: Any, kind: type) -> None:
+    """What a shell may offer as a setting's value: a Literal's words, true and false, or files.
+
+    jsonargparse itself raises where it has nothing to offer.
+    """
+    from argcomplete.completers import FilesCompleter
+
+    hints, paths = _keys(kind), FilesCompleter()
+    for action in parser._actions:
+        hint = hints.get(action.dest)
+        words = ["true", "false"] if hint is bool else [
+            str(word) for part in (hint, *typing.get_args(hint))
+            for word in typing.get_args(part) if typing.get_origin(part) is typing.Literal
+        ]  # fmt: skip
+        text = hint is str or str in typing.get_args(hint)
+        if hint is not None:
+            action.completer = paths if text else lambda prefix, words=words, **_: words
+
+
+def _completes() -> bool:
+    """Whether a shell asks what may follow, and the extra `completion` is there to answer."""
+    return "_ARGCOMPLETE" in os.environ and bool(importlib.util.find_spec("argcomplete"))
+
+
+def extras() -> dict[str, list[str]]:
+    """The packages of every extra of jaxgpt; empty in a checkout that is not installed."""
+    found: dict[str, list[str]] = {}
+    try:
+        lines = importlib.metadata.requires("jaxgpt") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = []
+    for line in lines:
+        package, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"](\w+)", line)
+        if package and extra:
+            found.setdefault(extra[1], []).append(package[0])
+    return found
+
+
+def _extra(module: str) -> str | None:
+    """The extra that brings a module; None if no extra does, as far as their names tell."""
+    name = module.partition(".")[0].replace("_", "-")
+    brings = lambda package: package == name or package.startswith(f"{name}-")
+    return next((extra for extra, some in extras().items() if any(map(brings, some))), None)
+
+
 def exit_cleanly(main: Callable[[], None]) -> None:
     """Runs a command; a failure becomes one line on stderr.
 
@@ -198,6 +270,12 @@ def exit_cleanly(main: Callable[[], None]) -> None:
     """
     try:
         main()
+    except ModuleNotFoundError as error:
+        if (extra := _extra(error.name or "")) is None:
+            raise
+        print(f'error: {error.name}: is not installed; pip install "jaxgpt[{extra}]"',
+              file=sys.stderr)  # fmt: skip
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:

@@ -56,7 +56,7 @@ def planned(kind: type[RunConfig]) -> type[Any]:
 class WriteConfig:
     """Let a model write."""
 
-    checkpoint: FilePath
+    checkpoint: FilePath = "runs/pretrain"
     """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
     prompt: list[str] = field(default_factory=list)
     """Texts to continue, or with --chat messages to answer; none: one is read from standard

@@ -144,7 +144,7 @@ def _stage(life: Life, stage: Stage, run: Path, record: dict[str, Any]) -> Card:
     sessions = known.lineage["sessions"] if known else []
     return {
         "name": stage.name, "kind": stage.kind, "about": stage.about,
-        "command": " ".join(["python", f"scripts/{record['command'][0]}", *record["command"][1:]]),
+        "command": lives.typed(record["command"]),
         "output": record["output"],
         "step": known.lineage["result"]["step"] if known else None,
         "parameters": parameters, "tokens": tokens, "flops": flops,
@@ -181,7 +181,7 @@ def _measures(life: Life, stage: Stage, run: Path, record: dict[str, Any]) -> li
         found.append({
             "name": name, "title": life.titles.get(name, name), "value": value, "low": low,
             "high": high, "count": result.get("count"), "target": target, "met": met,
-            "command": " ".join(["python", f"scripts/{command[0]}", *command[1:]]) if command
+            "command": lives.typed(command) if command
             else f"last {name} of {stage.name}/metrics.jsonl",
         })  # fmt: skip
     return found

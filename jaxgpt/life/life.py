@@ -32,10 +32,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from jaxgpt import files, lineage
-from jaxgpt.config import RUN_CONFIGS
+from jaxgpt.config import RUN_CONFIGS, named
 from jaxgpt.life.runs import COMPARE, Run
 
-REPO = Path(__file__).parents[2]
+COMMANDS = Path(__file__).parents[1] / "commands"
 STATE = "life.json"
 FIELDS = {"run", "about", "minutes", "price_per_hour", "plan", "memory_gb", "asks", "titles",
           "places", "evaluations", "stages"}  # fmt: skip
@@ -56,7 +56,7 @@ class Stage(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The script without .py."""
+        """The command's name, which may end in .py."""
         return self.command[0].removesuffix(".py")
 
     @property
@@ -90,8 +90,7 @@ def read(path: str | Path, settings: Sequence[str] = ()) -> Life:
     Raises:
         ValueError: naming the stage and what is wrong with it.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"config={path}: does not exist")
+    path = named.find("config", str(path))
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -220,17 +219,26 @@ def read_state(run: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: is damaged ({error})") from None
 
 
+def in_process(name: str, *args: str) -> list[str]:
+    """A command of ours for a process of its own, whose folder hides no module (-P)."""
+    return [sys.executable, "-P", "-m", "jaxgpt", name.removesuffix(".py"), *args]
+
+
+def typed(command: Sequence[str]) -> str:
+    """A command as a person types it."""
+    return " ".join(["jaxgpt", command[0].removesuffix(".py"), *command[1:]])
+
+
 def perform(command: Sequence[str], log: Path, prefix: str = "") -> str:
-    """Runs a script of ours to its end; the last line of its output.
+    """Runs a command of ours to its end; the last line of its output.
 
     Raises:
         ValueError: it failed, with the line in which it says why.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    script = str(REPO / "scripts" / command[0])
     with log.open("ab") as errors:
         done = subprocess.run(
-            [sys.executable, script, *command[1:]], stdout=subprocess.PIPE, stderr=errors,
+            in_process(command[0], *command[1:]), stdout=subprocess.PIPE, stderr=errors,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None, text=True,
         )  # fmt: skip
         errors.write(done.stdout.encode())
@@ -318,7 +326,7 @@ def _line(
 
 def _filled(command: Sequence[str], life: Life, stage: Stage, run: Path) -> list[str]:
     places = life.places | {other.name: str(run / other.name) for other in life.stages}
-    places |= {"self": str(run / stage.name), "run": str(run), "repo": str(REPO)}
+    places |= {"self": str(run / stage.name), "run": str(run), "repo": str(named.CONFIGS.parent)}
     return [_replace(part, places) for part in command]
 
 
@@ -340,8 +348,9 @@ def _stage(entry: Any, earlier: Sequence[str], evaluations: dict[str, list[str]]
     if name in taken or not name.replace("-", "").replace("_", "").isalnum():
         raise ValueError(f"stage {name}: is no name of its own (letters, digits, - and _)")
     for script in (command[0], *(line[0] for line in evaluations.values())):
-        if not (REPO / "scripts" / script).is_file():
-            raise ValueError(f"stage {name}: there is no command scripts/{script}")
+        kind = script.removesuffix(".py")
+        if kind not in RUN_CONFIGS and not (COMMANDS / f"{kind}.py").is_file():
+            raise ValueError(f"stage {name}: there is no command {kind}")
     for target in measures.values():
         number = target.lstrip("<>= ")
         if target and (target[0] not in "<>" or not _is_number(number)):

@@ -3,7 +3,6 @@
 import itertools
 import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +13,7 @@ import yaml
 from jaxgpt import rundir
 from jaxgpt.config import RUN_CONFIGS
 from jaxgpt.life import runs
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from jaxgpt.life.life import in_process
 
 
 class Job(NamedTuple):
@@ -65,8 +63,7 @@ def jobs(
             run = Path(folder) / f"{_plain(short) or stage}-seed{seed}"
             flags = [part for name, value in chosen.items() for part in (f"--{name}", value)]
             command = [
-                sys.executable, str(SCRIPTS / f"{stage}.py"),
-                *(["--config", config] if config else []),
+                *in_process(stage), *(["--config", config] if config else []),
                 *more, *flags, "--seed", str(seed), "--run", str(run),
             ]  # fmt: skip
             found.append(Job(run, command, label))

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxgpt.machine.chips import Chip, chip, peak_flops, peak_memory
-from jaxgpt.machine.versions import environment, environment_changes, uncommitted
+from jaxgpt.machine.versions import command, environment, environment_changes, uncommitted
 
 __all__ = [
-    "Chip", "chip", "environment", "environment_changes", "peak_flops", "peak_memory",
+    "Chip", "chip", "command", "environment", "environment_changes", "peak_flops", "peak_memory",
     "uncommitted",
 ]  # fmt: skip
 

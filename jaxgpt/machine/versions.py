@@ -4,11 +4,19 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def command() -> str:
+    """What was typed to start this process: `python scripts/sft.py …`, or `jaxgpt sft …`."""
+    program, rest = sys.argv[0], shlex.join(sys.argv[1:])
+    said = program if program.startswith("jaxgpt ") else f"python {shlex.quote(program)}"
+    return f"{said} {rest}".strip()
 
 
 def environment() -> dict[str, Any]:
@@ -29,7 +37,7 @@ def environment() -> dict[str, Any]:
         "visible_cores": len(affinity(0)) if affinity else os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "git_commit": _git_commit(),
-        "command": " ".join(sys.argv),
+        "command": command(),
     }
 
 

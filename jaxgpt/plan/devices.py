@@ -29,7 +29,7 @@ def topology(name: str) -> list[Any]:
         reason = " ".join(str(error).split())
         signs = ("libtpu", "not installed", "not found", "No such")
         hint = (
-            'pip install -e ".[tpu]"'
+            'pip install "jaxgpt[tpu]"'
             if any(sign in reason for sign in signs)
             else "such as v5e:4x4 or v5p:4x4x8"
         )

@@ -155,7 +155,7 @@ BAD = {
     "unknown field": (LIFE | {"stagse": []}, "has no stagse"),
     "unknown stage field": (changed(targets={}), "stage tuned: has no targets"),
     "no command": (changed(command=""), "a name and a command"),
-    "unknown command": (changed(command="tune.py"), "no command scripts/tune.py"),
+    "unknown command": (changed(command="tune.py"), "no command tune"),
     "a name twice": (changed(name="base"), "stage base"),
     "a name that is a path": (changed(name="../x"), "stage ../x"),
     "a target": (changed(measures={"val/loss": "about 3"}), "target 'about 3'"),

@@ -27,7 +27,7 @@ def test_every_combination_has_a_folder_and_a_command(command):
     runs = {line[line.index("--run") + 1] for line in lines}
     assert len(runs) == 8
     last = lines[-1]
-    assert last[1].endswith("scripts/sft.py")
+    assert last[1:5] == ["-P", "-m", "jaxgpt", "sft"]
     assert ("--optim.learning_rate", "3e-3") in itertools.pairwise(last)
     assert ("--seed", "7") in itertools.pairwise(last)
     assert ("--train.steps", "3") in itertools.pairwise(last)
