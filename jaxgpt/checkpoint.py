@@ -9,7 +9,8 @@ Orbax restores flipped bytes without a word, so nothing is read before its manif
 
 On this machine a checkpoint is written beside its place and renamed. A store renames nothing:
 there it is written in a folder of this machine, whose files are put into the store, the manifest
-last; what has no manifest is no checkpoint. It is read through a copy on this machine.
+last; what has no manifest is no checkpoint. It is read through a copy on this machine. Several
+processes share no folder then, so each puts the files of its own shards.
 """
 
 import functools
@@ -34,6 +35,7 @@ from jaxgpt.files import sha256
 Accept = Callable[[int, dict[str, Any]], bool]
 
 MANIFEST = "manifest.json"
+_PART = "part-{}.json"  # in a store: what a process has put, until the manifest is there
 _UNFINISHED = ".tmp"  # suffix of a step directory that is being written or deleted
 
 
@@ -51,13 +53,14 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._verified: set[int] = set()
+        self._in_store = not files.is_local(self.directory)
 
     def steps(self) -> list[int]:
         """Steps that have a complete directory, oldest first; their content is not verified."""
         if not self.directory.is_dir():
             return []
         found = (p for p in self.directory.iterdir() if p.name.isdecimal())
-        return sorted(int(p.name) for p in found if files.is_local(p) or _is_complete(p))
+        return sorted(int(p.name) for p in found if not self._in_store or _is_complete(p))
 
     def save(
         self, step: int, state: Any, meta: dict[str, Any], best_value: float | None = None
@@ -72,7 +75,7 @@ class Checkpoints:
         self.wait()
         arrays = _to_host(tree.flatten(state))
         unfinished = self._staging / f"{step}{_UNFINISHED}"
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 or self._in_store:
             self._staging.mkdir(parents=True, exist_ok=True)
             for leftover in self._staging.glob(f"*{_UNFINISHED}"):
                 shutil.rmtree(leftover)
@@ -81,7 +84,7 @@ class Checkpoints:
             _write_json(unfinished / "index.json", _index(step, arrays, best_value))
         ocp = _orbax()
         if self._writer is None:
-            self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True))
+            self._writer = _writer(apart=self._in_store and jax.process_count() > 1)
         try:  # returns when Orbax has a copy of every array
             self._writer.save(unfinished / "arrays", args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
@@ -136,7 +139,7 @@ class Checkpoints:
     def meta(self, step: int) -> dict[str, Any]:
         """What was passed to `save` beside the arrays."""
         self._verify(step)
-        return json.loads((self._path(step) / "meta.json").read_text())
+        return _read_json(self._path(step) / "meta.json")
 
     def restore(self, step: int, like: Any) -> Any:
         """The saved tree, shaped as `like`, on whatever mesh the shardings of `like` name.
@@ -157,7 +160,7 @@ class Checkpoints:
     @functools.cached_property
     def _staging(self) -> Path:
         """Where a checkpoint is written before it appears in its place."""
-        if files.is_local(self.directory):
+        if not self._in_store:
             return self.directory
         from jaxgpt import store
 
@@ -173,7 +176,7 @@ class Checkpoints:
             except ValueError as error:
                 print(f"warning: skipping a checkpoint: {error}", file=sys.stderr)
             else:
-                if accept(step, json.loads((self._path(step) / "meta.json").read_text())):
+                if accept(step, _read_json(self._path(step) / "meta.json")):
                     return step
         return None
 
@@ -183,29 +186,71 @@ class Checkpoints:
             self._verified.add(step)
 
     def _finish(self, step: int, barrier: Any) -> None:
-        """The background part of a save, on every process."""
-        try:
-            self._writer.wait_until_finished()  # all processes have written their shards
-            if jax.process_index() == 0:
-                self._commit(step)
-        except Exception as error:
-            self._error = self._failure(step, error)
+        """The background part of a save, on every process. What comes next begins when all have
+        done, or failed in, what is before it."""
+        parts = (self._clear, self._put, self._complete) if self._in_store else (self._commit,)
+        for number, part in enumerate(parts):
+            try:
+                if number == 0:
+                    self._writer.wait_until_finished()  # all processes have written their shards
+                if self._error is None:
+                    part(step)
+            except Exception as error:
+                self._error = self._failure(step, error)
+            barrier(key=f"checkpoint_{self.directory}_{step}_{number}", timeout_ms=600_000)
+        if self._in_store or (self._error and jax.process_index() == 0):
             shutil.rmtree(self._staging / f"{step}{_UNFINISHED}", ignore_errors=True)
-        finally:
-            barrier(key=f"checkpoint_{self.directory}_{step}", timeout_ms=600_000)
+        if self._in_store and self._error is None and not _is_complete(self._path(step)):
+            self._error = self._failure(step, OSError("another process could not put its part"))
 
     def _commit(self, step: int) -> None:
+        """Lets a checkpoint of this machine appear in its place."""
+        if jax.process_index() > 0:
+            return
         unfinished, final = self._staging / f"{step}{_UNFINISHED}", self._path(step)
         _write_json(unfinished / MANIFEST, {"files": _digests(unfinished)})
         if final.exists():
             _discard(final)
-        if files.is_local(final):
-            unfinished.rename(final)
-        else:
-            _put(unfinished, final)
-            for folder in self.directory.iterdir():  # what a kill left half uploaded
-                if folder.name.isdecimal() and not _is_complete(folder):
-                    _discard(folder)
+        unfinished.rename(final)
+        self._retain(step)
+
+    def _clear(self, step: int) -> None:
+        """Deletes what a store has in the checkpoint's place, and what kills left half there."""
+        if jax.process_index() > 0 or not self.directory.is_dir():
+            return
+        for folder in self.directory.iterdir():
+            if folder.name == str(step) or (folder.name.isdecimal() and not _is_complete(folder)):
+                _discard(folder)
+
+    def _put(self, step: int) -> None:
+        """Puts this process's files into the store, and a list of them with their checksums."""
+        from jaxgpt import store
+
+        unfinished, final = self._staging / f"{step}{_UNFINISHED}", self._path(step)
+        if jax.process_index() > 0:  # what every process writes is put by the first
+            for file in (unfinished / "arrays").glob("*"):
+                if file.name.startswith("_") or file.name == "commit_success.txt":
+                    file.unlink()
+        entries = _digests(unfinished)
+        store.upload(unfinished, final)
+        store.note_checksums(final, entries)
+        files.write(final / _PART.format(jax.process_index()), json.dumps(entries))
+
+    def _complete(self, step: int) -> None:
+        """Writes the manifest in the store, from the lists of all processes."""
+        if jax.process_index() > 0:
+            return
+        parts = [self._path(step) / _PART.format(n) for n in range(jax.process_count())]
+        if missing := [n for n, part in enumerate(parts) if not part.is_file()]:
+            raise OSError(f"process {missing[0]} could not put its part")
+        entries = {name: entry for part in parts for name, entry in _read_json(part).items()}
+        files.write(self._path(step) / MANIFEST, json.dumps({"files": entries}, indent=1))
+        for part in parts:
+            part.unlink()
+        self._retain(step)
+
+    def _retain(self, step: int) -> None:
+        """Deletes what need not be kept now that `step` is written."""
         self._verified.discard(step)
         # A later step is damaged, or of a run that ended there before it was given more steps:
         # this run was resumed in front of it.
@@ -300,6 +345,19 @@ def _orbax() -> Any:
     return ocp
 
 
+def _writer(apart: bool) -> Any:
+    """Orbax's checkpointer.
+
+    Args:
+        apart: processes share no folder: each then writes the chunks of its own shards, as plain
+            files, so that those of all together are the arrays.
+    """
+    ocp = _orbax()
+    options = ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=not apart, multiprocessing_options=options)
+    return ocp.AsyncCheckpointer(handler, multiprocessing_options=options)
+
+
 def _of_closed_loop(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
@@ -335,10 +393,14 @@ def _content_hash(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
 def _read_index(path: Path) -> dict[str, Any]:
     """Empty if there is none, so that retention survives a damaged neighbour."""
     try:
-        return json.loads((path / "index.json").read_text())
+        return _read_json(path / "index.json")
     except (OSError, ValueError):
         return {}
 
@@ -394,18 +456,6 @@ def _digests(directory: Path) -> dict[str, dict[str, Any]]:
 
 def _is_complete(path: Path) -> bool:
     return (path / MANIFEST).is_file()
-
-
-def _put(unfinished: Path, final: Path) -> None:
-    """Puts a checkpoint into a store; its manifest holds the store's own checksums, too."""
-    from jaxgpt import store
-
-    manifest = json.loads((unfinished / MANIFEST).read_text())
-    (unfinished / MANIFEST).unlink()
-    store.upload(unfinished, final)
-    store.note_checksums(final, manifest["files"])
-    files.write(final / MANIFEST, json.dumps(manifest, indent=1))
-    shutil.rmtree(unfinished)
 
 
 def _verify_copy(copy: Path, path: Path) -> None:

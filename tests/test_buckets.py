@@ -46,6 +46,7 @@ class Server:
         self.scheme, self.upstream, self.folder = scheme, port, folder
         self.failing, self.delay, self.refused = False, 0.0, 0
         self.proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.proxy.handle_error = lambda *_: None  # of a command that was killed
         threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
         self.env = {
             "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
@@ -57,17 +58,38 @@ class Server:
     def path(self, name: str) -> str:
         return f"{self.scheme}://{BUCKET}/{name}"
 
-    def start(self, script: str, *args: str) -> subprocess.Popen:
-        """A command, with the store's address in its environment."""
-        env = os.environ | self.env | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": ROOT}
+    def start(
+        self, script: str, *args: str, devices: int = 1, folder: str = "", **env: str
+    ) -> subprocess.Popen:
+        """A command, with the store's address in its environment, in a folder of its own."""
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        env |= self.env | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+        (self.folder / folder).mkdir(exist_ok=True)
         return subprocess.Popen(
-            [sys.executable, ROOT / "scripts" / script, *args], env=env, cwd=self.folder,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, ROOT / "scripts" / script, *args], env=os.environ | env,
+            cwd=self.folder / folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def run(self, script: str, *args: str) -> str:
+    def start_many(self, count: int, *command: str) -> list[subprocess.Popen]:
+        """A command in several processes that have four devices together."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        return [
+            self.start(
+                *command,
+                devices=4 // count,
+                folder=f"host{n}",
+                JAX_PROCESS_ID=str(n),
+                JAX_NUM_PROCESSES=str(count),
+                JAX_COORDINATOR_ADDRESS=address,
+            )  # fmt: skip
+            for n in range(count)
+        ]
+
+    def run(self, script: str, *args: str, devices: int = 1) -> str:
         """What a command prints; it must succeed."""
-        process = self.start(script, *args)
+        process = self.start(script, *args, devices=devices)
         out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err[-2000:]
         return out
@@ -322,6 +344,30 @@ def test_a_store_that_refuses_for_ten_seconds_is_asked_again(server, text, tmp_p
     assert server.refused > 0
     assert "Traceback" not in err
     assert_same_run(run, tmp_path / "run", 30)
+
+
+def test_processes_share_only_the_bucket(server, text, tmp_path):
+    """Two that work in different folders, killed, then four: as one process that never stopped."""
+    command = (
+        "--data.tokenizer=byte", "--train.steps=30", *SMALL, "--checkpoint.every=10",
+        "--mesh.fsdp=2", "--eval.every=0", "--sample.every=0", "--checkpoint.keep=9",
+    )  # fmt: skip
+    run, data = server.path("run"), put(text, server.path("text.txt"))
+    server.run("pretrain.py", *command, f"--run={tmp_path}/run", f"--data.path={text}", devices=4)
+    started = server.start_many(2, "pretrain.py", *command, f"--run={run}", f"--data.path={data}")
+    while not Checkpoints(f"{run}/checkpoints").steps():
+        assert [process.poll() for process in started] == [None, None]
+        time.sleep(0.05)
+    started[1].kill()
+    for process in started:
+        process.communicate(timeout=120)
+    again = server.start_many(4, "pretrain.py", *command, f"--run={run}", f"--data.path={data}")
+    for process in again:
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err[-2000:]
+    for there, here in zip(logged(run), logged(tmp_path / "run"), strict=True):
+        assert there.keys() == here.keys()
+        np.testing.assert_allclose([*there.values()], [*here.values()], atol=1e-3)
 
 
 def test_a_bucket_that_is_not_there_is_one_line(server):
