@@ -83,7 +83,7 @@ class Server:
                 JAX_PROCESS_ID=str(n),
                 JAX_NUM_PROCESSES=str(count),
                 JAX_COORDINATOR_ADDRESS=address,
-            )  # fmt: skip
+            )
             for n in range(count)
         ]
 
