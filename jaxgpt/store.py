@@ -9,6 +9,7 @@ the libraries, for about a minute. Credentials are the cloud's own defaults.
 import atexit
 import contextlib
 import errno
+import fcntl
 import functools
 import logging
 import os
@@ -239,9 +240,23 @@ def keep_near(shards: Iterable[Shard], most: float) -> None:
 
 @functools.cache
 def _scratch() -> Path:
-    """This process's folder for copies; it goes when the process ends, unless that is killed."""
+    """This process's folder for copies; it goes when the process ends, or with the next one.
+
+    A process holds a lock on its folder, which the system lets go of even if it is killed.
+    """
+    for left in Path(tempfile.gettempdir()).glob("jaxgpt-*/lock"):
+        with contextlib.suppress(OSError), left.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="jaxgpt-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    lock = (folder / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def end() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+
+    atexit.register(end)
     return folder
 
 

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -373,3 +374,12 @@ def test_what_writes_its_own_files_is_refused_by_name(command):
         assert "memory://bucket/run; drop it" in err
     code, _, err = command("life.py", "--run=s3://bucket/life", "--plan")
     assert code == 2 and "run=s3://bucket/life: s3:// is not supported here" in err
+
+
+def test_what_a_killed_process_left_goes_and_no_one_elses(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "jaxgpt-dead").mkdir()
+    (tmp_path / "jaxgpt-dead" / "lock").touch()
+    first = store._scratch.__wrapped__()
+    second = store._scratch.__wrapped__()
+    assert {path.name for path in tmp_path.iterdir()} == {first.name, second.name}

@@ -11,10 +11,9 @@ everywhere() { tpu ssh "$NAME" --worker=all --command "$1"; }
 tpu create "$NAME" --accelerator-type "$TYPE" --version "$RUNTIME" --spot
 trap 'tpu delete "$NAME" --quiet' EXIT
 tpu scp --recurse --worker=all . "$NAME":jaxgpt
-everywhere "cd jaxgpt && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'
-  mkdir -p ~/bucket && gcsfuse --implicit-dirs $BUCKET ~/bucket"
+everywhere "cd jaxgpt && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,gcs]'"
 everywhere "cd jaxgpt && JAX_NUM_PROCESSES=auto .venv/bin/python scripts/pretrain.py \
-  --config configs/pretrain/gpt2-124m-8gpu.yaml --data.path ~/bucket/data --run ~/bucket/runs/gpt2 \
+  --config configs/pretrain/gpt2-124m-8gpu.yaml --data.path gs://$BUCKET/data --run gs://$BUCKET/runs/gpt2 \
   --mesh.data 1 --mesh.fsdp -1"
 # A spot slice that is taken away gets SIGTERM first: the run saves. Create it again with the same
 # command and it goes on.
