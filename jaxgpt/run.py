@@ -28,7 +28,7 @@ from jaxgpt.config import ModelConfig, PeftConfig, RunConfig, idle
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, check_vocabulary, load, model_config
 from jaxgpt.convert.table import Place
-from jaxgpt.data import chat, show
+from jaxgpt.data import chat, examples
 from jaxgpt.machine import processes
 from jaxgpt.model import gpt
 from jaxgpt.plan import search
@@ -254,7 +254,7 @@ def _first_batch(name: str, cfg: RunConfig, start: Loaded, mesh: Mesh) -> str:
     assert stage.next_batch is not None
     batch = stage.next_batch({**stage.params, "carry": stage.carry}, stage.carry, 0)
     batch.pop("report", None)
-    return show.describe(batch, start.tokenizer)
+    return examples.describe(batch, start.tokenizer)
 
 
 def _warn(*lines: str) -> None:

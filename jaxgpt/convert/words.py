@@ -7,7 +7,7 @@ has left whole.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxgpt.data import tokenizer_json
+from jaxgpt.data import engines
 
 # ByteLevel has it built in.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -97,7 +97,7 @@ def _forms(kind: Words) -> list[dict[str, Any]]:
     digits = [DIGITS if cut == _split(r"\p{N}") else cut for cut in cuts]
     found = [usual, _sequence(digits, last["use_regex"])]
     if last["use_regex"]:  # as our own GPT-2 has it
-        found.append(_sequence([*cuts, _split(tokenizer_json.GPT2_PATTERN)], False))
+        found.append(_sequence([*cuts, _split(engines.GPT2_PATTERN)], False))
     return found if cuts else [*found, last]
 
 

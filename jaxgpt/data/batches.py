@@ -19,7 +19,6 @@ from typing import Protocol
 import numpy as np
 
 from jaxgpt import store
-from jaxgpt.data import packing
 from jaxgpt.data.token_files import TokenFile, check_vocab, open_tokens
 from jaxgpt.data.tokenizer import Tokenizer
 
@@ -142,7 +141,7 @@ class Windows:
         }
         if self.documents:
             assert self.eos_id is not None
-            segments, positions, mask = packing.segment(padded_BS, self.eos_id)
+            segments, positions, mask = segment(padded_BS, self.eos_id)
             batch["segments"] = np.where(held_BS[:, :-1], segments, 0)
             batch["positions"] = positions
             batch["mask"] *= mask
@@ -187,6 +186,23 @@ def windows(
         opened, shares, batch_size, context_length, seed, documents, tokenizer.vocab_size,
         tokenizer.eos_id,
     )  # fmt: skip
+
+
+def segment(tokens_BS: np.ndarray, eos_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents inside windows of a stream: (segments, positions, mask) of all but the last token.
+
+    A document ends with `eos_id`; segments count from 1, because 0 is padding. The mask is 0 where
+    the target would be the next document's first token. A document that the window's edge cuts
+    goes on as its own segment in the next window: so a window needs nothing but itself, and
+    batch(step) stays a function of the step.
+    """
+    ends_BT = tokens_BS[:, :-1] == eos_id
+    starts_BT = np.zeros_like(ends_BT)
+    starts_BT[:, 1:] = ends_BT[:, :-1]
+    index_T = np.arange(ends_BT.shape[1], dtype=np.int32)
+    first_BT = np.maximum.accumulate(np.where(starts_BT, index_T, 0), axis=1)
+    segments_BT = 1 + np.cumsum(starts_BT, axis=1, dtype=np.int32)
+    return segments_BT, index_T - first_BT, (~ends_BT).astype(np.float32)
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:

@@ -23,11 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt import files
-from jaxgpt.data import messages as forms
 from jaxgpt.data import templates
 from jaxgpt.data.engines import Span
-from jaxgpt.data.messages import Message
-from jaxgpt.data.templates import TEMPLATES, Rendered
+from jaxgpt.data.templates import TEMPLATES, Message, Rendered
 from jaxgpt.data.tokenizer import Tokenizer
 
 CHATML, LLAMA3, PLAIN = TEMPLATES["chatml"], TEMPLATES["llama3"], TEMPLATES["plain"]
@@ -187,7 +185,7 @@ def encode(
     learned = [
         index
         for index, message in enumerate(talk.messages)
-        if message["role"] == "assistant" and index >= learn_from and forms.weight(message)
+        if message["role"] == "assistant" and index >= learn_from and templates.weight(message)
     ]
     groups: list[tuple[str, list[_Turn]]] = []
     for turn in (_turn(talk, index) for index in learned):
@@ -246,10 +244,10 @@ class _Talk:
 
     @classmethod
     def of(cls, form: Format, messages: Sequence[Message], tools: Sequence[Any] = ()) -> "_Talk":
-        prepared: Any = forms.prepare(messages)
+        prepared: Any = templates.prepare(messages)
         if not templates.takes_parts(form.template, **form.variables):
-            prepared = [forms.joined(m, f"message {n}") for n, m in enumerate(prepared)]
-        fields = templates.names(form.template, *forms.THOUGHTS)
+            prepared = [templates.joined(m, f"message {n}") for n, m in enumerate(prepared)]
+        fields = templates.names(form.template, *templates.THOUGHTS)
         prepared = [_named(message, fields) for message in prepared]
         texts = _texts([prepared, list(tools)])
         pattern = _written(tuple(form.tokenizer.special))
@@ -298,7 +296,7 @@ def _turn(talk: _Talk, index: int) -> _Turn:
     whole, generated = talk.draw(index + 1)
     end = _end_of_turn(whole, talk)
     asked = _asked(talk, index, whole)
-    thought = forms.thought(message)
+    thought = templates.thought(message)
     if whole.startswith(asked) and _holds(whole[len(asked) : end], thought):
         written = whole[len(asked) : end]
         spans = [(max(a, len(asked)), b) for a, b in generated if b > len(asked)]
@@ -307,7 +305,7 @@ def _turn(talk: _Talk, index: int) -> _Turn:
     else:
         written = _completed(talk, index, asked, whole[:end], thought)
         turn = _Turn(asked, written, [(len(asked), len(asked) + len(written))])
-    for name in forms.called(message):
+    for name in templates.called(message):
         if name not in turn.written:  # a template that knows of no tools leaves an empty turn
             raise ValueError(
                 f"data.template: does not write the assistant's tool_calls (of {name}); use one "
@@ -494,14 +492,14 @@ def _end_of_turn(text: str, talk: _Talk) -> int:
 
 def _holds(text: str, thought: str) -> bool:
     """Whether a text shows a thought, perhaps as JSON."""
-    inside = forms.THOUGHT.match(thought)
+    inside = templates.THOUGHT.match(thought)
     bare = inside[1].strip() if inside else ""
     return bare in text or json.dumps(bare, ensure_ascii=False)[1:-1] in text
 
 
 def _named(message: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
     """The message whose thought also has the names by which the template reads it."""
-    own = next((message[name] for name in forms.THOUGHTS if name in message), None)
+    own = next((message[name] for name in templates.THOUGHTS if name in message), None)
     return message if own is None else {**dict.fromkeys(fields, own), **message}
 
 
@@ -509,7 +507,7 @@ def _hidden_message(message: dict[str, Any], hide: Callable[[str], str]) -> dict
     """All texts of a message, but not the marks of a thought that opens the assistant's turn."""
     found = _mapped(message, hide)
     content = message.get("content")
-    inside = forms.THOUGHT.match(content) if isinstance(content, str) else None
+    inside = templates.THOUGHT.match(content) if isinstance(content, str) else None
     if message["role"] == "assistant" and isinstance(content, str) and inside:
         a, b = inside.span(1)
         found["content"] = (
@@ -525,7 +523,7 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         made = {_mapped(name, change): _mapped(item, change) for name, item in value.items()}
-        return forms.Arguments(made) if isinstance(value, forms.Arguments) else made
+        return templates.Arguments(made) if isinstance(value, templates.Arguments) else made
     return [_mapped(item, change) for item in value] if isinstance(value, list) else value
 
 

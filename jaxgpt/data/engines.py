@@ -1,20 +1,25 @@
-"""What runs a tokenizer: plain bytes, tiktoken, or Hugging Face's `tokenizers`.
+"""What runs a tokenizer: tiktoken, or Hugging Face's `tokenizers`; and the form of tokenizer.json.
 
-All three have the same methods; their meaning is written at `Bytes`.
+Both have the same methods; their meaning is written at `Bpe`.
 """
 
+import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from jaxgpt import files
-from jaxgpt.data import tokenizer_json
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+\z|\s+(?!\S)|\s"
+# GPT-2's pattern with every digit on its own: numbers of any length look alike to the model.
+# A run of white space ending the text has its own branch, or the look-ahead is quadratic in it.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+\z|\s+(?!\S)|\s"
 
 END_OF_TEXT = "<|endoftext|>"
 # The chat turns and the padding are in the vocabulary from the start, so that a base model can
@@ -30,73 +35,8 @@ Span = tuple[int, int]  # first character of a stretch, and the one behind its l
 
 
 @dataclass(frozen=True)
-class Bytes:
-    """The trivial tokenizer: ids 0..255 are the bytes of UTF-8, the special tokens follow."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Largest id + 1, special tokens included."""
-        return 256 + len(SPECIAL)
-
-    @property
-    def eos_id(self) -> int:
-        """The document separator, which also ends a text."""
-        return self.special[END_OF_TEXT]
-
-    @property
-    def special(self) -> dict[str, int]:
-        """Special tokens by their text."""
-        return {text: 256 + i for i, text in enumerate(SPECIAL)}
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of what decides the ids: equal fingerprints give equal ids for any text."""
-        return tokenizer_json.fingerprint(self._definition)
-
-    @property
-    def _definition(self) -> dict[str, Any]:
-        alphabet = {bytes([b]): b for b in range(256)}
-        return tokenizer_json.build(tokenizer_json.PATTERN, alphabet, self.special)
-
-    def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of the text; special tokens written in it are plain text unless allowed."""
-        if not allow_special:
-            return list(_utf8(text))
-        parts = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
-        ids = [[self.special[p]] if p in self.special else list(_utf8(p)) for p in parts]
-        return list(itertools.chain(*ids))
-
-    def encode_with_starts(
-        self, text: str, literal: Sequence[Span] = ()
-    ) -> tuple[list[int], list[int]]:
-        """Ids of a text whose special tokens count, and the character at which each id begins.
-
-        Args:
-            literal: places where the text of a special token stands that is plain text.
-        """
-        return _encode_parts(self, text, literal, lambda ids: [1] * len(ids))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text, on all cores."""
-        return [list(_utf8(text)) for text in texts]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text; bytes that are not UTF-8, and ids that are no token, become U+FFFD."""
-        return self.decode_bytes(ids).decode(errors="replace")
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes, for streaming: a character may be spread over several tokens."""
-        tokens = [bytes([b]) for b in range(256)] + [text.encode() for text in SPECIAL]
-        return b"".join(tokens[i] if i < len(tokens) else REPLACEMENT for i in ids)
-
-    def save(self, path: str | Path) -> None:
-        """Writes a Hugging Face tokenizer.json that `load` and transformers read."""
-        _write_json(path, self._definition)
-
-
-@dataclass(frozen=True)
 class Bpe:
-    """Byte-level BPE, run by tiktoken."""
+    """Byte-level BPE, run by tiktoken; without merges the tokens are the bytes themselves."""
 
     engine: Any  # tiktoken.Encoding
     ranks: dict[bytes, int]  # token -> id; pairs merge in order of the id they make
@@ -105,19 +45,21 @@ class Bpe:
 
     @property
     def vocab_size(self) -> int:
+        """Largest id + 1, special tokens included."""
         return self.engine.n_vocab
 
     @cached_property
     def eos_id(self) -> int:
+        """The document separator, which also ends a text."""
         return _end_of_text(self.special)
 
     @cached_property
     def fingerprint(self) -> str:
-        return tokenizer_json.fingerprint(
-            tokenizer_json.build(self.pattern, self.ranks, self.special)
-        )
+        """sha256 of what decides the ids: equal fingerprints give equal ids for any text."""
+        return fingerprint_of(build(self.pattern, self.ranks, self.special))
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Ids of the text; special tokens written in it are plain text unless allowed."""
         _utf8(text)
         # Not encode_batch, which starts threads: a conversation is encoded in many short parts.
         encode = partial(self.engine.encode, allowed_special="all")
@@ -129,10 +71,21 @@ class Bpe:
     def encode_with_starts(
         self, text: str, literal: Sequence[Span] = ()
     ) -> tuple[list[int], list[int]]:
-        sizes = lambda ids: list(map(len, self.engine.decode_tokens_bytes(ids)))
-        return _encode_parts(self, text, literal, sizes)
+        """Ids of a text whose special tokens count, and the character at which each id begins.
+
+        Args:
+            literal: places where the text of a special token stands that is plain text.
+        """
+        _utf8(text)
+        ids: list[int] = []
+        for part, special in _parts(text, self.special, literal):
+            ids += [self.special[part]] if special else self.encode(part)
+        ends = itertools.accumulate(map(len, self.engine.decode_tokens_bytes(ids)))
+        char_of = [i for i, char in enumerate(text) for _ in char.encode()]
+        return ids, [char_of[start] for start in [0, *ends][:-1]]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, on all cores."""
         for text in texts:
             _utf8(text)
         pieces = [_pieces(text) for text in texts]
@@ -147,9 +100,11 @@ class Bpe:
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text; bytes that are not UTF-8, and ids that are no token, become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes, for streaming: a character may be spread over several tokens."""
         ids = [int(i) for i in ids]
         try:
             return self.engine.decode_bytes(ids)
@@ -157,8 +112,9 @@ class Bpe:
             return b"".join(map(self._bytes_of, ids))
 
     def save(self, path: str | Path) -> None:
-        merges = tokenizer_json.merges_of(self.ranks)
-        _write_json(path, tokenizer_json.build(self.pattern, self.ranks, self.special, merges))
+        """Writes a Hugging Face tokenizer.json that `load` and transformers read."""
+        merges = merges_of(self.ranks)
+        _write_json(path, build(self.pattern, self.ranks, self.special, merges))
 
     def _bytes_of(self, token: int) -> bytes:
         try:
@@ -196,7 +152,7 @@ class HuggingFace:
 
     @cached_property
     def fingerprint(self) -> str:
-        return tokenizer_json.fingerprint(json.loads(self.engine.to_str()))
+        return fingerprint_of(json.loads(self.engine.to_str()))
 
     @cached_property
     def _plain(self) -> Any:
@@ -217,11 +173,7 @@ class HuggingFace:
         """The bytes behind a token's characters, where the vocabulary is byte-level."""
         decoder = json.loads(self.engine.to_str())["decoder"]
         byte_level = decoder is not None and decoder["type"] == "ByteLevel"
-        return (
-            {char: byte for byte, char in tokenizer_json.byte_chars().items()}
-            if byte_level
-            else None
-        )
+        return {char: byte for byte, char in byte_chars().items()} if byte_level else None
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         _utf8(text)
@@ -281,6 +233,132 @@ class HuggingFace:
         return bytes(byte_of[char] for char in text)
 
 
+def bpe(pattern: str, ranks: dict[bytes, int], special: dict[str, int]) -> Bpe:
+    """A tiktoken tokenizer of these tokens, where pairs merge in order of their ids."""
+    import tiktoken
+
+    engine = tiktoken.Encoding(
+        "jaxgpt", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+    )
+    return Bpe(engine, ranks, special, pattern)
+
+
+@cache
+def byte_level() -> Bpe:
+    """The trivial tokenizer: ids 0..255 are the bytes of UTF-8, the special tokens follow."""
+    special = {text: 256 + i for i, text in enumerate(SPECIAL)}
+    return bpe(PATTERN, {bytes([b]): b for b in range(256)}, special)
+
+
+def read_bpe(
+    definition: dict[str, Any],
+) -> tuple[str, dict[bytes, int], dict[str, int]] | None:
+    """(pattern, ranks, special) if tiktoken gives the same ids: our layout, merges by id."""
+    special = {token["content"]: token["id"] for token in definition.get("added_tokens", [])}
+    model, alphabet = definition["model"], set(byte_chars().values())
+    if not isinstance(model.get("vocab"), dict):
+        return None
+    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
+    if not alphabet <= vocab.keys() or not alphabet >= set().union(*vocab):
+        return None
+    pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+    made = [vocab.get("".join(pair)) for pair in pairs]
+    if made != sorted(i for token, i in vocab.items() if len(token) > 1):
+        return None
+    for pattern in (PATTERN, GPT2_PATTERN):
+        ranks = ranks_of(vocab)
+        expected = build(pattern, ranks, special)
+        same = [definition.get(k) == expected[k] for k in ("added_tokens", "pre_tokenizer")]
+        plain = {**model, "vocab": {}, "merges": []} == {**expected["model"], "vocab": {}}
+        if all(same) and plain and definition.get("normalizer") is None:
+            return pattern, ranks, special
+    return None
+
+
+def build(
+    pattern: str,
+    ranks: dict[bytes, int],
+    special: dict[str, int],
+    merges: Sequence[Sequence[str]] = (),
+) -> dict[str, Any]:
+    """The content of tokenizer.json."""
+    chars, byte_level = byte_chars(), {"add_prefix_space": False, "trim_offsets": True}
+    vocab = {"".join(chars[b] for b in token): i for token, i in ranks.items()}
+    # `tokenizers` numbers added tokens one after another, so a gap (cl100k_base) needs a stand-in.
+    known = {*ranks.values(), *special.values()}
+    gaps = {f"<|unused_{i}|>": i for i in range(max(known, default=0)) if i not in known}
+    added = [
+        {
+            "id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": True,
+        }
+        for text, i in sorted((special | gaps).items(), key=lambda item: item[1])
+    ]  # fmt: skip
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {**split, "invert": False},
+                {"type": "ByteLevel", **byte_level, "use_regex": False},
+            ],
+        },
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", **byte_level, "use_regex": True},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": False, "vocab": vocab, "merges": [list(pair) for pair in merges],
+        },
+    }  # fmt: skip
+
+
+def fingerprint_of(definition: dict[str, Any]) -> str:
+    """sha256 of what decides the ids: equal fingerprints give equal ids for any text."""
+    # The merges follow from the order of the ids, and a decoder changes no id.
+    special = {token["content"]: token["id"] for token in definition["added_tokens"]}
+    model = definition["model"]
+    vocab = model["vocab"]
+    pairs = vocab.items() if isinstance(vocab, dict) else enumerate(map(str, vocab))
+    plain = sorted([str(a), str(b)] for a, b in pairs if a not in special)
+    parts = [plain, special, definition["normalizer"], definition["pre_tokenizer"]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def byte_chars() -> dict[int, str]:
+    """GPT-2's printable stand-in for every byte: itself where printable, else from U+0100 up."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    hidden = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+def ranks_of(vocab: dict[str, int]) -> dict[bytes, int]:
+    byte_of = {char: byte for byte, char in byte_chars().items()}
+    tokens = sorted(vocab.items(), key=lambda item: item[1])
+    return {bytes(byte_of[char] for char in token): i for token, i in tokens}
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
+    """The pair that makes each token: what is left when its bytes merge by all earlier ranks."""
+    chars, pairs = byte_chars(), []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) == 1:
+            continue
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            made = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            first = min(range(len(made)), key=made.__getitem__)
+            assert made[first] < rank, f"no two tokens make {token!r}"
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        pairs.append(tuple("".join(chars[b] for b in part) for part in parts))
+    return pairs
+
+
 def _utf8(text: str) -> bytes:
     """UTF-8, refusing the lone surrogates that Python lets into a string."""
     try:
@@ -320,24 +398,6 @@ def _parts(
 def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
     longest_first = sorted(texts, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
-def _encode_parts(
-    tokenizer: "Bytes | Bpe",
-    text: str,
-    literal: Sequence[Span],
-    sizes: Callable[[list[int]], list[int]],
-) -> tuple[list[int], list[int]]:
-    """`encode_with_starts` where tokens are bytes of the text, of which `sizes` tells how many."""
-    _utf8(text)
-    ids: list[int] = []
-    lengths: list[int] = []
-    for part, special in _parts(text, tokenizer.special, literal):
-        own = [tokenizer.special[part]] if special else tokenizer.encode(part)
-        ids += own
-        lengths += [len(part.encode())] if special else sizes(own)
-    char_of = list(itertools.chain(*([i] * len(char.encode()) for i, char in enumerate(text))))
-    return ids, [char_of[start] for start in [0, *itertools.accumulate(lengths)][:-1]]
 
 
 def _renamed(engine: Any, name_of: Mapping[str, str]) -> Any:

@@ -3,19 +3,20 @@
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from jaxgpt import shapes
 from jaxgpt.config import ConversationConfig
-from jaxgpt.data import batches, packing, rows
+from jaxgpt.data import batches, rows
 from jaxgpt.data.batches import Rows, Windows
-from jaxgpt.data.chat import Encoded, Format
+from jaxgpt.data.chat import ROLES, Encoded, Format
 from jaxgpt.data.columns import Columns
 from jaxgpt.data.rows import Paths
+from jaxgpt.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Item = tuple[Sequence[Encoded], ...]  # the sequences of a row, each of one or several examples
@@ -243,8 +244,39 @@ def row_width(max_tokens: int, context_length: int) -> int:
 def pack(examples: Iterable[Encoded], width: int) -> list[Item]:
     """Several examples to a row."""
     examples = list(examples)
-    rows = packing.first_fit([_slots(example) for example in examples], width)
+    rows = first_fit([_slots(example) for example in examples], width)
     return [([examples[index] for index in sorted(row)],) for row in rows]
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Packs items into rows, longest first, each into the first row with room (11/9 of optimal).
+
+    Returns the indices of the items of each row; equal lengths keep their order.
+    """
+    too_long = next((i for i, length in enumerate(lengths) if length > capacity), None)
+    if too_long is not None:
+        raise ValueError(
+            f"item {too_long} has {lengths[too_long]} tokens, more than a row's {capacity}"
+        )
+    rows: list[list[int]] = []
+    # A full binary tree over the rows: room[1] is the most room of any row.
+    size = 1
+    while size < max(1, len(lengths)):
+        size *= 2
+    room = [capacity] * (2 * size)
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        node = 1
+        while node < size:  # the leftmost row with room: left child first
+            node = 2 * node if room[2 * node] >= lengths[item] else 2 * node + 1
+        row = node - size
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(item)
+        room[node] -= lengths[item]
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return rows
 
 
 def plain(window: Rows) -> Item:
@@ -252,17 +284,6 @@ def plain(window: Rows) -> Item:
     tokens_T = np.append(window["tokens"][0], window["targets"][0, -1:])
     target_T = np.append(False, window["mask"][0] > 0)
     return ((Encoded(tokens_T, target_T, np.zeros(len(tokens_T), np.int8)),),)
-
-
-def _up_to_last_target(arm: Encoded, read_end: bool) -> Encoded:
-    stop = len(arm.target_T) - int(np.argmax(arm.target_T[::-1])) if arm.target_T.any() else 0
-    after = [0] if read_end else []  # something to predict after the end; it is no target
-    return Encoded(*(np.append(x[:stop], np.array(after, x.dtype)) for x in arm))
-
-
-def _slots(example: Encoded) -> int:
-    """Positions in a row: the last token is only ever a target."""
-    return len(example.tokens_T) - 1
 
 
 def prompts(rows: Examples, context_length: int, count: int = 2) -> list[list[int]]:
@@ -277,3 +298,51 @@ def prompts(rows: Examples, context_length: int, count: int = 2) -> list[list[in
         if len(found) == count:
             break
     return found
+
+
+def describe(batch: Mapping[str, Any], tokenizer: Tokenizer) -> str:
+    """A batch as text: every token with its segment, position and role, and its target if any."""
+    arrays = {name: np.asarray(array) for name, array in batch.items()}
+    shape = arrays["tokens"].shape
+    defaults = {
+        "segments": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(shape[-1]), shape),
+        "roles": np.zeros(shape, np.int8),
+    }
+    arrays = defaults | arrays
+    lines = []
+    for row in np.ndindex(shape[:-1]):
+        lines.append(f"row {', '.join(map(str, row))}{_numbers(arrays, row[0])}")
+        lines.append("  segment position role       token                 target (mask 1)")
+        columns = [arrays[n][row] for n in ("segments", "positions", "roles", "tokens")]
+        columns += [arrays["targets"][row], arrays["mask"][row]]
+        lines += [_line(tokenizer, *values) for values in zip(*columns, strict=True)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _up_to_last_target(arm: Encoded, read_end: bool) -> Encoded:
+    stop = len(arm.target_T) - int(np.argmax(arm.target_T[::-1])) if arm.target_T.any() else 0
+    after = [0] if read_end else []  # something to predict after the end; it is no target
+    return Encoded(*(np.append(x[:stop], np.array(after, x.dtype)) for x in arm))
+
+
+def _slots(example: Encoded) -> int:
+    """Positions in a row: the last token is only ever a target."""
+    return len(example.tokens_T) - 1
+
+
+def _line(
+    tokenizer: Tokenizer, segment: int, position: int, role: int, token: int, target: int,
+    mask: float,
+) -> str:  # fmt: skip
+    name = lambda token: f"{token} {tokenizer.decode([int(token)])!r}"
+    if segment == 0:
+        return "  padding"
+    goal = name(target) if mask else ""
+    return f"  {segment:7} {position:8} {ROLES[role] or '-':10} {name(token):21} {goal}".rstrip()
+
+
+def _numbers(arrays: Mapping[str, np.ndarray], row: int) -> str:
+    """What else is known of a row, such as a pair's margin."""
+    return "".join(f"  {n}={array[row]:g}" for n, array in arrays.items() if array.ndim == 1)

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt import files as paths
-from jaxgpt.data import tokenizer_json
-from jaxgpt.data.engines import SPECIAL, Bpe, Bytes, HuggingFace
+from jaxgpt.data import engines
+from jaxgpt.data.engines import PATTERN, SPECIAL, Bpe, HuggingFace
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # GPT-2's, under two names
 FILES = ("tokenizer.json", "tokenizer_config.json", *itertools.chain(*PAIRS))
 DOWNLOAD_SECONDS = 60  # tiktoken itself waits for ever
 
 
-Tokenizer = Bytes | Bpe | HuggingFace  # the same methods, described at Bytes
+Tokenizer = Bpe | HuggingFace  # the same methods, described at Bpe
 
 
 def load(name: str | Path) -> Tokenizer:
@@ -33,7 +33,7 @@ def load(name: str | Path) -> Tokenizer:
     import tiktoken
 
     if name == "byte":
-        return Bytes()
+        return engines.byte_level()
     if name in tiktoken.list_encoding_names():
         return _load_tiktoken(str(name))
     path = paths.path(name)
@@ -91,7 +91,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Bpe:
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(tokenizers.Regex(tokenizer_json.PATTERN), "isolated"),
+            pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -101,20 +101,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Bpe:
         show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)
-    ranks = tokenizer_json.ranks_of(learner.get_vocab())
-    return bpe(
-        tokenizer_json.PATTERN, ranks, {text: len(ranks) + i for i, text in enumerate(SPECIAL)}
-    )
-
-
-def bpe(pattern: str, ranks: dict[bytes, int], special: dict[str, int]) -> Bpe:
-    """A tiktoken tokenizer of these tokens, where pairs merge in order of their ids."""
-    import tiktoken
-
-    engine = tiktoken.Encoding(
-        "jaxgpt", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-    )
-    return Bpe(engine, ranks, special, pattern)
+    ranks = engines.ranks_of(learner.get_vocab())
+    return engines.bpe(PATTERN, ranks, {text: len(ranks) + i for i, text in enumerate(SPECIAL)})
 
 
 def _load_tiktoken(name: str) -> Bpe:
@@ -165,13 +153,11 @@ def _parse(content: bytes, name: str) -> dict[str, Any]:
 def _from_gpt2_files(vocab: dict[str, int], merges_text: str) -> Tokenizer:
     lines = merges_text.split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    made = {left + right for left, right in merges} | set(tokenizer_json.byte_chars().values())
+    made = {left + right for left, right in merges} | set(engines.byte_chars().values())
     special = {token: i for token, i in vocab.items() if token not in made}
     ranks = {token: i for token, i in vocab.items() if token in made}
     return _from_definition(
-        tokenizer_json.build(
-            tokenizer_json.GPT2_PATTERN, tokenizer_json.ranks_of(ranks), special, merges
-        ),
+        engines.build(engines.GPT2_PATTERN, engines.ranks_of(ranks), special, merges),
         "",
     )
 
@@ -180,10 +166,10 @@ def _from_definition(definition: dict[str, Any], end_of_text: str) -> Tokenizer:
     """Our own form runs in tiktoken, whatever else in `tokenizers`."""
     import tokenizers
 
-    ours = tokenizer_json.read_bpe(definition)
+    ours = engines.read_bpe(definition)
     if ours is None:
         try:
             return HuggingFace(tokenizers.Tokenizer.from_str(json.dumps(definition)), end_of_text)
         except Exception as error:  # `tokenizers` raises nothing more precise
             raise ValueError(f"not a tokenizer.json that `tokenizers` reads: {error}") from None
-    return Bytes() if tokenizer_json.fingerprint(definition) == Bytes().fingerprint else bpe(*ours)
+    return engines.bpe(*ours)

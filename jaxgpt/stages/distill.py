@@ -12,7 +12,7 @@ from jaxgpt.config import DistillConfig, ModelConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load, model_config
 from jaxgpt.convert.table import Place
-from jaxgpt.data import chat, conversations, examples, instructions
+from jaxgpt.data import chat, conversations, examples, tuning
 from jaxgpt.data.conversations import Dialogue
 from jaxgpt.data.examples import Examples
 from jaxgpt.episodes import Writer
@@ -46,10 +46,10 @@ def data(cfg: DistillConfig, start: Loaded) -> Stage:
         cfg.data.max_tokens, min(cfg.model.context_length, teacher.config.context_length)
     )
     form = chatting.chat_format(start)
-    said = instructions.dialogues(cfg.data)
+    said = tuning.dialogues(cfg.data)
     if cfg.sequence_level:
         said = (answers(cfg, teacher, said[0], form, width), said[1])
-    train_rows, held_out = instructions.batches(
+    train_rows, held_out = tuning.batches(
         cfg.data, said, form, width, cfg.train.batch_size, cfg.seed, cfg.run
     )
     if cfg.top_k:

@@ -11,7 +11,7 @@ from jaxgpt import files, losses, scoring, sharding, train
 from jaxgpt.config import DpoConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
-from jaxgpt.data import examples, preferences
+from jaxgpt.data import examples, tuning
 from jaxgpt.data.examples import Examples
 from jaxgpt.train import Stage, spec
 from jaxgpt.types import Array, Batch, Metrics, Params
@@ -33,7 +33,7 @@ class Answers(NamedTuple):
 
 def data(cfg: DpoConfig, start: Loaded) -> Stage:
     """The objective with its batches of answers."""
-    read = preferences.ratings if cfg.loss == "kto" else preferences.pairs
+    read = tuning.ratings if cfg.loss == "kto" else tuning.pairs
     train_pairs, held_out = read(
         cfg.data,
         chatting.chat_format(start),

@@ -10,7 +10,7 @@ from jaxgpt import losses, scoring, sharding
 from jaxgpt.config import ModelConfig, RewardConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
-from jaxgpt.data import examples, preferences
+from jaxgpt.data import examples, tuning
 from jaxgpt.model import gpt
 from jaxgpt.train import Stage, spec
 from jaxgpt.types import Array, Batch, Metrics, Params
@@ -20,7 +20,7 @@ BINS = 5  # of confidence, when the calibration is measured
 
 def data(cfg: RewardConfig, start: Loaded) -> Stage:
     """The objective with a random scalar head in the place of the vocabulary, and its batches."""
-    train, held_out = preferences.pairs(
+    train, held_out = tuning.pairs(
         cfg.data,
         chatting.chat_format(start),
         examples.row_width(cfg.data.max_tokens, cfg.model.context_length),

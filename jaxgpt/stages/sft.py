@@ -9,7 +9,7 @@ from jaxgpt import scoring, sharding
 from jaxgpt.config import SftConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
-from jaxgpt.data import examples, instructions
+from jaxgpt.data import examples, tuning
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.train import Stage, spec
 from jaxgpt.types import Params
@@ -35,9 +35,9 @@ def objective(cfg: SftConfig, params: Params) -> Stage:
 
 def data(cfg: SftConfig, start: Loaded) -> Stage:
     """The objective with its batches: conversations, and plain text beside them if asked."""
-    train, held_out = instructions.batches(
+    train, held_out = tuning.batches(
         cfg.data,
-        instructions.dialogues(cfg.data),
+        tuning.dialogues(cfg.data),
         chatting.chat_format(start),
         examples.row_width(cfg.data.max_tokens, cfg.model.context_length),
         cfg.train.batch_size,

@@ -66,10 +66,10 @@ def files():
 
 
 def _saved(own):
-    from jaxgpt.data import tokenizer_json
+    from jaxgpt.data import engines
 
-    merges = tokenizer_json.merges_of(own.ranks)
-    return tokenizer_json.build(own.pattern, own.ranks, own.special, merges)
+    merges = engines.merges_of(own.ranks)
+    return engines.build(own.pattern, own.ranks, own.special, merges)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt.data import batches, token_files
-from jaxgpt.data.engines import Bytes
+from jaxgpt.data.engines import byte_level
 from jaxgpt.data.tokenizer import train_bpe
 
-BYTES = Bytes()
+BYTES = byte_level()
 
 
 def held_out(source: batches.Batches, limit: int = 0):

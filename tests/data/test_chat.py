@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import ConversationConfig
-from jaxgpt.data import chat, conversations, examples, preferences
+from jaxgpt.data import chat, conversations, engines, examples, tuning
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.chat import Encoded, Format
 from jaxgpt.data.examples import Examples, Tally
@@ -66,7 +66,7 @@ def llama3_bytes() -> tokenizers.Tokenizer:
     special = ("<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
     ranks = {bytes([b]): b for b in range(256)}
     numbered = {text: 256 + i for i, text in enumerate(special)}
-    return tokenizers.bpe(r"[\s\S]", ranks, numbered)
+    return engines.bpe(r"[\s\S]", ranks, numbered)
 
 
 def encode(form: Format, messages, **options) -> Encoded:
@@ -260,7 +260,7 @@ def test_the_tools_of_a_row_reach_the_template(tmp_path: Path) -> None:
     file.write_text(json.dumps(pair))
     (preferred,), rated = conversations.preferences(str(file)), conversations.ratings(str(file))
     assert [one.tools for one in (preferred, *rated)] == [tools] * 3
-    splits = preferences.pairs(ConversationConfig(path=str(file), val_fraction=0), form, 200, 1, 0)
+    splits = tuning.pairs(ConversationConfig(path=str(file), val_fraction=0), form, 200, 1, 0)
     shown = BYTES.decode(splits[0].items[0][1][0].tokens_T.tolist())
     assert shown.startswith(json.dumps(tools)) and "B<|im_end|>" in shown
     file.write_text(json.dumps({"messages": OPENAI, "tools": "[clock"}))

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from jaxgpt.config import ChatDataConfig
-from jaxgpt.data import chat, conversations, engines, instructions, templates
+from jaxgpt.data import chat, conversations, engines, templates, tuning
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.chat import Encoded, Format
 
 BYTES = tokenizers.load("byte")
-THINKS = tokenizers.bpe(  # a vocabulary in which the marks of a thought are special
+THINKS = engines.bpe(  # a vocabulary in which the marks of a thought are special
     r"[\s\S]",
     {bytes([b]): b for b in range(256)},
     {text: 256 + i for i, text in enumerate((*engines.SPECIAL, "<think>", "</think>"))},
@@ -201,7 +201,7 @@ def test_arguments_that_are_no_object_are_refused_with_their_row(arguments, tmp_
     file.write_text(json.dumps({"messages": call(arguments)}) + "\n")
     cfg = ChatDataConfig(path=str(file), val_fraction=0)
     with pytest.raises(ValueError, match=r"calls\.jsonl, line 1: .*arguments") as found:
-        instructions.batches(cfg, instructions.dialogues(cfg), form(CALLS_AS_JSON), 99, 1, 0, "")
+        tuning.batches(cfg, tuning.dialogues(cfg), form(CALLS_AS_JSON), 99, 1, 0, "")
     assert "\n" not in str(found.value)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxgpt import tasks
 from jaxgpt.config import ChatDataConfig
-from jaxgpt.data import chat, conversations, instructions
+from jaxgpt.data import chat, conversations, tuning
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.tasks import tools, verify
 
@@ -23,7 +23,7 @@ def read(tmp_path: Path, *rows: object, calls: str = "text") -> list[tuple[str, 
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     cfg = ChatDataConfig(path=str(file), calls=calls, val_fraction=0.0)  # type: ignore[arg-type]
-    train, held_out = instructions.dialogues(cfg)
+    train, held_out = tuning.dialogues(cfg)
     assert not held_out
     return [(m["role"], m["content"]) for m in train[0].messages]
 

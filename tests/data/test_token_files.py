@@ -9,11 +9,12 @@ import pytest
 from jaxgpt import files
 from jaxgpt.data import token_files
 from jaxgpt.data.documents import Corpus
-from jaxgpt.data.engines import Bytes
+from jaxgpt.data.engines import Bpe, byte_level
 from jaxgpt.data.token_files import prepare, write_tokens
 from jaxgpt.data.tokenizer import load, train_bpe
 
-BYTES = Bytes()
+BYTES = byte_level()
+PARTS = (BYTES.engine, BYTES.ranks, BYTES.special, BYTES.pattern)
 SHAKESPEARE = Path(__file__).parents[2] / "../shared/data/text/tinyshakespeare.txt"
 
 
@@ -72,13 +73,13 @@ def test_an_interrupted_run_continues_to_the_same_bytes(rows, tmp_path, monkeypa
     with pytest.raises(ValueError, match="neither a token directory"):
         token_files.open_tokens(tmp_path / "cut")
 
-    class Counting(Bytes):
+    class Counting(Bpe):
         def encode_batch(self, texts):
             encoded.extend(texts)
             return super().encode_batch(texts)
 
     monkeypatch.setattr(files, "write", write)
-    write_tokens(rows, Counting(), tmp_path / "cut", "byte", shard_tokens=9000)
+    write_tokens(rows, Counting(*PARTS), tmp_path / "cut", "byte", shard_tokens=9000)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert len(encoded) < 300  # the finished shards were not made again
 
@@ -111,14 +112,16 @@ def test_a_folder_with_other_files_is_refused(rows, tmp_path):
 
 
 def test_a_large_vocabulary_takes_wider_integers(tmp_path):
-    class Wide(Bytes):
+    class Wide(Bpe):
         vocab_size = 1 << 17
 
         def encode_batch(self, texts):
             return [[100_000] * 50 for _ in texts]
 
     (tmp_path / "a.txt").write_text("a" * 100)
-    manifest = write_tokens(Corpus((str(tmp_path / "a.txt"),)), Wide(), tmp_path / "out", "wide")
+    manifest = write_tokens(
+        Corpus((str(tmp_path / "a.txt"),)), Wide(**vars(BYTES)), tmp_path / "out", "wide"
+    )
     assert manifest["dtype"] == "uint32"
     assert token_files.open_tokens(tmp_path / "out").train.read(0, 1)[0] == 100_000
 

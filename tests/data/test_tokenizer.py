@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.data import tokenizer
-from jaxgpt.data.engines import Bpe, Bytes, HuggingFace
-from jaxgpt.data.tokenizer_json import GPT2_PATTERN, byte_chars
+from jaxgpt.data.engines import GPT2_PATTERN, Bpe, HuggingFace, byte_chars, byte_level
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is missing")
@@ -38,7 +37,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 @settings(max_examples=200, deadline=None)
 @given(text=TEXTS)
 def test_any_text_survives_the_round_trip(own, text):
-    for each in (own, Bytes()):
+    for each in (own, byte_level()):
         assert each.decode(each.encode(text)) == text
         assert each.decode_bytes(each.encode(text)) == text.encode()
 
@@ -78,7 +77,7 @@ def test_digits_stand_alone(own):
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_special_tokens_in_text_are_text_unless_allowed(own, kind):
-    each = Bytes() if kind == "byte" else own
+    each = byte_level() if kind == "byte" else own
     text = "a<|endoftext|>b<|im_end|>"
     plain, special = each.encode(text), each.encode(text, allow_special=True)
     assert not set(plain) & set(each.special.values())
@@ -87,13 +86,13 @@ def test_special_tokens_in_text_are_text_unless_allowed(own, kind):
 
 
 def test_byte_ids_are_the_bytes_of_utf8():
-    assert Bytes().encode("né") == [110, 195, 169]
-    assert (Bytes().vocab_size, Bytes().eos_id) == (260, 256)
+    assert byte_level().encode("né") == [110, 195, 169]
+    assert (byte_level().vocab_size, byte_level().eos_id) == (260, 256)
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_saving_and_loading_gives_the_same_tokenizer(own, tmp_path, kind):
-    each = Bytes() if kind == "byte" else own
+    each = byte_level() if kind == "byte" else own
     each.save(tmp_path / "tokenizer.json")
     for name in (tmp_path, tmp_path / "tokenizer.json"):
         again = tokenizer.load(name)
@@ -103,7 +102,7 @@ def test_saving_and_loading_gives_the_same_tokenizer(own, tmp_path, kind):
 
 def test_other_tokenizers_have_other_fingerprints(own):
     other = tokenizer.train_bpe([WORDS * 3, Path(__file__).read_text()], 401)
-    assert len({own.fingerprint, other.fingerprint, Bytes().fingerprint}) == 3
+    assert len({own.fingerprint, other.fingerprint, byte_level().fingerprint}) == 3
 
 
 def test_batches_equal_single_texts_even_with_endless_blanks(own):
@@ -113,11 +112,11 @@ def test_batches_equal_single_texts_even_with_endless_blanks(own):
 
 
 def test_unknown_ids_decode_to_the_replacement_character(own):
-    assert own.decode([*own.encode("a"), 10**6]) == Bytes().decode([97, 999]) == "a\ufffd"
+    assert own.decode([*own.encode("a"), 10**6]) == byte_level().decode([97, 999]) == "a\ufffd"
 
 
 def test_half_a_surrogate_pair_is_refused(own):
-    for each in (own, Bytes()):
+    for each in (own, byte_level()):
         with pytest.raises(ValueError, match=r"surrogate.*character 2"):
             each.encode("ab\ud800")
 

@@ -32,7 +32,7 @@ from jaxgpt.config import (
 )
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
-from jaxgpt.data import show, synthetic
+from jaxgpt.data import examples, synthetic
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.model import gpt
 from jaxgpt.run import efficient
@@ -282,7 +282,7 @@ def test_data_without_any_target_is_refused(tmp_path: Path) -> None:
 def test_the_first_batch_can_be_shown(kind: str, first: str, tmp_path: Path) -> None:
     run = make(kind, tmp_path)
     with jax.set_mesh(mesh_of()):
-        text = show.describe(
+        text = examples.describe(
             stage_of(kind, run.cfg, run.start).next_batch({}, {}, 0), run.start.tokenizer
         )
     assert text.startswith(first)

@@ -1,21 +1,83 @@
-"""Pairs of answers, and single good or bad ones, as batches.
+"""Conversations, pairs and rated answers as batches: what the tuning stages train on.
 
-The arrays of a batch are [B, 2, T]: for pairs, the chosen answer before the rejected one.
+Conversations give rows [B, T]. Pairs, and single answers that are good or bad, give [B, 2, T]: for
+pairs, the chosen answer before the rejected one.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
 
-from jaxgpt.config import ConversationConfig
-from jaxgpt.data import chat, conversations, examples, synthetic
+from jaxgpt import files
+from jaxgpt.config import ChatDataConfig, ConversationConfig
+from jaxgpt.data import chat, conversations, examples, synthetic, token_files
+from jaxgpt.data.batches import Windows, windows
 from jaxgpt.data.chat import Encoded, Format
-from jaxgpt.data.conversations import Message, Preference, Rated
+from jaxgpt.data.conversations import Dialogue, Message, Preference, Rated
 from jaxgpt.data.examples import Examples, Item, Tally
 
 Splits = tuple[Examples, Examples]  # training, held out
 T = TypeVar("T")
+
+
+def dialogues(cfg: ChatDataConfig) -> tuple[list[Dialogue], list[Dialogue]]:
+    """Training and held-out conversations of `data.path`."""
+    if cfg.text_share == 1:
+        return [], []
+    read = conversations.dialogues
+    if cfg.calls == "turns":
+        read = lambda *where: map(conversations.with_calls, conversations.dialogues(*where))
+    return examples.split(cfg, read, synthetic.dialogues, synthetic.DIALOGUES)
+
+
+def batches(
+    cfg: ChatDataConfig,
+    splits: tuple[list[Dialogue], list[Dialogue]],
+    form: Format,
+    width: int,
+    batch_size: int,
+    seed: int,
+    run: str,
+) -> Splits:
+    """Both splits tokenised and laid out in rows; a summary goes to stderr.
+
+    Raises:
+        ValueError: nothing to train on, or no example whose end is a target.
+    """
+    made = []
+    for name, part in zip(("training", "held-out"), splits, strict=True):
+        tally = Tally()
+        long = cfg.long == "truncate"
+        encoded = _encoded(part, lambda dialogue: _learned(cfg, form, dialogue))
+        made.append([
+            example for _, several in encoded
+            for example in examples.fit_any(several, width, long, tally)
+        ])  # fmt: skip
+        if part:
+            tally.report(f"{name} conversations")
+    unseen = 0 if "tools" in form.template else sum(bool(d.tools) for part in splits for d in part)
+    if unseen:
+        print(
+            f"warning: {unseen:,} conversations list tools, which the chat template does not show; "
+            "give a data.template that does",
+            file=sys.stderr,
+        )
+    if cfg.text_share < 1:
+        examples.check_targets(made[0], form)
+    text = _text(cfg, form, width, seed, run) if cfg.text_share else None
+    items, held_out = (
+        examples.pack(part, width) if cfg.packing else [([example],) for example in part]
+        for part in made
+    )
+    if text is not None and cfg.text_share == 1:
+        read = (text.held_out(n, np.zeros(1, np.int64)) for n in range(text.num_held_out()))
+        held_out = [examples.plain(window) for window in read]
+    return (
+        Examples(items, width, batch_size, seed, cfg.packing, text=text, text_share=cfg.text_share),
+        Examples(held_out, width, batch_size, seed, cfg.packing),
+    )
 
 
 def pairs(cfg: ConversationConfig, form: Format, width: int, batch_size: int, seed: int) -> Splits:
@@ -61,6 +123,21 @@ def ratings(
         return items, {"desirable": desirable}
 
     return _splits(found, lay_out, form, width, batch_size, seed)
+
+
+def _learned(cfg: ChatDataConfig, form: Format, dialogue: Dialogue) -> list[Encoded]:
+    made = chat.encode(form, dialogue.messages, tools=dialogue.tools)
+    if cfg.learn == "all":
+        for example in made:
+            example.target_T[:] = True
+    return made
+
+
+def _text(cfg: ChatDataConfig, form: Format, width: int, seed: int, run: str) -> Windows:
+    """Windows of the plain text, one a batch, so that they can be had by their number."""
+    directory = files.path(run)
+    path = token_files.prepare(cfg.text_path, directory / "data", str(directory / "tokenizer.json"))
+    return windows(path, form.tokenizer, 1, width, seed)
 
 
 def _pair(
