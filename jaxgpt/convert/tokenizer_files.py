@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxgpt import files as paths
 from jaxgpt.convert import tensors, words
+from jaxgpt.data import engines
 
 NAMES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -126,7 +127,10 @@ def byte_level(
     return _files(
         tokens,
         special,
-        _bpe(tokens, [merge.split(" ") for merge in merges], ignore_merges=kind.whole_words),
+        engines.bpe_model(
+            _numbered(tokens), [merge.split(" ") for merge in merges],
+            ignore_merges=kind.whole_words,
+        ),
         whole=whole,
         normalizer={"type": "NFC"} if kind.composed else None,
         pre_tokenizer=words.pre_tokenizer(kind),
@@ -175,8 +179,12 @@ def sentencepiece(
         }  # fmt: skip
     else:
         merges = _sentencepiece_merges(tokens, scores, {*special, *whole})
-        model = _bpe(
-            tokens, merges, byte_fallback=byte_fallback, fuse_unk=True, unk_token=tokens[unknown]
+        model = engines.bpe_model(
+            _numbered(tokens),
+            merges,
+            byte_fallback=byte_fallback,
+            fuse_unk=True,
+            unk_token=tokens[unknown],
         )
     return _files(
         tokens,
@@ -237,13 +245,8 @@ def _content(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return tensors.parse_json(files.get(name, b"{}"), name)
 
 
-def _bpe(tokens: Sequence[str], merges: list[list[str]], **settings: Any) -> dict[str, Any]:
-    return {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-        "ignore_merges": False, **settings,
-        "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges,
-    }  # fmt: skip
+def _numbered(tokens: Sequence[str]) -> dict[str, int]:
+    return {token: i for i, token in enumerate(tokens)}
 
 
 def _files(
@@ -259,21 +262,10 @@ def _files(
     """tokenizer.json and tokenizer_config.json; the library itself says whether they are sound."""
     import tokenizers
 
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    definition = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": tokens[i], **plain, "special": i in special}
-            for i in sorted({*special, *whole})
-        ],
-        "normalizer": normalizer,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": decoder,
-        "model": model,
-    }
+    added = [(i, tokens[i], i in special) for i in sorted({*special, *whole})]
+    definition = engines.definition(
+        added, model, normalizer=normalizer, pre_tokenizer=pre_tokenizer, decoder=decoder
+    )
     content = json.dumps(definition, ensure_ascii=False)
     try:
         tokenizers.Tokenizer.from_str(content)

@@ -281,40 +281,63 @@ def build(
     special: dict[str, int],
     merges: Sequence[Sequence[str]] = (),
 ) -> dict[str, Any]:
-    """The content of tokenizer.json."""
+    """The content of tokenizer.json for byte-level BPE."""
     chars, byte_level = byte_chars(), {"add_prefix_space": False, "trim_offsets": True}
     vocab = {"".join(chars[b] for b in token): i for token, i in ranks.items()}
     # `tokenizers` numbers added tokens one after another, so a gap (cl100k_base) needs a stand-in.
     known = {*ranks.values(), *special.values()}
     gaps = {f"<|unused_{i}|>": i for i in range(max(known, default=0)) if i not in known}
-    added = [
-        {
-            "id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": True,
-        }
-        for text, i in sorted((special | gaps).items(), key=lambda item: item[1])
-    ]  # fmt: skip
+    added = sorted((special | gaps).items(), key=lambda item: item[1])
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {
+    return definition(
+        [(i, text, True) for text, i in added],
+        bpe_model(vocab, [list(pair) for pair in merges]),
+        pre_tokenizer={
             "type": "Sequence",
             "pretokenizers": [
                 {**split, "invert": False},
                 {"type": "ByteLevel", **byte_level, "use_regex": False},
             ],
         },
+        decoder={"type": "ByteLevel", **byte_level, "use_regex": True},
+    )
+
+
+def definition(
+    added: Iterable[tuple[int, str, bool]],
+    model: dict[str, Any],
+    *,
+    pre_tokenizer: dict[str, Any] | None,
+    decoder: dict[str, Any],
+    normalizer: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of tokenizer.json.
+
+    Args:
+        added: (id, text, whether it is special) of tokens that are cut out of a text first.
+    """
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": text, **plain, "special": special} for i, text, special in added
+        ],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
-        "decoder": {"type": "ByteLevel", **byte_level, "use_regex": True},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": False, "vocab": vocab, "merges": [list(pair) for pair in merges],
-        },
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def bpe_model(vocab: dict[str, int], merges: list[list[str]], **settings: Any) -> dict[str, Any]:
+    """The `model` of a tokenizer.json that merges pairs; `settings` change the defaults."""
+    return {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+        "ignore_merges": False, **settings, "vocab": vocab, "merges": merges,
     }  # fmt: skip
 
 
