@@ -52,6 +52,8 @@ INERT = """
 # Fields of ModelConfig that only training reads: no family states them.
 TRAINING = ("dropout", "balance_weight", "dtype", "remat")
 
+Settings = tuple[tuple[str, str, Any], ...]  # (ours, theirs, the value when it is absent)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -61,16 +63,14 @@ class Family:
     architecture: str
     prefix: str  # of all tensors but the head's; bare transformer checkpoints leave it out
     fixed: dict[str, Any]  # fields of ModelConfig that all such models share
-    settings: tuple[tuple[str, str, Any], ...]  # (ours, theirs, the value when it is absent)
+    settings: Settings
     activation: str  # their name of that setting
     table: tuple[Row, ...]
     rope_base: float | None = None  # when config.json states none; None: no rotary positions
     biases: dict[str, tuple[str, ...]] = field(default_factory=dict)  # ours -> theirs that are true
     neutral: dict[str, Any] = field(default_factory=dict)  # as NEUTRAL, for this family
     renamed: dict[str, str] = field(default_factory=dict)  # another name of a setting -> its name
-    defaults: dict[str, Any] = field(
-        default_factory=dict
-    )  # of settings that `settings` does not hold
+    defaults: dict[str, Any] = field(default_factory=dict)  # of what `settings` does not hold
     inert: tuple[str, ...] = ()  # as INERT, for this family
     rope_share: float | None = None  # rotated share of a head, if unsaid; None: it is always whole
     activations: dict[str, str] = field(default_factory=dict)  # a name that means another one
@@ -78,6 +78,15 @@ class Family:
     derived: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] | None = None
     """Fields of ModelConfig that follow from config.json and the other fields."""
     buffers: str = r"rotary_emb\.inv_freq$"  # tensors that are no parameters
+
+
+def changed(settings: Settings, **others: tuple[str, Any] | None) -> Settings:
+    """The settings of a related family: ours=(theirs, default) in place of one, or beside them.
+
+    None leaves one out.
+    """
+    found = {ours: (theirs, default) for ours, theirs, default in settings} | others
+    return tuple((ours, *told) for ours, told in found.items() if told is not None)
 
 
 def read(family: Family, theirs: Mapping[str, Any]) -> ModelConfig:

@@ -39,106 +39,65 @@ END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 LAYER = "blk.{layer}."
 ROPE_FACTORS = "rope_freqs.weight"
 
-MIXTURE: tuple[table.Row, ...] = (
-    ("blocks/moe/router/kernel", LAYER + "ffn_gate_inp.weight", "expert dim -> dim expert"),
-    (
-        "blocks/moe/gate/kernel",
-        LAYER + "ffn_gate_exps.weight",
-        "expert mlp dim -> expert dim mlp",
-    ),
-    ("blocks/moe/up/kernel", LAYER + "ffn_up_exps.weight", "expert mlp dim -> expert dim mlp"),
-    (
-        "blocks/moe/down/kernel",
-        LAYER + "ffn_down_exps.weight",
-        "expert dim mlp -> expert mlp dim",
-    ),
-    ("blocks/moe/shared_gate/kernel", LAYER + "ffn_gate_inp_shexp.weight", "(dim one) -> dim one"),
-    (
-        "blocks/moe/shared/gate/kernel",
-        LAYER + "ffn_gate_shexp.weight",
-        "shared dim -> dim shared",
-    ),
-    ("blocks/moe/shared/up/kernel", LAYER + "ffn_up_shexp.weight", "shared dim -> dim shared"),
-    (
-        "blocks/moe/shared/down/kernel",
-        LAYER + "ffn_down_shexp.weight",
-        "dim shared -> shared dim",
-    ),
-)
-QKV = tuple(f"blocks/attention/{name}" for name in ("query", "key", "value"))
-GPT2: tuple[table.Row, ...] = (
-    ("embed/embedding", "token_embd.weight", "vocab dim"),
-    ("positions/embedding", "position_embd.weight", "position dim"),
-    ("blocks/attention_norm/scale", LAYER + "attn_norm.weight", "dim"),
-    ("blocks/attention_norm/bias", LAYER + "attn_norm.bias", "dim"),
-    (
-        tuple(f"{name}/kernel" for name in QKV),
-        LAYER + "attn_qkv.weight",
-        "(part heads width) dim -> part dim (heads width)",
-    ),
-    (
-        tuple(f"{name}/bias" for name in QKV),
-        LAYER + "attn_qkv.bias",
-        "(part heads width) -> part (heads width)",
-    ),
-    (
-        "blocks/attention/output/kernel",
-        LAYER + "attn_output.weight",
-        "dim (heads width) -> (heads width) dim",
-    ),
-    ("blocks/attention/output/bias", LAYER + "attn_output.bias", "dim"),
-    ("blocks/mlp_norm/scale", LAYER + "ffn_norm.weight", "dim"),
-    ("blocks/mlp_norm/bias", LAYER + "ffn_norm.bias", "dim"),
-    ("blocks/mlp/up/kernel", LAYER + "ffn_up.weight", "mlp dim -> dim mlp"),
-    ("blocks/mlp/up/bias", LAYER + "ffn_up.bias", "mlp"),
-    ("blocks/mlp/down/kernel", LAYER + "ffn_down.weight", "dim mlp -> mlp dim"),
-    ("blocks/mlp/down/bias", LAYER + "ffn_down.bias", "dim"),
-    ("final_norm/scale", "output_norm.weight", "dim"),
-    ("final_norm/bias", "output_norm.bias", "dim"),
-    ("head/kernel", "output.weight", "vocab dim -> dim vocab"),
-)
+AROUND = table.rows("""
+    embed/embedding      token_embd.weight     vocab dim
+    positions/embedding  position_embd.weight  position dim
+    final_norm/scale     output_norm.weight    dim
+    final_norm/bias      output_norm.bias      dim
+    head/kernel          output.weight         vocab dim -> dim vocab
+""")
+# What all architectures share of a block.
+BLOCK = table.rows("""
+    attention_norm/scale     attn_norm.weight    dim
+    attention/output/kernel  attn_output.weight  dim (heads width) -> (heads width) dim
+    mlp_norm/scale           ffn_norm.weight     dim
+    mlp/up/kernel            ffn_up.weight       mlp dim -> dim mlp
+    mlp/down/kernel          ffn_down.weight     dim mlp -> mlp dim
+""", LAYER)  # fmt: skip
+MIXTURE = table.rows("""
+    moe/router/kernel       ffn_gate_inp.weight        expert dim -> dim expert
+    moe/gate/kernel         ffn_gate_exps.weight       expert mlp dim -> expert dim mlp
+    moe/up/kernel           ffn_up_exps.weight         expert mlp dim -> expert dim mlp
+    moe/down/kernel         ffn_down_exps.weight       expert dim mlp -> expert mlp dim
+    moe/shared_gate/kernel  ffn_gate_inp_shexp.weight  (dim one) -> dim one
+    moe/shared/gate/kernel  ffn_gate_shexp.weight      shared dim -> dim shared
+    moe/shared/up/kernel    ffn_up_shexp.weight        shared dim -> dim shared
+    moe/shared/down/kernel  ffn_down_shexp.weight      dim shared -> shared dim
+""", LAYER)  # fmt: skip
+GPT2 = AROUND + BLOCK + table.rows("""
+    attention_norm/bias    attn_norm.bias    dim
+    attention/{query,key,value}/kernel  attn_qkv.weight  \
+        (part heads width) dim -> part dim (heads width)
+    attention/{query,key,value}/bias  attn_qkv.bias  (part heads width) -> part (heads width)
+    attention/output/bias  attn_output.bias  dim
+    mlp_norm/bias          ffn_norm.bias     dim
+    mlp/up/bias            ffn_up.bias       mlp
+    mlp/down/bias          ffn_down.bias     dim
+""", LAYER)  # fmt: skip
 
 
-def _rows(query: str, key: str) -> tuple[table.Row, ...]:
-    """Llama's layout; architectures differ in how the rows of query and key are ordered."""
-    return (
-        ("embed/embedding", "token_embd.weight", "vocab dim"),
-        ("blocks/attention_norm/scale", LAYER + "attn_norm.weight", "dim"),
-        ("blocks/attention/query/kernel", LAYER + "attn_q.weight", query),
-        ("blocks/attention/query/bias", LAYER + "attn_q.bias", "(heads width)"),
-        ("blocks/attention/query_norm/scale", LAYER + "attn_q_norm.weight", "width"),
-        ("blocks/attention/key/kernel", LAYER + "attn_k.weight", key),
-        ("blocks/attention/key/bias", LAYER + "attn_k.bias", "(kv_heads width)"),
-        ("blocks/attention/key_norm/scale", LAYER + "attn_k_norm.weight", "width"),
-        (
-            "blocks/attention/value/kernel",
-            LAYER + "attn_v.weight",
-            "(kv_heads width) dim -> dim (kv_heads width)",
-        ),
-        ("blocks/attention/value/bias", LAYER + "attn_v.bias", "(kv_heads width)"),
-        (
-            "blocks/attention/output/kernel",
-            LAYER + "attn_output.weight",
-            "dim (heads width) -> (heads width) dim",
-        ),
-        ("blocks/mlp_norm/scale", LAYER + "ffn_norm.weight", "dim"),
-        ("blocks/mlp/gate/kernel", LAYER + "ffn_gate.weight", "mlp dim -> dim mlp"),
-        ("blocks/mlp/up/kernel", LAYER + "ffn_up.weight", "mlp dim -> dim mlp"),
-        ("blocks/mlp/down/kernel", LAYER + "ffn_down.weight", "dim mlp -> mlp dim"),
-        *MIXTURE,
-        ("final_norm/scale", "output_norm.weight", "dim"),
-        ("head/kernel", "output.weight", "vocab dim -> dim vocab"),
-    )
+def _rows(half: str) -> tuple[table.Row, ...]:
+    """Llama's layout; architectures differ in how the rows of query and key are ordered.
+
+    Args:
+        half: the two axes of a head's width as they stand in the file.
+    """
+    ours = " ".join(reversed(half.split()))
+    return AROUND + BLOCK + MIXTURE + table.rows(f"""
+        attention/query/kernel      attn_q.weight  (heads {half}) dim -> dim (heads {ours})
+        attention/query/bias        attn_q.bias         (heads width)
+        attention/query_norm/scale  attn_q_norm.weight  width
+        attention/key/kernel        attn_k.weight  (kv_heads {half}) dim -> dim (kv_heads {ours})
+        attention/key/bias          attn_k.bias         (kv_heads width)
+        attention/key_norm/scale    attn_k_norm.weight  width
+        attention/value/kernel      attn_v.weight  (kv_heads width) dim -> dim (kv_heads width)
+        attention/value/bias        attn_v.bias         (kv_heads width)
+        mlp/gate/kernel             ffn_gate.weight     mlp dim -> dim mlp
+    """, LAYER)  # fmt: skip
 
 
 # Llama's query and key rows stand in RoPE's interleaved order, the others' in the half-split one.
-INTERLEAVED = _rows(
-    "(heads half two) dim -> dim (heads two half)",
-    "(kv_heads half two) dim -> dim (kv_heads two half)",
-)
-SPLIT = _rows(
-    "(heads width) dim -> dim (heads width)", "(kv_heads width) dim -> dim (kv_heads width)"
-)
+INTERLEAVED, SPLIT = _rows("half two"), _rows("width")
 LIKE_LLAMA = {"mlp": "gated", "activation": "silu", "norm": "rmsnorm", "position": "rope"}
 LIKE_GPT2 = {"activation": "gelu_tanh", "norm": "layernorm", "position": "learned", "bias": "all"}
 # The rows, and the fields of ModelConfig that all models of an architecture share.

@@ -1,41 +1,32 @@
 """GPT-2: learned positions, LayerNorm, biases everywhere, query, key and value in one matrix."""
 
+from jaxgpt.convert import table
 from jaxgpt.convert.family import REQUIRED, Family
 
-QKV = tuple(f"blocks/attention/{name}" for name in ("query", "key", "value"))
-
 # Conv1D keeps its weights as [in, out], like ours.
-TABLE = (
-    ("embed/embedding", "transformer.wte.weight", "vocab dim"),
-    ("positions/embedding", "transformer.wpe.weight", "position dim"),
-    ("blocks/attention_norm/scale", "transformer.h.{layer}.ln_1.weight", "dim"),
-    ("blocks/attention_norm/bias", "transformer.h.{layer}.ln_1.bias", "dim"),
-    (
-        tuple(f"{name}/kernel" for name in QKV),
-        "transformer.h.{layer}.attn.c_attn.weight",
-        "dim (part heads width) -> part dim (heads width)",
-    ),
-    (
-        tuple(f"{name}/bias" for name in QKV),
-        "transformer.h.{layer}.attn.c_attn.bias",
-        "(part heads width) -> part (heads width)",
-    ),
-    (
-        "blocks/attention/output/kernel",
-        "transformer.h.{layer}.attn.c_proj.weight",
-        "(heads width) dim",
-    ),
-    ("blocks/attention/output/bias", "transformer.h.{layer}.attn.c_proj.bias", "dim"),
-    ("blocks/mlp_norm/scale", "transformer.h.{layer}.ln_2.weight", "dim"),
-    ("blocks/mlp_norm/bias", "transformer.h.{layer}.ln_2.bias", "dim"),
-    ("blocks/mlp/up/kernel", "transformer.h.{layer}.mlp.c_fc.weight", "dim mlp"),
-    ("blocks/mlp/up/bias", "transformer.h.{layer}.mlp.c_fc.bias", "mlp"),
-    ("blocks/mlp/down/kernel", "transformer.h.{layer}.mlp.c_proj.weight", "mlp dim"),
-    ("blocks/mlp/down/bias", "transformer.h.{layer}.mlp.c_proj.bias", "dim"),
-    ("final_norm/scale", "transformer.ln_f.weight", "dim"),
-    ("final_norm/bias", "transformer.ln_f.bias", "dim"),
-    ("head/kernel", "lm_head.weight", "vocab dim -> dim vocab"),
-)
+BLOCK = table.rows("""
+    attention_norm/scale              ln_1.weight         dim
+    attention_norm/bias               ln_1.bias           dim
+    attention/{query,key,value}/kernel  attn.c_attn.weight  \
+        dim (part heads width) -> part dim (heads width)
+    attention/{query,key,value}/bias  attn.c_attn.bias    (part heads width) -> part (heads width)
+    attention/output/kernel           attn.c_proj.weight  (heads width) dim
+    attention/output/bias             attn.c_proj.bias    dim
+    mlp_norm/scale                    ln_2.weight         dim
+    mlp_norm/bias                     ln_2.bias           dim
+    mlp/up/kernel                     mlp.c_fc.weight     dim mlp
+    mlp/up/bias                       mlp.c_fc.bias       mlp
+    mlp/down/kernel                   mlp.c_proj.weight   mlp dim
+    mlp/down/bias                     mlp.c_proj.bias     dim
+""", "transformer.h.{layer}.")  # fmt: skip
+TABLE = table.rows("""
+    embed/embedding      transformer.wte.weight  vocab dim
+    positions/embedding  transformer.wpe.weight  position dim
+""") + BLOCK + table.rows("""
+    final_norm/scale  transformer.ln_f.weight  dim
+    final_norm/bias   transformer.ln_f.bias    dim
+    head/kernel       lm_head.weight           vocab dim -> dim vocab
+""")  # fmt: skip
 
 GPT2 = Family(
     model_type="gpt2",

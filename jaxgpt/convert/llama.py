@@ -1,62 +1,48 @@
 """Llama, SmolLM2 and 3, Mistral, Granite: RMSNorm, rotary positions, grouped queries, SwiGLU."""
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from jaxgpt.convert.family import REQUIRED, Family
+from jaxgpt.convert import table
+from jaxgpt.convert.family import REQUIRED, Family, changed
 from jaxgpt.convert.rope import refuse
 
 LAYER = "model.layers.{layer}."
 
 # Whatever follows Llama's layout shares these rows.
-ENDS = (
-    ("embed/embedding", "model.embed_tokens.weight", "vocab dim"),
-    ("final_norm/scale", "model.norm.weight", "dim"),
-    ("head/kernel", "lm_head.weight", "vocab dim -> dim vocab"),
-)
-ATTENTION = (
-    ("blocks/attention_norm/scale", LAYER + "input_layernorm.weight", "dim"),
-    (
-        "blocks/attention/query/kernel",
-        LAYER + "self_attn.q_proj.weight",
-        "(heads width) dim -> dim (heads width)",
-    ),
-    (
-        "blocks/attention/key/kernel",
-        LAYER + "self_attn.k_proj.weight",
-        "(kv_heads width) dim -> dim (kv_heads width)",
-    ),
-    (
-        "blocks/attention/value/kernel",
-        LAYER + "self_attn.v_proj.weight",
-        "(kv_heads width) dim -> dim (kv_heads width)",
-    ),
-    (
-        "blocks/attention/output/kernel",
-        LAYER + "self_attn.o_proj.weight",
-        "dim (heads width) -> (heads width) dim",
-    ),
-    ("blocks/mlp_norm/scale", LAYER + "post_attention_layernorm.weight", "dim"),
-)
-QKV_BIAS = (
-    ("blocks/attention/query/bias", LAYER + "self_attn.q_proj.bias", "(heads width)"),
-    ("blocks/attention/key/bias", LAYER + "self_attn.k_proj.bias", "(kv_heads width)"),
-    ("blocks/attention/value/bias", LAYER + "self_attn.v_proj.bias", "(kv_heads width)"),
-)
-GATED_MLP = (
-    ("blocks/mlp/gate/kernel", LAYER + "mlp.gate_proj.weight", "mlp dim -> dim mlp"),
-    ("blocks/mlp/up/kernel", LAYER + "mlp.up_proj.weight", "mlp dim -> dim mlp"),
-    ("blocks/mlp/down/kernel", LAYER + "mlp.down_proj.weight", "dim mlp -> mlp dim"),
-)
-OTHER_BIAS = (
-    ("blocks/attention/output/bias", LAYER + "self_attn.o_proj.bias", "dim"),
-    ("blocks/mlp/gate/bias", LAYER + "mlp.gate_proj.bias", "mlp"),
-    ("blocks/mlp/up/bias", LAYER + "mlp.up_proj.bias", "mlp"),
-    ("blocks/mlp/down/bias", LAYER + "mlp.down_proj.bias", "dim"),
-)
+ENDS = table.rows("""
+    embed/embedding   model.embed_tokens.weight  vocab dim
+    final_norm/scale  model.norm.weight          dim
+    head/kernel       lm_head.weight             vocab dim -> dim vocab
+""")
+ATTENTION = table.rows("""
+    attention_norm/scale     input_layernorm.weight  dim
+    attention/query/kernel   self_attn.q_proj.weight  (heads width) dim -> dim (heads width)
+    attention/key/kernel     self_attn.k_proj.weight  (kv_heads width) dim -> dim (kv_heads width)
+    attention/value/kernel   self_attn.v_proj.weight  (kv_heads width) dim -> dim (kv_heads width)
+    attention/output/kernel  self_attn.o_proj.weight  dim (heads width) -> (heads width) dim
+    mlp_norm/scale           post_attention_layernorm.weight  dim
+""", LAYER)  # fmt: skip
+QKV_BIAS = table.rows("""
+    attention/query/bias  self_attn.q_proj.bias  (heads width)
+    attention/key/bias    self_attn.k_proj.bias  (kv_heads width)
+    attention/value/bias  self_attn.v_proj.bias  (kv_heads width)
+""", LAYER)  # fmt: skip
+GATED_MLP = table.rows("""
+    mlp/gate/kernel  mlp.gate_proj.weight  mlp dim -> dim mlp
+    mlp/up/kernel    mlp.up_proj.weight    mlp dim -> dim mlp
+    mlp/down/kernel  mlp.down_proj.weight  dim mlp -> mlp dim
+""", LAYER)  # fmt: skip
+OTHER_BIAS = table.rows("""
+    attention/output/bias  self_attn.o_proj.bias  dim
+    mlp/gate/bias          mlp.gate_proj.bias     mlp
+    mlp/up/bias            mlp.up_proj.bias       mlp
+    mlp/down/bias          mlp.down_proj.bias     dim
+""", LAYER)  # fmt: skip
 
 FIXED = {"norm": "rmsnorm", "mlp": "gated", "position": "rope", "activation": "silu"}
+KV_HEADS = "num_key_value_heads"
 SETTINGS = (
     ("vocab_size", "vocab_size", REQUIRED),
     ("context_length", "max_position_embeddings", REQUIRED),
@@ -65,6 +51,9 @@ SETTINGS = (
     ("num_heads", "num_attention_heads", REQUIRED),
     ("norm_eps", "rms_norm_eps", 1e-6),
     ("tie_embeddings", "tie_word_embeddings", False),
+    ("num_kv_heads", KV_HEADS, None),
+    ("head_dim", "head_dim", None),
+    ("mlp_dim", "intermediate_size", REQUIRED),
 )
 
 LLAMA = Family(
@@ -72,12 +61,7 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     prefix="model.",
     fixed=FIXED,
-    settings=(
-        *SETTINGS,
-        ("num_kv_heads", "num_key_value_heads", None),
-        ("head_dim", "head_dim", None),
-        ("mlp_dim", "intermediate_size", REQUIRED),
-    ),
+    settings=SETTINGS,
     activation="hidden_act",
     table=ENDS + ATTENTION + QKV_BIAS + GATED_MLP + OTHER_BIAS,
     rope_base=10000.0,
@@ -88,18 +72,21 @@ LLAMA = Family(
         "all": ("attention_bias", "mlp_bias"),
     },
 )
+# Whatever has Llama's settings and no such biases.
+UNBIASED = replace(LLAMA, table=ENDS + ATTENTION + GATED_MLP, biases={})
 
 # Llama with four multipliers.
-GRANITE = dataclasses.replace(
+GRANITE = replace(
     LLAMA,
     model_type="granite",
     architecture="GraniteForCausalLM",
-    settings=(
-        *(setting for setting in LLAMA.settings if setting[0] != "head_dim"),
-        ("embedding_scale", "embedding_multiplier", 1.0),
-        ("residual_scale", "residual_multiplier", 1.0),
-        ("attention_scale", "attention_multiplier", 1.0),
-        ("logit_divisor", "logits_scaling", 1.0),
+    settings=changed(
+        SETTINGS,
+        head_dim=None,
+        embedding_scale=("embedding_multiplier", 1.0),
+        residual_scale=("residual_multiplier", 1.0),
+        attention_scale=("attention_multiplier", 1.0),
+        logit_divisor=("logits_scaling", 1.0),
     ),
 )
 
@@ -115,17 +102,15 @@ def _smollm3(theirs: Mapping[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     refuse("no_rope_layers", listed, "must leave out every n-th layer, by no_rope_layer_interval")
 
 
-SMOLLM3 = dataclasses.replace(
+SMOLLM3 = replace(
     LLAMA,
     model_type="smollm3",
     architecture="SmolLM3ForCausalLM",
-    settings=(
-        *(setting for setting in SETTINGS if setting[0] != "tie_embeddings"),
-        ("tie_embeddings", "tie_word_embeddings", True),
-        ("num_kv_heads", "num_key_value_heads", 4),
-        ("head_dim", "head_dim", None),
-        ("mlp_dim", "intermediate_size", REQUIRED),
-        ("rope_skip", "no_rope_layer_interval", 4),
+    settings=changed(
+        SETTINGS,
+        tie_embeddings=("tie_word_embeddings", True),
+        num_kv_heads=(KV_HEADS, 4),
+        rope_skip=("no_rope_layer_interval", 4),
     ),
     rope_base=2e6,
     neutral={"use_sliding_window": False},
@@ -134,19 +119,9 @@ SMOLLM3 = dataclasses.replace(
 )
 
 # Without a window it is written as Llama, which computes the same.
-MISTRAL = Family(
+MISTRAL = replace(
+    UNBIASED,
     model_type="mistral",
     architecture="MistralForCausalLM",
-    prefix="model.",
-    fixed=FIXED,
-    settings=(
-        *SETTINGS,
-        ("num_kv_heads", "num_key_value_heads", 8),
-        ("head_dim", "head_dim", None),
-        ("mlp_dim", "intermediate_size", REQUIRED),
-        ("sliding_window", "sliding_window", 4096),
-    ),
-    activation="hidden_act",
-    table=ENDS + ATTENTION + GATED_MLP,
-    rope_base=10000.0,
+    settings=changed(SETTINGS, num_kv_heads=(KV_HEADS, 8), sliding_window=("sliding_window", 4096)),
 )

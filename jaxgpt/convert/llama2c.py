@@ -15,34 +15,25 @@ HEADER = struct.Struct("<7i")
 LARGEST_VOCABULARY = 64_000_000  # bytes
 
 # In the order of the file. RoPE's pairs are neighbours there, and i and i + H/2 here.
+# The last two before the head are RoPE's tables, which are computed here.
 TABLE: tuple[table.Row, ...] = (
-    ("embed/embedding", "token_embedding", "vocab dim"),
-    ("blocks/attention_norm/scale", "rms_attention.{layer}", "dim"),
-    (
-        "blocks/attention/query/kernel",
-        "wq.{layer}",
-        "(heads half two) dim -> dim (heads two half)",
-    ),
-    (
-        "blocks/attention/key/kernel",
-        "wk.{layer}",
-        "(kv_heads half two) dim -> dim (kv_heads two half)",
-    ),
-    (
-        "blocks/attention/value/kernel",
-        "wv.{layer}",
-        "(kv_heads width) dim -> dim (kv_heads width)",
-    ),
-    ("blocks/attention/output/kernel", "wo.{layer}", "dim (heads width) -> (heads width) dim"),
-    ("blocks/mlp_norm/scale", "rms_mlp.{layer}", "dim"),
-    ("blocks/mlp/gate/kernel", "w1.{layer}", "mlp dim -> dim mlp"),
-    ("blocks/mlp/down/kernel", "w2.{layer}", "dim mlp -> mlp dim"),
-    ("blocks/mlp/up/kernel", "w3.{layer}", "mlp dim -> dim mlp"),
-    ("final_norm/scale", "rms_final", "dim"),
-    ((), "cosines", "position half"),  # of RoPE, which are computed here
+    *table.rows("""
+        embed/embedding                 token_embedding        vocab dim
+        blocks/attention_norm/scale     rms_attention.{layer}  dim
+        blocks/attention/query/kernel  wq.{layer}  (heads half two) dim -> dim (heads two half)
+        blocks/attention/key/kernel  wk.{layer}  (kv_heads half two) dim -> dim (kv_heads two half)
+        blocks/attention/value/kernel  wv.{layer}  (kv_heads width) dim -> dim (kv_heads width)
+        blocks/attention/output/kernel  wo.{layer}  dim (heads width) -> (heads width) dim
+        blocks/mlp_norm/scale           rms_mlp.{layer}        dim
+        blocks/mlp/gate/kernel          w1.{layer}             mlp dim -> dim mlp
+        blocks/mlp/down/kernel          w2.{layer}             dim mlp -> mlp dim
+        blocks/mlp/up/kernel            w3.{layer}             mlp dim -> dim mlp
+        final_norm/scale                rms_final              dim
+    """),
+    ((), "cosines", "position half"),
     ((), "sines", "position half"),
     ("head/kernel", "classifier", "vocab dim -> dim vocab"),
-)
+)  # fmt: skip
 
 
 def load(

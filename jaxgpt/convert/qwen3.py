@@ -1,136 +1,103 @@
 """Qwen2 (biases on query, key and value) and Qwen3 (query and key norms), dense or MoE."""
 
-from jaxgpt.convert.family import REQUIRED, Family
-from jaxgpt.convert.llama import ATTENTION, ENDS, FIXED, GATED_MLP, LAYER, QKV_BIAS, SETTINGS
+from dataclasses import replace
 
-QK_NORM = (
-    ("blocks/attention/query_norm/scale", LAYER + "self_attn.q_norm.weight", "width"),
-    ("blocks/attention/key_norm/scale", LAYER + "self_attn.k_norm.weight", "width"),
-)
+from jaxgpt.convert import table
+from jaxgpt.convert.family import changed
+from jaxgpt.convert.llama import (
+    ATTENTION,
+    ENDS,
+    FIXED,
+    GATED_MLP,
+    KV_HEADS,
+    LAYER,
+    QKV_BIAS,
+    SETTINGS,
+    UNBIASED,
+)  # fmt: skip
+
+QK_NORM = table.rows("""
+    attention/query_norm/scale  self_attn.q_norm.weight  width
+    attention/key_norm/scale    self_attn.k_norm.weight  width
+""", LAYER)  # fmt: skip
 # A fused form of the experts is what transformers 5 keeps in memory.
-FUSED_EXPERTS = (
-    (
-        ("blocks/moe/gate/kernel", "blocks/moe/up/kernel"),
-        LAYER + "mlp.experts.gate_up_proj",
-        "expert (part mlp) dim -> part expert dim mlp",
-    ),
-    (
-        "blocks/moe/down/kernel",
-        LAYER + "mlp.experts.down_proj",
-        "expert dim mlp -> expert mlp dim",
-    ),
-)
-EXPERT = LAYER + "mlp.experts.{expert}."
-EXPERTS = (
-    ("blocks/moe/router/kernel", LAYER + "mlp.gate.weight", "expert dim -> dim expert"),
-    ("blocks/moe/gate/kernel", EXPERT + "gate_proj.weight", "mlp dim -> dim mlp"),
-    ("blocks/moe/up/kernel", EXPERT + "up_proj.weight", "mlp dim -> dim mlp"),
-    ("blocks/moe/down/kernel", EXPERT + "down_proj.weight", "dim mlp -> mlp dim"),
-)
+FUSED_EXPERTS = table.rows("""
+    moe/{gate,up}/kernel  mlp.experts.gate_up_proj  expert (part mlp) dim -> part expert dim mlp
+    moe/down/kernel       mlp.experts.down_proj     expert dim mlp -> expert mlp dim
+""", LAYER)  # fmt: skip
+EXPERTS = table.rows("""
+    moe/router/kernel  mlp.gate.weight                        expert dim -> dim expert
+    moe/gate/kernel    mlp.experts.{expert}.gate_proj.weight  mlp dim -> dim mlp
+    moe/up/kernel      mlp.experts.{expert}.up_proj.weight    mlp dim -> dim mlp
+    moe/down/kernel    mlp.experts.{expert}.down_proj.weight  dim mlp -> mlp dim
+""", LAYER)  # fmt: skip
+SHARED_EXPERT = table.rows("""
+    moe/shared_gate/kernel  mlp.shared_expert_gate.weight       one dim -> dim one
+    moe/shared/gate/kernel  mlp.shared_expert.gate_proj.weight  shared dim -> dim shared
+    moe/shared/up/kernel    mlp.shared_expert.up_proj.weight    shared dim -> dim shared
+    moe/shared/down/kernel  mlp.shared_expert.down_proj.weight  dim shared -> shared dim
+""", LAYER)  # fmt: skip
 
 EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # has a mixture
 WINDOW = ("sliding_window", "max_window_layers")  # read only with use_sliding_window
-SHARED_EXPERT = (
-    (
-        "blocks/moe/shared_gate/kernel",
-        LAYER + "mlp.shared_expert_gate.weight",
-        "one dim -> dim one",
-    ),
-    (
-        "blocks/moe/shared/gate/kernel",
-        LAYER + "mlp.shared_expert.gate_proj.weight",
-        "shared dim -> dim shared",
-    ),
-    (
-        "blocks/moe/shared/up/kernel",
-        LAYER + "mlp.shared_expert.up_proj.weight",
-        "shared dim -> dim shared",
-    ),
-    (
-        "blocks/moe/shared/down/kernel",
-        LAYER + "mlp.shared_expert.down_proj.weight",
-        "dim shared -> shared dim",
-    ),
-)
+NO_WINDOW = {"use_sliding_window": False}
 
-QWEN2 = Family(
+QWEN2 = replace(
+    UNBIASED,
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    prefix="model.",
     fixed=FIXED | {"bias": "qkv"},
-    settings=(
-        *SETTINGS,
-        ("num_kv_heads", "num_key_value_heads", 32),
-        ("head_dim", "head_dim", None),
-        ("mlp_dim", "intermediate_size", REQUIRED),
-    ),
-    activation="hidden_act",
+    settings=changed(SETTINGS, num_kv_heads=(KV_HEADS, 32)),
     table=ENDS + ATTENTION + QKV_BIAS + GATED_MLP,
-    rope_base=10000.0,
     inert=WINDOW,
-    neutral={"use_sliding_window": False},
+    neutral=NO_WINDOW,
 )
 
-QWEN2_MOE = Family(
+QWEN2_MOE = replace(
+    UNBIASED,
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
-    prefix="model.",
-    fixed=FIXED,
-    settings=(
-        *SETTINGS,
-        ("num_kv_heads", "num_key_value_heads", 16),
-        ("head_dim", "head_dim", None),
-        ("mlp_dim", "moe_intermediate_size", 1408),
-        ("num_experts", "num_experts", 60),
-        ("experts_per_token", "num_experts_per_tok", 4),
-        ("normalize_expert_weights", "norm_topk_prob", False),
-        ("shared_mlp_dim", "shared_expert_intermediate_size", 5632),
+    settings=changed(
+        SETTINGS,
+        num_kv_heads=(KV_HEADS, 16),
+        mlp_dim=("moe_intermediate_size", 1408),
+        num_experts=("num_experts", 60),
+        experts_per_token=("num_experts_per_tok", 4),
+        normalize_expert_weights=("norm_topk_prob", False),
+        shared_mlp_dim=("shared_expert_intermediate_size", 5632),
     ),
-    activation="hidden_act",
     table=ENDS + ATTENTION + QKV_BIAS + EXPERTS + FUSED_EXPERTS + SHARED_EXPERT,
-    rope_base=10000.0,
     biases={"none": (), "qkv": ("qkv_bias",)},
     defaults={"qkv_bias": True},
     inert=(*WINDOW, "intermediate_size"),
-    neutral=EVERY_LAYER | {"use_sliding_window": False},
+    neutral=EVERY_LAYER | NO_WINDOW,
 )
 
-QWEN3 = Family(
+QWEN3 = replace(
+    UNBIASED,
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    prefix="model.",
     fixed=FIXED | {"qk_norm": True},
-    settings=(
-        *SETTINGS,
-        ("num_kv_heads", "num_key_value_heads", 32),
-        ("head_dim", "head_dim", 128),
-        ("mlp_dim", "intermediate_size", REQUIRED),
-    ),
-    activation="hidden_act",
+    settings=changed(SETTINGS, num_kv_heads=(KV_HEADS, 32), head_dim=("head_dim", 128)),
     table=ENDS + ATTENTION + QK_NORM + GATED_MLP,
-    rope_base=10000.0,
     inert=WINDOW,
-    neutral={"use_sliding_window": False, "attention_bias": False},
+    neutral=NO_WINDOW | {"attention_bias": False},
 )
 
-QWEN3_MOE = Family(
+QWEN3_MOE = replace(
+    QWEN3,
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    prefix="model.",
-    fixed=FIXED | {"qk_norm": True},
-    settings=(
-        *SETTINGS,
-        ("num_kv_heads", "num_key_value_heads", 4),
-        ("head_dim", "head_dim", None),
-        ("mlp_dim", "moe_intermediate_size", 768),
-        ("num_experts", "num_experts", 128),
-        ("experts_per_token", "num_experts_per_tok", 8),
-        ("normalize_expert_weights", "norm_topk_prob", False),
+    settings=changed(
+        SETTINGS,
+        num_kv_heads=(KV_HEADS, 4),
+        mlp_dim=("moe_intermediate_size", 768),
+        num_experts=("num_experts", 128),
+        experts_per_token=("num_experts_per_tok", 8),
+        normalize_expert_weights=("norm_topk_prob", False),
     ),
-    activation="hidden_act",
     table=ENDS + ATTENTION + QK_NORM + EXPERTS + FUSED_EXPERTS,
-    rope_base=10000.0,
     renamed={"num_local_experts": "num_experts"},
     inert=(*WINDOW, "intermediate_size"),
-    neutral=EVERY_LAYER | {"use_sliding_window": False, "attention_bias": False},
+    neutral=EVERY_LAYER | NO_WINDOW | {"attention_bias": False},
 )

@@ -41,6 +41,26 @@ class Source(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
+def rows(text: str, layer: str = "") -> tuple[Row, ...]:
+    """Rows as text, one a line, with two blanks or more between the columns:
+
+        attention/query/kernel  self_attn.q_proj.weight  (heads width) dim -> dim (heads width)
+
+    Parameters of ours that one tensor holds stand in braces: attention/{query,key,value}/bias.
+
+    Args:
+        layer: how the names of a layer's tensors begin. The rows are then about one block.
+    """
+    found: list[Row] = []
+    for line in text.strip().splitlines():
+        ours, theirs, pattern = re.split(r" {2,}", line.strip())
+        ours = f"blocks/{ours}" if layer else ours
+        several = re.search(r"\{(.*)\}", ours)
+        names = several and tuple(ours.replace(several[0], part) for part in several[1].split(","))
+        found.append((ours if names is None else names, layer + theirs, pattern))
+    return tuple(found)
+
+
 def rearrange(array: np.ndarray, pattern: str, sizes: Mapping[str, int]) -> np.ndarray:
     """einops.rearrange where every axis has a size: "(a b) c -> c (a b)"."""
     left, right = _sides(pattern)
