@@ -24,7 +24,7 @@ from jaxgpt import (
     train,
     tree,
 )
-from jaxgpt.config import ModelConfig, PeftConfig, RunConfig, idle
+from jaxgpt.config import ModelConfig, PeftConfig, RunConfig, idle, sampling
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, check_vocabulary, load, model_config
 from jaxgpt.convert.table import Place
@@ -33,7 +33,7 @@ from jaxgpt.machine import processes
 from jaxgpt.model import gpt
 from jaxgpt.plan import search
 from jaxgpt.plan.step import Step
-from jaxgpt.sampling.sample import Sampling, check_prompts, for_decoding, generate
+from jaxgpt.sampling.sample import check_prompts, for_decoding, generate
 from jaxgpt.stages import STAGES
 from jaxgpt.train import SampleFn, Stage
 from jaxgpt.types import Array, Params
@@ -147,9 +147,7 @@ def sampler(
     own = cfg.sample.prompts
     if own == [] or held_out is None:
         return None
-    how = Sampling(
-        cfg.sample.max_new_tokens, cfg.sample.temperature, cfg.sample.top_p, cfg.sample.top_k
-    )
+    how = sampling(cfg.sample)
     read = _asks(start) if STAGES[name].chats else start.tokenizer.encode
     prompts = [read(text) for text in own] if own else held_out or [start.tokenizer.encode("\n")]
     check_prompts(cfg.model, prompts)  # now, not when the first sample is due

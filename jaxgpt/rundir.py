@@ -43,7 +43,7 @@ def enter(cfg: RunConfig) -> Path:
     file = path / "config.yaml"
     log = path / "metrics.jsonl"
     if log.exists() and log.stat().st_size:  # else nothing was trained: mistakes may be mended
-        old = _filled(yaml.safe_load(file.read_text()), _defaults(cfg))
+        old = _filled(yaml.safe_load(file.read_text()), dataclasses.asdict(type(cfg)(run=cfg.run)))
         if old["train"]["steps"] != cfg.train.steps:
             _require_more(path, old, cfg)
             for section, name in (("train", "steps"), ("optim", "decay_steps")):
@@ -207,20 +207,6 @@ def read_base(path: str | Path) -> tuple[Path, PeftConfig] | None:
         raise ValueError(f"{path}: builds on {base['path']}, which has changed since")
     settings = yaml.safe_load((files.path(path) / "config.yaml").read_text())["peft"]
     return files.path(base["path"]), PeftConfig(**settings)
-
-
-def _defaults(cfg: Any) -> dict[str, Any]:
-    """What the settings are that nobody gives."""
-    made = lambda value: (
-        dataclasses.asdict(value) if hasattr(value, "__dataclass_fields__") else value
-    )
-    missing, fields = dataclasses.MISSING, dataclasses.fields(cfg)
-    plain = {field.name: field.default for field in fields if field.default is not missing}
-    return plain | {
-        field.name: made(field.default_factory())
-        for field in fields
-        if field.default_factory is not missing
-    }
 
 
 def _filled(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,9 @@ from jaxgpt.config.run import (
     PretrainConfig,
     RunConfig,
     SampleConfig,
+    Sampling,
     TrainConfig,
+    sampling,
 )
 from jaxgpt.config.tuning import (
     ChatDataConfig,
@@ -69,6 +71,7 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "SampleConfig",
+    "Sampling",
     "ServeConfig",
     "SftConfig",
     "TaskConfig",
@@ -81,6 +84,7 @@ __all__ = [
     "join_lists",
     "parse",
     "planned",
+    "sampling",
     "to_yaml",
 ]
 

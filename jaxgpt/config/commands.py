@@ -16,7 +16,7 @@ from jaxgpt.config.checks import (
     require,
     within,
 )
-from jaxgpt.config.run import RunConfig
+from jaxgpt.config.run import RunConfig, Sampling
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,28 @@ def planned(kind: type[RunConfig]) -> type[Any]:
 
 
 @dataclass(frozen=True)
-class WriteConfig:
-    """Let a model write."""
+class Weights:
+    """Which model is opened, and how its weights are held."""
 
     checkpoint: FilePath = "runs/pretrain"
     """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute type; null: the one that the model was trained with."""
+    quantize: Literal["int8"] | None = None
+    """int8: weights of a quarter of float32's bytes, which are read for every token; null: the
+    weights as they are."""
+
+
+@dataclass(frozen=True)
+class WriteConfig(Sampling, Weights):
+    """Let a model write."""
+
     prompt: list[str] = field(default_factory=list)
     """Texts to continue, or with --chat messages to answer; none: one is read from standard
     input."""
     adapter: list[FilePath] = field(default_factory=list)
     """Adapters: runs with --peft.kind lora or qlora on this checkpoint, or PEFT directories; one
     for all prompts, or one for each; none is the checkpoint alone."""
-    max_new_tokens: Amount = 128
-    """Tokens that the model writes at most."""
-    temperature: Weight = 0.8
-    """Below 1 likely tokens become likelier, above 1 less likely; 0: always the likeliest."""
-    top_p: Annotated[float, within("(0, 1]")] = 0.95
-    """Draw from the fewest tokens whose probabilities reach this sum (nucleus); 1: from all."""
-    top_k: Amount = 0
-    """Draw from this many of the likeliest tokens; 0: from all."""
-    min_p: BelowOne = 0.0
-    """Draw only from tokens at least this times as likely as the likeliest; 0: from all."""
-    repetition_penalty: Positive = 1.0
-    """Makes tokens that were written before less likely; 1: does not."""
     stop: list[str] = field(default_factory=list)
     """Strings before which the text ends."""
     seed: int = 0
@@ -86,11 +85,6 @@ class WriteConfig:
     """System prompt, with chat; null: the template's own, if it has one."""
     tools: list[str] = field(default_factory=list)
     """Tools that the assistant may call, with --chat: calculator."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute type; null: the one that the model was trained with."""
-    quantize: Literal["int8"] | None = None
-    """int8: weights of a quarter of float32's bytes, which are read for every token; null: the
-    weights as they are."""
     kernels: Literal["fast", "plain"] = "fast"
     """Kernels that compute: fast: the machine's; plain: every operation by its equation in
     jaxgpt/kernels/__init__.py, slowly."""
@@ -102,11 +96,9 @@ class WriteConfig:
 
 
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(Weights):
     """Serve a model by OpenAI's API."""
 
-    checkpoint: FilePath
-    """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
     adapter: list[str] = field(default_factory=list)
     """Adapters as NAME=PATH: runs with --peft.kind lora or qlora on this checkpoint, or PEFT
     directories; a request names one as its model."""
@@ -134,11 +126,6 @@ class ServeConfig:
     """Keys, of which a request must carry one; none: all requests are answered."""
     cors: list[str] = field(default_factory=list)
     """Origins whose pages may ask, such as http://localhost:3000; none: only the server's own."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute type; null: the one that the model was trained with."""
-    quantize: Literal["int8"] | None = None
-    """int8: weights of a quarter of float32's bytes, which are read for every token; null: the
-    weights as they are."""
 
     def __post_init__(self) -> None:
         check("", self)
@@ -152,11 +139,9 @@ class ServeConfig:
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(Sampling, Weights):
     """Talk to a model in the terminal."""
 
-    checkpoint: FilePath
-    """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
     system: str = ""
     """System prompt; empty: the template's own, if it has one."""
     tools: list[str] = field(default_factory=list)
@@ -167,23 +152,8 @@ class ChatConfig:
     """Tokens of the longest conversation; 0: the model's context, if the memory holds it."""
     max_new_tokens: Count = 1024
     """Tokens of an answer at most."""
-    temperature: Weight = 0.8
-    """Below 1 likely tokens become likelier, above 1 less likely; 0: always the likeliest."""
-    top_p: Annotated[float, within("(0, 1]")] = 0.95
-    """Draw from the fewest tokens whose probabilities reach this sum (nucleus); 1: from all."""
-    top_k: Amount = 0
-    """Draw from this many of the likeliest tokens; 0: from all."""
-    min_p: BelowOne = 0.0
-    """Draw only from tokens at least this times as likely as the likeliest; 0: from all."""
-    repetition_penalty: Positive = 1.0
-    """Makes tokens that were written before less likely; 1: does not."""
     seed: int = 0
     """Seed of the draws: the same seed writes the same answers."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute type; null: the one that the model was trained with."""
-    quantize: Literal["int8"] | None = None
-    """int8: weights of a quarter of float32's bytes, which are read for every token; null: the
-    weights as they are."""
 
     def __post_init__(self) -> None:
         check("", self)

@@ -1,6 +1,6 @@
 """What every training command has: data, optimizer, checkpoints, devices, logs; and pretraining."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from jaxgpt import files
@@ -163,7 +163,33 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class Sampling:
+    """How a model draws the tokens that it writes."""
+
+    max_new_tokens: Amount = 128
+    """Tokens that the model writes at most for one answer."""
+    temperature: Weight = 0.8
+    """Below 1 likely tokens become likelier, above 1 less likely; 0: always the likeliest."""
+    top_p: Annotated[float, within("(0, 1]")] = 0.95
+    """Draw from the fewest tokens whose probabilities reach this sum (nucleus); 1: from all."""
+    top_k: Amount = 0
+    """Draw from this many of the likeliest tokens; 0: from all."""
+    min_p: BelowOne = 0.0
+    """Draw from tokens with at least this share of the likeliest one's probability; 0: from all."""
+    repetition_penalty: Positive = 1.0
+    """Makes tokens that were written before less likely; 1: does not."""
+
+    def __post_init__(self) -> None:
+        check("", self)
+
+
+def sampling(cfg: Sampling) -> Sampling:
+    """Only how tokens are drawn, of settings that hold more."""
+    return Sampling(**{f.name: getattr(cfg, f.name) for f in fields(Sampling)})
+
+
+@dataclass(frozen=True)
+class SampleConfig(Sampling):
     """Text that the model writes during training, and how it is drawn."""
 
     every: Amount = 250
@@ -173,12 +199,6 @@ class SampleConfig:
     where the data are conversations; []: no samples."""
     max_new_tokens: Amount = 200
     """Tokens that the model writes at most for a sample."""
-    temperature: Weight = 0.8
-    """Below 1 likely tokens become likelier, above 1 less likely; 0: always the likeliest."""
-    top_p: Annotated[float, within("(0, 1]")] = 0.95
-    """Draw from the fewest tokens whose probabilities reach this sum (nucleus); 1: from all."""
-    top_k: Amount = 0
-    """Draw from this many of the likeliest tokens; 0: from all."""
 
     def __post_init__(self) -> None:
         check("sample", self)

@@ -7,7 +7,7 @@ Notes: chapter 10.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt import shapes, sharding, weights
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, Sampling
 from jaxgpt.kernels.platform import jit, platform
 from jaxgpt.model import gpt
 from jaxgpt.model.attention import KVCache, init_cache, rows_first
@@ -28,30 +28,6 @@ SCAN_STEPS = 16  # tokens per compiled scan: what streaming and early exit are r
 SMALLEST_BATCH = 8  # fewer rows decode no faster
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.8  # 0: greedy
-    top_p: float = 0.95
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, holds, fix in (
-            ("max_new_tokens", self.max_new_tokens >= 0, "must be 0 or more"),
-            ("temperature", self.temperature >= 0, "must be 0 or more; 0 is greedy"),
-            ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
-            ("top_k", self.top_k >= 0, "must be 0 or more; 0 keeps all tokens"),
-            ("min_p", 0 <= self.min_p < 1, "must be in [0, 1)"),
-            ("repetition_penalty", self.repetition_penalty > 0, "must be positive; 1 is none"),
-        ):
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)}: {fix}")
 
 
 class Completion(NamedTuple):

@@ -202,7 +202,7 @@ def talk(
     """
     machine.use_compilation_cache()
     serving = ServeConfig(
-        cfg.checkpoint, [f"adapter={cfg.adapter}"] if cfg.adapter else [], slots=1,
+        cfg.checkpoint, adapter=[f"adapter={cfg.adapter}"] if cfg.adapter else [], slots=1,
         context=cfg.context, dtype=cfg.dtype, quantize=cfg.quantize,
     )  # fmt: skip
     lm, engine = launch.open_engine(serving, note)

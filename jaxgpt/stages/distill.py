@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt import files, kernels, losses, scoring, sharding, train, tree
-from jaxgpt.config import DistillConfig, ModelConfig
+from jaxgpt.config import DistillConfig, ModelConfig, sampling
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, load, model_config
 from jaxgpt.convert.table import Place
@@ -18,7 +18,7 @@ from jaxgpt.data.examples import Examples
 from jaxgpt.episodes import Writer
 from jaxgpt.model import gpt
 from jaxgpt.rollouts import Problems, Rollouts
-from jaxgpt.sampling.sample import Sampling, for_decoding, generate
+from jaxgpt.sampling.sample import for_decoding, generate
 from jaxgpt.tasks.environment import Question
 from jaxgpt.train import Stage, spec
 from jaxgpt.types import Array, Batch, Metrics, Params
@@ -145,7 +145,7 @@ def _write_answers(
 ) -> list[str]:
     """JSONL of the teacher's conversations; an answer that is cut off teaches nobody to stop."""
     policy = for_decoding(teacher.config, jax.tree.map(jnp.asarray, teacher.params))
-    how = Sampling(cfg.sample.max_new_tokens, cfg.sample.temperature)
+    how = sampling(cfg.sample)
     asked = []
     for dialogue in said:
         question = dialogue._replace(messages=dialogue.messages[:-1])
