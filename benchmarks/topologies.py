@@ -7,7 +7,10 @@ Needs libtpu. All times are estimates from data sheets; nothing runs.
 """
 
 import argparse
+import inspect
 import os
+from functools import partial
+from typing import Any
 
 TOPOLOGIES = ("v5e:2x4", "v6e:4x4", "v5p:4x4x8", "v5e:16x16")
 #          context, rows of a batch for each device, loss_chunk, and the tensor axis at most
@@ -86,7 +89,6 @@ def sample(name: str, topology: str, _: list[str]) -> str:
     """Prefill and decode for eight rows of each group of devices that has a copy of the weights."""
     from jaxgpt import config, machine, sharding
     from jaxgpt.plan import devices, program
-    from jaxgpt.plan.sampler import compile_sampler
     from jaxgpt.sampling.sample import SCAN_STEPS, Sampling
 
     chips = devices.topology(topology)
@@ -113,6 +115,52 @@ def sample(name: str, topology: str, _: list[str]) -> str:
         f"{chip.memory / 1e9:.1f} | | {1e3 * seconds[0]:.2f} to {1e3 * seconds[1]:.2f} ms a token "
         "| |"
     )
+
+
+def compile_sampler(cfg: Any, mesh: Any, rows: int, prompt: int, settings: Any) -> tuple[Any, Any]:
+    """The compiled programs that read prompts and that write the tokens of one scan.
+
+    Args:
+        prompt: tokens of each prompt; the cache has room for the whole context.
+    """
+    import jax
+
+    from jaxgpt import sharding
+    from jaxgpt.model import gpt
+    from jaxgpt.plan.step import placed
+    from jaxgpt.sampling.sample import decode, for_decoding, prefill
+
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: {"policy": gpt.init(cfg, jax.random.key(0))})
+        params = placed(shapes, sharding.shardings(mesh, shapes))["policy"]
+        arrange = partial(for_decoding, cfg, num_rows=rows)
+        weights, _ = _compiled(arrange, params)
+        row = lambda *shape: jax.ShapeDtypeStruct(
+            shape, "int32", sharding=sharding.row_sharding(mesh, shape)
+        )
+        # Unwrapped: a program may not bring options of its own into another.
+        read = lambda weights, tokens_BT, start_B: inspect.unwrap(prefill)(
+            cfg, weights, tokens_BT, start_B, cfg.context_length, settings
+        )
+        state, reads = _compiled(read, weights, row(rows, prompt), row(rows))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+        rng_B = placed(keys, sharding.row_sharding(mesh, (rows,)))
+        stops = jax.ShapeDtypeStruct((1,), "int32", sharding=sharding.replicated(mesh))
+        write = lambda weights, state, rng_B, stops: inspect.unwrap(decode)(
+            cfg, weights, state, rng_B, stops, settings
+        )
+        _, writes = _compiled(write, weights, state, rng_B, stops, donate=1)
+    return reads, writes
+
+
+def _compiled(function: Any, *arrays: Any, donate: tuple | int = ()) -> tuple[Any, Any]:
+    """The shapes of the results where the program leaves them, and the program."""
+    import jax
+
+    from jaxgpt.plan.step import placed
+
+    program = jax.jit(function, donate_argnums=donate).lower(*arrays).compile()
+    return placed(jax.eval_shape(function, *arrays), program.output_shardings), program
 
 
 def _longest(topology: str) -> int:

@@ -42,6 +42,14 @@ MESHES = {
 }  # fmt: skip
 
 
+def script(path: str):
+    """A file that is no module of the package."""
+    file = importlib.util.spec_from_file_location("the_script", ROOT / path)
+    made = importlib.util.module_from_spec(file)
+    file.loader.exec_module(made)
+    return made
+
+
 def mesh_of(**sizes: int) -> jax.sharding.Mesh:
     return sharding.make_mesh(MeshConfig(**sizes), jax.devices() if sizes else jax.devices()[:1])
 
@@ -393,12 +401,13 @@ def test_every_stage_is_planned_for_devices_that_are_not_here(name):
 def test_the_sampler_compiles_for_a_tpu():
     pytest.importorskip("libtpu")
     from jaxgpt.plan import devices
-    from jaxgpt.plan.sampler import compile_sampler
     from jaxgpt.sampling.sample import Sampling
 
     model = dataclasses.replace(WIDE, context_length=256, dtype="bfloat16")
     mesh = sharding.make_mesh(MeshConfig(data=4, tensor=2), devices.topology("v5e:2x4"))
-    reads, writes = compile_sampler(model, mesh, 8, 128, Sampling())
+    reads, writes = script("benchmarks/topologies.py").compile_sampler(
+        model, mesh, 8, 128, Sampling()
+    )
     assert "splash" in reads.as_text()
     cache = 2 * 2 * 3 * 8 * 256 * 64 // 4  # keys and values of each group of devices' rows
     assert writes.memory_analysis().alias_size_in_bytes >= cache // 2, "the cache is copied"
@@ -426,15 +435,13 @@ def test_a_slice_without_its_compiler_says_what_to_install():
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs the script's main in this process: (exit status, standard output, standard error)."""
-    file = importlib.util.spec_from_file_location("plan_script", ROOT / "scripts" / "plan.py")
-    script = importlib.util.module_from_spec(file)
-    file.loader.exec_module(script)
+    main = script("scripts/plan.py").main
 
     def call(*args: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["plan.py", *args])
         code = 0
         try:
-            config.exit_cleanly(script.main)
+            config.exit_cleanly(main)
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
