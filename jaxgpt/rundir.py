@@ -113,17 +113,26 @@ def model_config(path: str | Path) -> ModelConfig:
     return ModelConfig(**settings, rope_scaling=scaling and RopeScaling(**scaling))
 
 
+def newest(path: str | Path) -> Path:
+    """The directory of a run's newest intact checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    checkpoints = Checkpoints(files.path(path) / "checkpoints")
+    step = checkpoints.latest_valid()
+    if step is None:
+        raise ValueError(f"{path}: has no intact checkpoint; train it first")
+    return checkpoints.directory / str(step)
+
+
 def read_params(path: str | Path, network: str = "policy") -> Params:
     """The newest intact weights of one network, averaged (optim.ema) if the run did so.
 
     Raises:
         ValueError: no intact checkpoint.
     """
-    checkpoints = Checkpoints(files.path(path) / "checkpoints")
-    step = checkpoints.latest_valid()
-    if step is None:
-        raise ValueError(f"{path}: has no intact checkpoint; train it first")
-    directory = checkpoints.directory / str(step)
+    directory = newest(path)
     try:
         prefix = f"ema/{network}/"
         arrays = read_arrays(directory, prefix)
@@ -141,11 +150,7 @@ def fingerprint(path: str | Path) -> str:
     """
     path = files.path(path)
     if is_run(path):
-        checkpoints = Checkpoints(path / "checkpoints")
-        step = checkpoints.latest_valid()
-        if step is None:
-            raise ValueError(f"{path}: has no intact checkpoint; train it first")
-        sources = [checkpoints.directory / str(step) / "manifest.json", path / "base.json"]
+        sources = [newest(path) / "manifest.json", path / "base.json"]
     else:
         sources = sorted(path.glob("*.safetensors"), key=str) if path.is_dir() else [path]
     digest = hashlib.sha256()
@@ -166,16 +171,14 @@ def weights(path: str | Path, step: int | None = None) -> dict[str, Any]:
     """
     if not is_run(path):
         return {"sha256": fingerprint(path)}
-    checkpoints = Checkpoints(files.path(path) / "checkpoints")
-    found = checkpoints.latest_valid() if step is None else step
-    if found is None:
-        raise ValueError(f"{path}: has no intact checkpoint; train it first")
-    directory = checkpoints.directory / str(found)
-    if step is not None:
+    if step is None:
+        directory = newest(path)
+    else:
+        directory = files.path(path) / "checkpoints" / str(step)
         if not (directory / "manifest.json").is_file():
             raise ValueError(f"{directory}: is gone")
         verify(directory)
-    return {"step": found, "sha256": content(directory) or fingerprint(path)}
+    return {"step": int(directory.name), "sha256": content(directory) or fingerprint(path)}
 
 
 def write_base(cfg: RunConfig) -> None:

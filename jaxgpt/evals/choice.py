@@ -66,29 +66,21 @@ def score(
     lm: LanguageModel, cfg: EvaluateConfig, items: Mapping[int, Item]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """log p of every choice, the two decisions, and which would be right."""
-    pairs = {
-        (number, place): queries.encode_pair(lm, *pair)
-        for number, item in items.items()
-        for place, pair in enumerate(item.pairs())
-    }
-    found: dict[int, dict[int, float]] = {}
-    for (number, place), scored in queries.score(lm, pairs, cfg.batch_tokens):
-        item, mine = items[number], found.setdefault(number, {})
-        mine[place] = queries.total(scored)
-        if len(mine) == item.num_choices:
-            logprobs = [mine[place] for place in range(item.num_choices)]
-            # The likelihood of one ending under several beginnings needs no correction.
-            lengths = [len(ending) for ending in item.endings] if len(item.endings) > 1 else [1]
-            result = {
+    asked = {number: item.pairs() for number, item in items.items()}
+    for number, scored, truncated in queries.score_choices(lm, asked, cfg.batch_tokens):
+        item, logprobs = items[number], [queries.total(choice) for choice in scored]
+        # The likelihood of one ending under several beginnings needs no correction.
+        lengths = [len(ending) for ending in item.endings] if len(item.endings) > 1 else [1]
+        yield (
+            number,
+            {
                 "logprobs": logprobs,
                 "gold": item.gold,
                 "choice": int(np.argmax(logprobs)),
                 "choice_norm": int(np.argmax(np.divide(logprobs, lengths))),
-                "truncated": any(
-                    pairs[number, place].truncated for place in range(item.num_choices)
-                ),
-            }
-            yield number, result
+                "truncated": truncated,
+            },
+        )
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:

@@ -88,24 +88,19 @@ def score(
     lm: LanguageModel, cfg: EvaluateConfig, items: Mapping[int, Item]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Whether the likeliest choice per token, or what would be written greedily, is right."""
-    pairs = {
-        (number, place): queries.encode_pair(lm, *pair)
-        for number, item in items.items()
-        for place, pair in enumerate(item.pairs)
-    }
-    found: dict[int, dict[int, float]] = {}
-    for (number, place), scored in queries.score(lm, pairs, cfg.batch_tokens):
-        item, mine = items[number], found.setdefault(number, {})
-        mean = queries.total(scored) / len(scored.logprobs)
-        mine[place] = mean if item.gold is not None else float(scored.greedy.all())
-        if len(mine) == len(item.pairs):
-            scores = [mine[place] for place in range(len(item.pairs))]
-            right = scores[0] > 0 if item.gold is None else np.argmax(scores) == item.gold
-            cut = any(pairs[number, place].truncated for place in mine)
-            yield number, {
-                "task": item.task, "of": item.of, "right": bool(right), "scores": scores,
-                "truncated": cut,
-            }  # fmt: skip
+    asked = {number: item.pairs for number, item in items.items()}
+    for number, scored, truncated in queries.score_choices(lm, asked, cfg.batch_tokens):
+        item = items[number]
+        if item.gold is None:
+            scores = [float(scored[0].greedy.all())]
+            right = scores[0] > 0
+        else:
+            scores = [queries.total(choice) / len(choice.logprobs) for choice in scored]
+            right = np.argmax(scores) == item.gold
+        yield number, {
+            "task": item.task, "of": item.of, "right": bool(right), "scores": scores,
+            "truncated": truncated,
+        }  # fmt: skip
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:

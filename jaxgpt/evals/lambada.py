@@ -31,17 +31,16 @@ def score(
     lm: LanguageModel, cfg: EvaluateConfig, items: Mapping[int, Item]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """log p of the last word, and whether greedy decoding writes it."""
-    pairs = {
-        number: queries.encode_pair(lm, context, f" {word}")
-        for number, (context, word) in items.items()
-    }
-    for number, scored in queries.score(lm, pairs, cfg.batch_tokens):
-        result = {
-            "logprob": queries.total(scored),
-            "greedy": bool(scored.greedy.all()),
-            "truncated": pairs[number].truncated,
-        }
-        yield number, result
+    asked = {number: [(context, f" {word}")] for number, (context, word) in items.items()}
+    for number, (scored,), truncated in queries.score_choices(lm, asked, cfg.batch_tokens):
+        yield (
+            number,
+            {
+                "logprob": queries.total(scored),
+                "greedy": bool(scored.greedy.all()),
+                "truncated": truncated,
+            },
+        )
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:

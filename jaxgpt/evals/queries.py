@@ -96,6 +96,28 @@ def score(
         yield lone[number], scored
 
 
+def score_choices(
+    lm: LanguageModel, items: Mapping[int, Sequence[tuple[str, str]]], batch_tokens: int
+) -> Iterator[tuple[int, list[Scored], bool]]:
+    """The scores of every item's continuations, and whether a context lost its beginning.
+
+    Args:
+        items: number -> context and continuation of every choice.
+    """
+    pairs = {
+        (number, choice): encode_pair(lm, *texts)
+        for number, choices in items.items()
+        for choice, texts in enumerate(choices)
+    }
+    found: dict[int, dict[int, Scored]] = {}
+    for (number, choice), scored in score(lm, pairs, batch_tokens):
+        mine = found.setdefault(number, {})
+        mine[choice] = scored
+        if len(mine) == len(items[number]):
+            truncated = any(pairs[number, choice].truncated for choice in mine)
+            yield number, [mine[choice] for choice in range(len(mine))], truncated
+
+
 def total(scored: Scored) -> float:
     """log p of a whole continuation."""
     return float(scored.logprobs.sum(dtype=np.float64))
