@@ -23,15 +23,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=("build", "check", "serve"))
-    parser.add_argument("chapter", nargs="*", help="only these chapters; none: all of them")
     parser.add_argument(
-        "--output", default=str(ROOT / "notes" / "_site"), help="folder of the pages"
+        "action", choices=("build", "check", "serve"), help="what to do with the notes"
+    )
+    parser.add_argument("chapter", nargs="*", help="chapters, by number or name; none: all")
+    parser.add_argument(
+        "--output",
+        default=str(ROOT / "notes" / "_site"),
+        help="folder of the built pages; default: notes/_site",
     )
     parser.add_argument(
-        "--notebooks", action="store_true", help="write a .ipynb of each chapter too"
+        "--notebooks", action="store_true", help="with build: write a .ipynb of each chapter too"
     )
-    parser.add_argument("--port", type=int, default=8000, help="port of serve, on 127.0.0.1")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="with serve: port on 127.0.0.1; default: 8000"
+    )
     args = parser.parse_args()
     files.require_local("output", args.output)
     output = Path(args.output)

@@ -61,8 +61,8 @@ class Weights:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; null: the one that the model was trained with."""
     quantize: Literal["int8"] | None = None
-    """int8: weights of a quarter of float32's bytes, which are read for every token; null: the
-    weights as they are."""
+    """int8: hold the weights in a quarter of float32's bytes, so that a token reads less memory;
+    null: hold them as they are."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class WriteConfig(Sampling, Weights):
     input."""
     adapter: list[FilePath] = field(default_factory=list)
     """Adapters: runs with --peft.kind lora or qlora on this checkpoint, or PEFT directories; one
-    for all prompts, or one for each; none is the checkpoint alone."""
+    for all prompts, or one for each; the name none means the checkpoint alone."""
     stop: list[str] = field(default_factory=list)
     """Strings before which the text ends."""
     seed: int = 0
@@ -82,7 +82,7 @@ class WriteConfig(Sampling, Weights):
     chat: bool = False
     """true: answer as the assistant, by the model's chat template."""
     system: str | None = None
-    """System prompt, with chat; null: the template's own, if it has one."""
+    """System prompt, with --chat; null: the template's own, if it has one."""
     tools: list[str] = field(default_factory=list)
     """Tools that the assistant may call, with --chat: calculator."""
     kernels: Literal["fast", "plain"] = "fast"
@@ -245,8 +245,8 @@ class EvaluateConfig:
         "perplexity", "multiple_choice", "hellaswag", "piqa", "arc", "winogrande", "lambada",
         "gsm8k", "arithmetic", "reward", "core",
     ]  # fmt: skip
-    """Measure; multiple_choice reads any JSONL of {query, choices, gold}, reward any pairs, core
-    a folder with the tasks of DCLM's CORE."""
+    """What to measure: multiple_choice reads any JSONL of {query, choices, gold}, reward any pairs,
+    core a folder with the tasks of DCLM's CORE."""
     data: FilePath
     """Plain text (perplexity), or JSONL as on the Hub or in its local layout, also .gz or .bz2; or
     the held-out part of an embedded task: arithmetic, multi-step, … with task arithmetic and

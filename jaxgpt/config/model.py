@@ -16,19 +16,23 @@ class RopeScaling:
     factor: float = 8.0
     """How many times longer the context becomes; longrope has one factor per frequency instead."""
     low_freq_factor: float = 1.0
-    """llama3: wavelengths above original_context / this are stretched whole."""
+    """llama3: wavelengths above original_context / low_freq_factor are stretched by the whole
+    factor."""
     high_freq_factor: float = 4.0
-    """llama3: wavelengths below original_context / this stay."""
+    """llama3: wavelengths below original_context / high_freq_factor are not stretched."""
     original_context: int = 8192
     """Context length of the original training; linear does not read it."""
     attention_factor: float = 1.0
-    """yarn and longrope: cos and sin are multiplied by this."""
+    """yarn and longrope: factor of cos and sin, and so of queries and keys."""
     beta_fast: float = 32.0
-    """yarn: frequencies that turn more often than this over original_context stay."""
+    """yarn: frequencies that turn more often than beta_fast times in original_context tokens are
+    not stretched."""
     beta_slow: float = 1.0
-    """yarn: frequencies that turn less often than this over it are stretched whole."""
+    """yarn: frequencies that turn less often than beta_slow times in original_context tokens are
+    stretched by the whole factor."""
     truncate: bool = True
-    """yarn: the border frequencies are rounded to whole numbers of the head's pairs."""
+    """yarn: true: the two borders between frequencies are rounded to whole pairs of a head's
+    entries."""
     short_factors: tuple[float, ...] = ()
     """longrope: what divides each frequency in texts up to original_context."""
     long_factors: tuple[float, ...] = ()
@@ -67,42 +71,45 @@ class ModelConfig:
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before attention, MLP and head."""
     norm_eps: float = 1e-5
-    """Added to the variance."""
+    """Added to the variance that a norm divides by."""
     norm_offset: float = 0.0
     """Added to the scale of RMSNorm (Gemma: 1)."""
     norm_place: Literal["before", "after"] = "before"
     """before: x + f(norm(x)); after: x + norm(f(x)) (OLMo 2)."""
     qk_norm: bool = False
-    """RMS-normalise every query and key head (Qwen3)."""
+    """true: normalise queries and keys by RMSNorm (Qwen3)."""
     qk_norm_over: Literal["head", "width"] = "head"
-    """qk_norm: every head by itself, or all heads of a token together (OLMo 2)."""
+    """What qk_norm normalises: head: every head by itself; width: all heads of a token together
+    (OLMo 2)."""
     parallel_residual: bool = False
-    """x + attention(norm(x)) + mlp(norm(x)) in place of one after the other (GPT-NeoX)."""
+    """true: x + attention(norm(x)) + mlp(norm(x)) (GPT-NeoX); false: first attention, then the
+    MLP on its result."""
     embedding_scale: float = 1.0
-    """What embeddings are multiplied by (Gemma, Granite)."""
+    """Factor of the embeddings (Gemma, Granite)."""
     residual_scale: float = 1.0
-    """What attention and MLP are multiplied by before they are added (Granite)."""
+    """Factor of what attention and MLP add to the residual stream (Granite)."""
     attention_scale: float | None = None
-    """What products of queries and keys are multiplied by; null: 1 / sqrt(head_dim)."""
+    """Factor of the products of queries and keys; null: 1 / sqrt(head_dim)."""
     logit_divisor: float = 1.0
-    """What the scores are divided by (Granite)."""
+    """Divisor of the logits (Granite)."""
     position: Literal["learned", "rope"] = "learned"
-    """Learned absolute positions, or rotary ones."""
+    """How positions are told apart: learned: by a trained vector each; rope: by rotating queries
+    and keys."""
     sliding_window: int | None = None
     """Tokens that attention sees, the present one included (Mistral); null: all before it."""
     rope_base: float = 10000.0
-    """RoPE's theta."""
+    """RoPE's theta, from which the frequencies of the rotations follow."""
     rope_scaling: RopeScaling | None = None
-    """Context extension; null: none."""
+    """How RoPE is stretched to a longer context; null: it is not."""
     rope_share: float = 1.0
     """Share of each head that is rotated, from its beginning; the rest stays."""
     rope_skip: int = 0
-    """Every n-th layer has no positions (SmolLM3: 4); 0: none is left out."""
+    """Every rope_skip-th layer has no rotary positions (SmolLM3: 4); 0: all layers have them."""
     bias: Literal["none", "qkv", "attention", "mlp", "all"] = "none"
     """Linear layers with biases: none, query, key and value (Qwen2), all of attention, those of the
     MLP, or all of them and LayerNorm (GPT-2)."""
     tie_embeddings: bool = True
-    """The output head is the embedding table."""
+    """true: the output head is the embedding table; false: it is a matrix of its own."""
     dropout: float = 0.0
     """Probability of dropping an entry of the embedding, of attention's and the MLP's output."""
     num_experts: int = 0
@@ -110,24 +117,28 @@ class ModelConfig:
     experts_per_token: int = 2
     """Experts that each token visits."""
     normalize_expert_weights: bool = True
-    """Chosen experts' gate weights sum to one (Mixtral); off: the plain softmax."""
+    """true: the gate weights of a token's experts sum to one (Mixtral); false: they are those of
+    the softmax over all experts."""
     shared_mlp_dim: int = 0
     """Hidden width of a further expert that every token visits, behind a gate of its own
     (Qwen2-MoE); 0: none."""
     expert_capacity: float = 0.0
-    """Slots per expert as a multiple of an even share; 0: dropless."""
+    """Most tokens that an expert takes, as a multiple of an even share; 0: all that choose it."""
     balance: Literal["loss", "bias", "none"] = "loss"
-    """Keep experts busy by a per-sequence loss, by a selection bias (aux-loss-free), or not."""
+    """How all experts are kept busy: loss: by a loss for every sequence; bias: by a bias on their
+    choice, which every step moves (aux-loss-free); none: not at all."""
     balance_weight: float = 0.01
     """Weight of the balance loss, or step size of the selection bias."""
     adapter_dim: int = 0
     """Width of a bottleneck adapter in every block; 0: none."""
     adapter_parallel: bool = False
-    """The adapter runs beside the MLP instead of after attention and MLP (Houlsby)."""
+    """true: one bottleneck adapter beside the MLP; false: two, behind attention and behind the MLP
+    (Houlsby)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of matrix products; parameters, norms, softmax and losses stay float32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, every block."""
+    """What the backward pass computes again to save memory: none: nothing; dots: all but the matrix
+    products; full: every block."""
 
     def __post_init__(self) -> None:
         at_least(

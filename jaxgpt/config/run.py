@@ -177,7 +177,7 @@ class Sampling:
     min_p: BelowOne = 0.0
     """Draw from tokens with at least this share of the likeliest one's probability; 0: from all."""
     repetition_penalty: Positive = 1.0
-    """Makes tokens that were written before less likely; 1: does not."""
+    """Makes tokens that the text already holds less likely if it is above 1; 1: changes nothing."""
 
     def __post_init__(self) -> None:
         check("", self)

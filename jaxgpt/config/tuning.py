@@ -34,11 +34,12 @@ class ConversationConfig:
     """Roles of the data, where their names do not say who speaks: {"oracle": "assistant"}. Known
     are system, user, assistant, tool, tool_call, and the usual names for them."""
     split: str = "train"
-    """Split of a Hub data set."""
+    """Split of a Hub data set to read."""
     val_path: Paths = ""
-    """Held-out rows; empty: every n-th row of path. Embedded tasks hold out by themselves."""
+    """Held-out rows, in any form of data.path; empty: every n-th row of data.path, by
+    data.val_fraction. Embedded tasks hold out by themselves."""
     val_fraction: BelowOne = 0.05
-    """Share of path that is held out where there is no val_path."""
+    """Share of the rows of data.path that is held out where there is no data.val_path; 0: none."""
     template: FilePath = ""
     """chatml, llama3, plain or a Jinja file; empty: the model's own, else chatml, or plain where
     the vocabulary has no tokens for chat."""
@@ -46,11 +47,12 @@ class ConversationConfig:
     """System prompt of conversations that have none; null: the template's own, if it has one. The
     model's files keep it."""
     tokenizer: FilePath = "byte"
-    """For a model that starts at random; init brings its own."""
+    """Tokenizer of a model that starts at random: byte, a tiktoken name (gpt2) or a tokenizer.json;
+    a model of --init brings its own."""
     max_tokens: Amount = 0
-    """Longest row; 0: model.context_length."""
+    """Tokens of the longest row; 0: model.context_length."""
     long: Literal["truncate", "drop"] = "truncate"
-    """What happens to a longer one."""
+    """What happens to a row of more tokens: truncate: its end is left out; drop: all of it is."""
 
     def __post_init__(self) -> None:
         check("data", self)
@@ -61,15 +63,17 @@ class ChatDataConfig(ConversationConfig):
     """Conversations to learn from, and plain text beside them."""
 
     packing: bool = True
-    """Several conversations to a row; off: one, padded to the longest of the batch."""
+    """true: put several conversations into a row; false: one, padded to the batch's longest."""
     learn: Literal["assistant", "all"] = "assistant"
-    """Whose words are targets."""
+    """Whose words the model learns to predict: assistant: the assistant's; all: everybody's."""
     calls: Literal["text", "turns"] = "text"
-    """GSM8K's <<48/2=24>> is text, or a turn that calls the calculator and what that gives."""
+    """How GSM8K's <<48/2=24>> is read: text: as it stands; turns: as a call of the calculator and
+    the turn in which that answers."""
     text_share: Share = 0.0
     """Share of the rows that are windows of plain text, against forgetting; 1: nothing else."""
     text_path: FilePath = ""
-    """That text, as data.path of pretraining; empty: the source code of Python's library."""
+    """Plain text for data.text_share, in any form that data.path of pretraining has; empty: the
+    source code of Python's standard library."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
