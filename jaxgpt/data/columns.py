@@ -101,19 +101,19 @@ class Columns:
         self.unread: Counter[str] = Counter()
         self.seen: dict[str, None] = {}
 
-    def where(self, name: str) -> list[str]:
+    def candidates(self, name: str) -> list[str]:
         """The columns that may hold something, the likeliest first."""
         if name in self.own:
             return [self.own[name]]
         taken = {*self.own.values(), *self.left_out}
         return [column for column in COLUMNS[name] if column not in taken]
 
-    def open(self, row: Any, place: str) -> "Row":
+    def open(self, row: Any, where: str) -> "Row":
         """Raises ValueError unless the row is an object."""
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: must be an object, not {type(row).__name__}")
+            raise ValueError(f"{where}: must be an object, not {type(row).__name__}")
         self.seen.update(dict.fromkeys(row))
-        return Row(row, place, self)
+        return Row(row, where, self)
 
     def close(self, row: "Row", texts: Iterable[str]) -> None:
         """Counts what was read of a row; what repeats a text, or a column that was read, is."""
@@ -160,8 +160,8 @@ class Columns:
 class Row:
     """One row, which notes what was read of it."""
 
-    def __init__(self, values: dict[str, Any], place: str, columns: Columns) -> None:
-        self.values, self.place, self.columns = values, place, columns
+    def __init__(self, values: dict[str, Any], where: str, columns: Columns) -> None:
+        self.values, self.where, self.columns = values, where, columns
         self.taken: set[str] = set()
 
     def take(self, name: str, *before: str) -> Any:
@@ -170,7 +170,7 @@ class Row:
         Args:
             before: columns to look into before the others.
         """
-        for column in sorted(self.columns.where(name), key=lambda column: column not in before):
+        for column in sorted(self.columns.candidates(name), key=lambda one: one not in before):
             if column in self.values:
                 self.taken.add(column)
                 if self.values[column] not in EMPTY:
@@ -179,7 +179,7 @@ class Row:
 
     def look(self, name: str) -> Any:
         """The same, which does not count as read."""
-        held = (self.values.get(column) for column in self.columns.where(name))
+        held = (self.values.get(column) for column in self.columns.candidates(name))
         return next((value for value in held if value not in EMPTY), None)
 
     def has(self, name: str) -> bool:
@@ -201,7 +201,7 @@ class Row:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
-            raise ValueError(f"{self.place}: {name} must be a number, not {value!r:.40}")
+            raise ValueError(f"{self.where}: {name} must be a number, not {value!r:.40}")
         return float(value)
 
 

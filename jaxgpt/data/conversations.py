@@ -47,7 +47,7 @@ class Dialogue(NamedTuple):
     """A conversation to learn from."""
 
     messages: list[Message]
-    place: str  # file and line
+    where: str  # file and line
     tools: Sequence[dict[str, Any]] = ()  # what the assistant may call
 
 
@@ -58,7 +58,7 @@ class Preference(NamedTuple):
     chosen: list[Message]
     rejected: list[Message]
     margin: float  # by how much the chosen one is better, where the data says so
-    place: str
+    where: str
     tools: Sequence[dict[str, Any]] = ()
 
 
@@ -68,7 +68,7 @@ class Rated(NamedTuple):
     prompt: list[Message]
     answer: list[Message]
     desirable: bool
-    place: str
+    where: str
     tools: Sequence[dict[str, Any]] = ()
 
 
@@ -77,7 +77,7 @@ class Asked(NamedTuple):
 
     prompt: list[Message]
     answer: str
-    place: str
+    where: str
 
 
 def dialogues(
@@ -107,11 +107,11 @@ def questions(
     return _read(paths, split, columns, _asked)
 
 
-def transcript(text: str, place: str) -> list[Message]:
+def transcript(text: str, where: str) -> list[Message]:
     """The messages of an HH-RLHF transcript."""
     before, *turns = TRANSCRIPT.split(text)
     if not turns or before.strip():
-        raise ValueError(f"{place}: a conversation must start with '\\n\\nHuman: '")
+        raise ValueError(f"{where}: a conversation must start with '\\n\\nHuman: '")
     names = {"Human": "user", "Assistant": "assistant"}
     return [
         {"role": names[name], "content": content.strip()}
@@ -145,12 +145,12 @@ def _read(
     """What `parse` makes of every row; then what was read of them is said on stderr."""
     columns = columns or Columns()
     try:
-        for values, place in rows.read(paths, split):
-            row = columns.open(values, place)
+        for values, where in rows.read(paths, split):
+            row = columns.open(values, where)
             try:
                 found = parse(row)
             except RecursionError:
-                raise ValueError(f"{place}: holds objects too deep in each other") from None
+                raise ValueError(f"{where}: holds objects too deep in each other") from None
             columns.close(row, _texts(found))
             yield found
     except ValueError:
@@ -172,15 +172,15 @@ def _texts(found: Any) -> Iterator[str]:
 def _dialogue(row: Row) -> Dialogue:
     if row.has("chosen") and row.has("rejected"):
         pair = _preference(row)
-        return Dialogue(pair.prompt + pair.chosen, row.place, pair.tools)
+        return Dialogue(pair.prompt + pair.chosen, row.where, pair.tools)
     messages = _prompt(row)
     if not messages:
-        raise ValueError(f"{row.place}: nothing is asked {row.holds}")
+        raise ValueError(f"{row.where}: nothing is asked {row.holds}")
     if messages[-1]["role"] != "assistant":
         messages = messages + _answer(row)
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{row.place}: nothing is said by the assistant {row.holds}")
-    return Dialogue(messages, row.place, _tools(row))
+        raise ValueError(f"{row.where}: nothing is said by the assistant {row.holds}")
+    return Dialogue(messages, row.where, _tools(row))
 
 
 def _answer(row: Row) -> list[Message]:
@@ -189,18 +189,18 @@ def _answer(row: Row) -> list[Message]:
         return []
     said = _messages(_as_text(answer), row, "assistant")
     if thought is not None and len(said) == 1:
-        said[0]["reasoning_content"] = _text(thought, row.place)
+        said[0]["reasoning_content"] = _text(thought, row.where)
     return said
 
 
 def _asked(row: Row) -> Asked:
     prompt, answer = _prompt(row), row.take("answer", "answer", "solution")
     if not any(message["role"] == "user" for message in prompt):
-        raise ValueError(f"{row.place}: asks no question {row.holds}")
+        raise ValueError(f"{row.where}: asks no question {row.holds}")
     answer = _as_text(answer)
     if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"{row.place}: answer must be text or a number, not {answer!r:.40}")
-    return Asked(prompt, answer.strip(), row.place)
+        raise ValueError(f"{row.where}: answer must be text or a number, not {answer!r:.40}")
+    return Asked(prompt, answer.strip(), row.where)
 
 
 def _as_text(answer: Any) -> Any:
@@ -214,21 +214,21 @@ def _as_text(answer: Any) -> Any:
 
 def _tools(row: Row) -> list[dict[str, Any]]:
     """A list of JSON schemas, which some data sets hold as text."""
-    tools = _from_json(row.take("tools") or [], "tools", row.place)
+    tools = _from_json(row.take("tools") or [], "tools", row.where)
     tools = [tools] if isinstance(tools, dict) else tools
     if isinstance(tools, list):
-        tools = [_from_json(tool, "tools", row.place) for tool in tools]
+        tools = [_from_json(tool, "tools", row.where) for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{row.place}: tools must be a list of objects, not {tools!r:.40}")
+        raise ValueError(f"{row.where}: tools must be a list of objects, not {tools!r:.40}")
     return tools
 
 
-def _from_json(value: Any, name: str, place: str) -> Any:
+def _from_json(value: Any, name: str, where: str) -> Any:
     """What a text holds that is JSON; another value is itself."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise ValueError(f"{place}: {name} is no JSON ({error}): {value!r:.40}") from None
+        raise ValueError(f"{where}: {name} is no JSON ({error}): {value!r:.40}") from None
 
 
 def _preference(row: Row) -> Preference:
@@ -242,14 +242,14 @@ def _preference(row: Row) -> Preference:
         before = [m for m in prompt if m["role"] == "system" and m not in chosen[:shared]]
         prompt, chosen, rejected = before + chosen[:shared], chosen[shared:], rejected[shared:]
     if not any(message["role"] != "system" for message in prompt):
-        raise ValueError(f"{row.place}: chosen and rejected must be two answers to one prompt")
+        raise ValueError(f"{row.where}: chosen and rejected must be two answers to one prompt")
     margin, scores = (
         row.number("margin"),
         [row.number(f"score_{n}") for n in ("chosen", "rejected")],
     )
     if margin is None:
         margin = 0.0 if None in scores else scores[0] - scores[1]  # type: ignore[operator]
-    return Preference(prompt, chosen, rejected, margin, row.place, _tools(row))
+    return Preference(prompt, chosen, rejected, margin, row.where, _tools(row))
 
 
 def _two_answers(row: Row, prompt: list[Message]) -> tuple[list[Message], list[Message]]:
@@ -264,13 +264,13 @@ def _two_answers(row: Row, prompt: list[Message]) -> tuple[list[Message], list[M
     else:
         both, number = [row.take(f"response_{n}") for n in (0, 1)], row.number("better_response_id")
         if number not in (0, 1):
-            raise ValueError(f"{row.place}: better_response_id must be 0 or 1, not {number}")
+            raise ValueError(f"{row.where}: better_response_id must be 0 or 1, not {number}")
         better, worse = both[int(number)], both[1 - int(number)]
     if isinstance(prompt := row.look("prompt"), str) and prompt.rstrip().endswith("Assistant:"):
         # The blank after "Assistant:" is no part of the answer.
         better, worse = (a.lstrip() if isinstance(a, str) else a for a in (better, worse))
     if better is None or worse is None:
-        raise ValueError(f"{row.place}: needs chosen and rejected {row.holds}")
+        raise ValueError(f"{row.where}: needs chosen and rejected {row.holds}")
     return _messages(better, row, "assistant"), _messages(worse, row, "assistant")
 
 
@@ -278,17 +278,17 @@ def _ratings(row: Row) -> list[Rated]:
     if not row.has("label"):
         pair = _preference(row)
         return [
-            Rated(pair.prompt, pair.chosen, True, row.place, pair.tools),
-            Rated(pair.prompt, pair.rejected, False, row.place, pair.tools),
+            Rated(pair.prompt, pair.chosen, True, row.where, pair.tools),
+            Rated(pair.prompt, pair.rejected, False, row.where, pair.tools),
         ]
     label = row.take("label")
     said = f"{label:g}" if isinstance(label, float) else str(label).strip().lower()
     if said not in GOOD | BAD:
-        raise ValueError(f"{row.place}: label must be true or false, not {label!r:.40}")
+        raise ValueError(f"{row.where}: label must be true or false, not {label!r:.40}")
     messages, _, tools = _dialogue(row)
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(f"{row.place}: must be a prompt and an answer to it")
-    return [Rated(messages[:-1], messages[-1:], said in GOOD, row.place, tools)]
+        raise ValueError(f"{row.where}: must be a prompt and an answer to it")
+    return [Rated(messages[:-1], messages[-1:], said in GOOD, row.where, tools)]
 
 
 def _prompt(row: Row) -> list[Message]:
@@ -298,11 +298,11 @@ def _prompt(row: Row) -> list[Message]:
         name = "prompt" if row.has("prompt") else "text"
         messages = row.take(name)
     elif isinstance(messages, str) and not OPENS.match(messages):
-        messages = _from_json(messages, name, row.place)
+        messages = _from_json(messages, name, row.where)
     said = [] if messages is None else _messages(messages, row, "user", name == "messages")
     if said and said[-1] == {"role": "assistant", "content": ""} and len(said) > 1:
         said.pop()  # a transcript that ends in "Assistant:", where the answer begins
-    more = [_text(v, row.place) for n in ("input", "context") if (v := row.take(n)) is not None]
+    more = [_text(v, row.where) for n in ("input", "context") if (v := row.take(n)) is not None]
     first = next((message for message in said if message["role"] == "user"), None)
     if more and first is None:
         said.append(_says("user", "\n\n".join(more)))
@@ -312,7 +312,7 @@ def _prompt(row: Row) -> list[Message]:
     before = [] if history is None else _messages(history, row, "user", True)
     start = 1 if said and said[0]["role"] in ("system", "developer") else 0
     system = None if start else row.take("system")
-    opening = [] if system is None else [_says("system", _text(system, row.place))]
+    opening = [] if system is None else [_says("system", _text(system, row.where))]
     return opening + said[:start] + before + said[start:]
 
 
@@ -337,11 +337,11 @@ def _messages(value: Any, row: Row, role: str, turns: bool = False) -> list[Mess
         turns: the items of a list may be texts, of the user and the assistant by turns, or pairs.
     """
     if isinstance(value, str):
-        return transcript(value, row.place) if OPENS.match(value) else [_says(role, value)]
+        return transcript(value, row.where) if OPENS.match(value) else [_says(role, value)]
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{row.place}: a conversation must be text or a list, not {value!r:.40}")
+        raise ValueError(f"{row.where}: a conversation must be text or a list, not {value!r:.40}")
     found: list[Message] = []
     calling = False  # the turn before was nothing but a call
     for number, turn in enumerate(value):
@@ -349,11 +349,11 @@ def _messages(value: Any, row: Row, role: str, turns: bool = False) -> list[Mess
             found.append(_says(("user", "assistant")[number % 2], turn))
         elif turns and isinstance(turn, list) and len(turn) == 2:
             said = {"user": turn[0], "assistant": turn[1]}
-            found += _sides(said, row.place)
+            found += _sides(said, row.where)
         elif not isinstance(turn, dict):
-            raise ValueError(f"{row.place}: a message must be an object, not {turn!r:.40}")
+            raise ValueError(f"{row.where}: a message must be an object, not {turn!r:.40}")
         elif _speaker(turn, row) == "tool_call":
-            calls = _calls(_content(turn), row.place)
+            calls = _calls(_content(turn), row.where)
             if calling:  # several calls at one time
                 found[-1]["tool_calls"] += calls
             else:
@@ -364,7 +364,7 @@ def _messages(value: Any, row: Row, role: str, turns: bool = False) -> list[Mess
         elif _speaker(turn, row):
             found.append(_message(turn, row))
         else:
-            found += _sides(turn, row.place)
+            found += _sides(turn, row.where)
         calling = False
     return found
 
@@ -379,17 +379,17 @@ def _speaker(turn: dict[str, Any], row: Row) -> str:
         setting = row.columns.setting
         advice = f', or say whose it is with --{setting}.roles \'{{"{said}": "user"}}\''
         raise ValueError(
-            f"{row.place}: {said!r:.40} is no role{nearest(str(said), row.columns.roles)}; use "
+            f"{row.where}: {said!r:.40} is no role{nearest(str(said), row.columns.roles)}; use "
             f"{', '.join(KNOWN)}{advice if setting else ''}"
         )
     return role
 
 
-def _sides(turn: dict[str, Any], place: str) -> list[Message]:
+def _sides(turn: dict[str, Any], where: str) -> list[Message]:
     """A turn such as {"human": …, "assistant": …}, which holds a question and its answer."""
-    said = [_says(SIDES[k], _text(v, place)) for k, v in turn.items() if k in SIDES]
+    said = [_says(SIDES[k], _text(v, where)) for k, v in turn.items() if k in SIDES]
     if not said or any(value and key not in SIDES for key, value in turn.items()):
-        raise ValueError(f"{place}: a message needs role and content, not {turn!r:.60}")
+        raise ValueError(f"{where}: a message needs role and content, not {turn!r:.60}")
     return sorted(said, key=lambda message: ("system", "user", "assistant").index(message["role"]))
 
 
@@ -403,31 +403,31 @@ def _message(turn: dict[str, Any], row: Row) -> Message:
     named = {next(key for key in ROLE if turn.get(key) is not None)}
     named |= {next((key for key in CONTENT if key in turn), "content")}
     rest = {key: value for key, value in turn.items() if key not in named}
-    calls = _from_json(rest.get("tool_calls"), "tool_calls", row.place)
+    calls = _from_json(rest.get("tool_calls"), "tool_calls", row.where)
     if rest.get("function_call"):  # OpenAI's older form
-        calls = [*(calls or []), *_calls(rest.pop("function_call"), row.place)]
+        calls = [*(calls or []), *_calls(rest.pop("function_call"), row.where)]
     if calls:
         rest["tool_calls"] = calls
     if role == "tool" and not isinstance(content, (str, type(None))) and not _is_parts(content):
         content = json.dumps(content, ensure_ascii=False)
     if role == "assistant" and isinstance(content, list) and _is_parts(content):
-        content, made = _parted(content, row.place)
+        content, made = _parted(content, row.where)
         rest |= made
         calls = rest.get("tool_calls")
     silent = content is None and (calls or rest.get("reasoning_content") or rest.get("thinking"))
-    return {"role": role, "content": None if silent else _text(content, row.place), **rest}
+    return {"role": role, "content": None if silent else _text(content, row.where), **rest}
 
 
-def _calls(value: Any, place: str) -> list[dict[str, Any]]:
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     """The calls of a turn that is nothing else, as OpenAI writes them."""
     if isinstance(value, str):
-        value = _from_json(CALL_TAGS.sub("", value), "a function call", place)
+        value = _from_json(CALL_TAGS.sub("", value), "a function call", where)
     found = []
     for call in value if isinstance(value, list) else [value]:
         said = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(said, dict) or not isinstance(said.get("name"), str):
             raise ValueError(
-                f'{place}: a function call must be {{"name": …, "arguments": …}}, not {call!r:.60}'
+                f'{where}: a function call must be {{"name": …, "arguments": …}}, not {call!r:.60}'
             )
         name, arguments = said["name"], said.get("arguments", said.get("parameters", {}))
         ids = {"id": call["id"]} if "id" in call else {}
@@ -441,34 +441,34 @@ def _is_parts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(p, dict) for p in value)
 
 
-def _parted(parts: list[dict[str, Any]], place: str) -> tuple[str | None, dict[str, Any]]:
+def _parted(parts: list[dict[str, Any]], where: str) -> tuple[str | None, dict[str, Any]]:
     """The text of an assistant's parts, and what they are beside it: a thought and calls."""
     said = {
-        kind: [_part(p, place, KINDS) for p in parts if p.get("type", "text") == kind]
+        kind: [_part(p, where, KINDS) for p in parts if p.get("type", "text") == kind]
         for kind in KINDS
     }
     fields: dict[str, Any] = {}
     if said["reasoning"]:
         fields["reasoning_content"] = "".join(said["reasoning"])
     if said["tool_call"]:
-        fields["tool_calls"] = [call for text in said["tool_call"] for call in _calls(text, place)]
+        fields["tool_calls"] = [call for text in said["tool_call"] for call in _calls(text, where)]
     return "".join(said["text"]) or (None if fields else ""), fields
 
 
-def _text(value: Any, place: str) -> str:
+def _text(value: Any, where: str) -> str:
     if _is_parts(value):
-        value = "".join(_part(part, place, ("text",)) for part in value)
+        value = "".join(_part(part, where, ("text",)) for part in value)
     if not isinstance(value, str):
-        raise ValueError(f"{place}: a message's content must be text, not {value!r:.40}")
+        raise ValueError(f"{where}: a message's content must be text, not {value!r:.40}")
     return value
 
 
-def _part(part: dict[str, Any], place: str, kinds: Sequence[str]) -> str:
+def _part(part: dict[str, Any], where: str, kinds: Sequence[str]) -> str:
     """The text of one of several parts of a message, such as {"type": "text", "text": …}."""
     kind = part.get("type", "text")
     text = part.get("text", part.get("value", part.get(kind)))
     if kind not in kinds or not isinstance(text, str):
         raise ValueError(
-            f"{place}: a message's part must be text of type {', '.join(kinds)}, not {part!r:.60}"
+            f"{where}: a message's part must be text of type {', '.join(kinds)}, not {part!r:.60}"
         )
     return text

@@ -146,8 +146,8 @@ class Corpus:
         elif not isinstance(file, str) and kind(file) not in TABLES:
             yield _at_word_ends(self._blocks(file))
         else:
-            for row, place in self._rows(file):
-                yield [self._text(row, place)]
+            for row, where in self._rows(file):
+                yield [self._text(row, where)]
 
     def _blocks(self, file: Path) -> Iterator[str]:
         return read_blocks(file, self.errors, self.advice.errors)
@@ -162,15 +162,15 @@ class Corpus:
         found = rows.hub_rows(name, part, self.hub_split, revision)
         return ((row, f"{file}, row {number}") for number, row in found)
 
-    def _text(self, row: Any, place: str) -> str:
+    def _text(self, row: Any, where: str) -> str:
         """The text of a row, which is counted; null is no text."""
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: must be an object, not {type(row).__name__}")
+            raise ValueError(f"{where}: must be an object, not {type(row).__name__}")
         text = row.get(self.column, 0)
         if not isinstance(text, (str, type(None))):
             what = "no such column" if self.column not in row else f"not {text!r:.40}"
             raise ValueError(
-                f"{place}: needs text in column {self.column!r}, {what} (it holds: "
+                f"{where}: needs text in column {self.column!r}, {what} (it holds: "
                 f"{', '.join(row)}){nearest(self.column, row)}; {self.advice.column}"
             )
         self.found.rows += 1

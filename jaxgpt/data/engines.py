@@ -406,14 +406,14 @@ def _parts(
     """The text cut at its special tokens, each part with whether it is one."""
     pattern = _any_of(tuple(special))
     parts: list[tuple[str, bool]] = []
-    done = place = 0
-    while found := pattern.search(text, place):
+    done = start = 0
+    while found := pattern.search(text, start):
         over = [b for a, b in literal if a < found.end() and found.start() < b]
         if over:
-            place = max(over)
+            start = max(over)
             continue
         parts += [(text[done : found.start()], False), (found[0], True)]
-        done = place = found.end()
+        done = start = found.end()
     return [part for part in [*parts, (text[done:], False)] if part[0]]
 
 

@@ -137,8 +137,8 @@ def file_rows(
         return
     yield value, f"{file}, line {number}"
     for number, line in itertools.chain([second], filled):
-        place = f"{file}, line {number}"
-        yield _parse(line, place, errors), place
+        where = f"{file}, line {number}"
+        yield _parse(line, where, errors), where
 
 
 def parquet(file: Path) -> Any:
@@ -314,24 +314,24 @@ def _is_rows(value: Any) -> bool:
     )  # fmt: skip
 
 
-def _parse(text: str, place: str, errors: Errors) -> Any:
+def _parse(text: str, where: str, errors: Errors) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _not_json(error, place, text) from None
-    return _mended(value, text, place, errors)
+        raise _not_json(error, where, text) from None
+    return _mended(value, text, where, errors)
 
 
-def _not_json(error: Exception, place: str, text: str) -> ValueError:
+def _not_json(error: Exception, where: str, text: str) -> ValueError:
     reason = str(error)
     if isinstance(error, json.JSONDecodeError):
         reason = f"{error.msg}, column {error.colno}"
         if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
             reason += "; is it cut short?"
-    return ValueError(f"{place}: not JSON ({reason})")
+    return ValueError(f"{where}: not JSON ({reason})")
 
 
-def _mended(value: Any, text: str, place: str, errors: Errors) -> Any:
+def _mended(value: Any, text: str, where: str, errors: Errors) -> Any:
     """JSON's escapes can write half a surrogate pair, which no tokenizer takes."""
     if not SURROGATE.search(text):
         return value
@@ -341,7 +341,7 @@ def _mended(value: Any, text: str, place: str, errors: Errors) -> Any:
     except UnicodeEncodeError:
         if errors == "strict":
             raise ValueError(
-                f"{place}: holds half a surrogate pair (\\ud83d without what belongs to it), which "
+                f"{where}: holds half a surrogate pair (\\ud83d without what belongs to it), which "
                 "is not Unicode text; repair it"
             ) from None
         return json.loads(whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))

@@ -170,11 +170,11 @@ def wrong(problem: Problem) -> str:
     text = concise(problem)
     digits = str(problem.answer)
     changed = ""
-    for place, digit in enumerate(digits):
+    for index, digit in enumerate(digits):
         others = [d for d in "0123456789" if d != digit]
-        if place == 0 and len(digits) > 1:
+        if index == 0 and len(digits) > 1:
             others.remove("0")  # which no right answer begins with
-        changed += others[draw(len(others), "digit", place, *problem)]
+        changed += others[draw(len(others), "digit", index, *problem)]
     return text[: len(text) - len(digits)] + changed
 
 
@@ -197,9 +197,9 @@ def preferences(task: str, held_out: bool) -> list[Preference]:
 def ratings(task: str, held_out: bool) -> list[Rated]:
     """A task's answers, good or bad, one of the pair's two for every problem."""
     return [
-        Rated(pair.prompt, pair.chosen if good else pair.rejected, good, pair.place)
+        Rated(pair.prompt, pair.chosen if good else pair.rejected, good, pair.where)
         for pair in preferences(task, held_out)
-        for good in [draw(2, "rated", pair.place) == 0]
+        for good in [draw(2, "rated", pair.where) == 0]
     ]
 
 
@@ -299,9 +299,9 @@ def _products() -> tuple[Product, ...]:
 
 def _chain(number: int) -> Chain:
     count = 3 + draw(2, "terms", number)
-    signs = ["+-"[draw(2, "sign", number, place)] for place in range(count - 1)]
-    numbers = [1 + draw(LARGEST_TERM, "term", number, place) for place in range(count)]
+    signs = ["+-"[draw(2, "sign", number, index)] for index in range(count - 1)]
+    numbers = [1 + draw(LARGEST_TERM, "term", number, index) for index in range(count)]
     if draw(3, "product", number) == 0:
         signs[0] = "*"
-        numbers[:2] = [2 + draw(8, "factor", number, place) for place in range(2)]
+        numbers[:2] = [2 + draw(8, "factor", number, index) for index in range(2)]
     return Chain(tuple(numbers), tuple(signs))

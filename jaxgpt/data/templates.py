@@ -114,7 +114,7 @@ def called(message: Message) -> list[str]:
     return [call.get("function", call).get("name", "") for call in message.get("tool_calls") or ()]
 
 
-def joined(message: Message, place: str) -> dict[str, Any]:
+def joined(message: Message, where: str) -> dict[str, Any]:
     """The message whose content is one text, where it is a list of texts."""
     content = message.get("content")
     if not isinstance(content, list):
@@ -123,7 +123,7 @@ def joined(message: Message, place: str) -> dict[str, Any]:
     for part, text in zip(content, texts, strict=True):
         if not isinstance(text, str):
             raise ValueError(
-                f"{place}: the chat template reads text, not a part such as {part!r:.60}"
+                f"{where}: the chat template reads text, not a part such as {part!r:.60}"
             )
     return {**message, "content": "".join(texts)}
 
@@ -237,33 +237,33 @@ def _refuse(reason: str) -> None:
 def _prepared(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f'message {number} must be {{"role": …, "content": …}}')
-    place = f"message {number} ({message['role']})"
+    where = f"message {number} ({message['role']})"
     found = {name: value for name, value in message.items() if value is not None}
     if found.get("weight", 1) not in (0, 1):
         raise ValueError(
-            f"{place}: weight={found['weight']!r:.40} must be 0 (read, not learned) or 1"
+            f"{where}: weight={found['weight']!r:.40} must be 0 (read, not learned) or 1"
         )
     if "function_call" in found and "tool_calls" not in found:  # OpenAI's older form of one call
         found["tool_calls"] = [{"type": "function", "function": found["function_call"]}]
     if "tool_calls" in found:
         if not isinstance(found["tool_calls"], list):
-            raise ValueError(f"{place}: tool_calls={found['tool_calls']!r:.40} must be a list")
-        found["tool_calls"] = [_call(call, place) for call in found["tool_calls"]]
+            raise ValueError(f"{where}: tool_calls={found['tool_calls']!r:.40} must be a list")
+        found["tool_calls"] = [_call(call, where) for call in found["tool_calls"]]
     speaks = found.get("tool_calls") or any(name in found for name in THOUGHTS)
     content = found.get("content", "" if speaks else None)
     parts = content if isinstance(content, list) else []
     if not isinstance(content, str) and not (
         parts and all(isinstance(part, str | Mapping) for part in parts)
     ):
-        raise ValueError(f"{place}: content must be text, not {content!r:.40}")
+        raise ValueError(f"{where}: content must be text, not {content!r:.40}")
     return found
 
 
-def _call(call: Any, place: str) -> dict[str, Any]:
+def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(
-            f'{place}: a call must be {{"function": {{"name": …, "arguments": …}}}}, not '
+            f'{where}: a call must be {{"function": {{"name": …, "arguments": …}}}}, not '
             f"{call!r:.60}"
         )
     given = function.get("arguments")
@@ -275,7 +275,7 @@ def _call(call: Any, place: str) -> dict[str, Any]:
             arguments = None
     if not isinstance(arguments, Mapping) and given is not None:
         raise ValueError(
-            f"{place}: the arguments of {function['name']} must be an object, or the text of one "
+            f"{where}: the arguments of {function['name']} must be an object, or the text of one "
             f"in JSON, not {given!r:.60}"
         )
     whole = {**function, "arguments": Arguments(arguments or {})}

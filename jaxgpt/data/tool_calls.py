@@ -123,16 +123,16 @@ class Reader:
             self._text = ""
             return False
         raw = style.begin[0] in "{["  # JSON alone is a call only where an answer begins
-        for place, char in enumerate(self._text):
+        for at, char in enumerate(self._text):
             if char != style.begin[0] or (
-                raw and not (self._blank and not self._text[:place].strip())
+                raw and not (self._blank and not self._text[:at].strip())
             ):
                 continue
-            end = self._match_call(self._text[place:], style.begin)
+            end = self._match_call(self._text[at:], style.begin)
             if end == -1:
                 continue
-            self._show(found, self._text[:place])
-            self._text = self._text[place:]
+            self._show(found, self._text[:at])
+            self._text = self._text[at:]
             if end is None:
                 return False
             self._begin_call(found, end)
@@ -181,7 +181,7 @@ class Reader:
         self._depth, self._in_string, self._escaped = 0, False, False
 
     def _arguments(self, found: list[dict[str, Any]]) -> bool:
-        for place, char in enumerate(self._text):
+        for at, char in enumerate(self._text):
             if self._in_string:
                 self._in_string = char != '"' or self._escaped
                 self._escaped = char == "\\" and not self._escaped
@@ -189,7 +189,7 @@ class Reader:
             self._in_string = char == '"'
             self._depth += (char in "{[") - (char in "}]")
             if self._depth == 0:
-                self._give_arguments(found, place + 1)
+                self._give_arguments(found, at + 1)
                 self._state = "after"
                 return True
         self._give_arguments(found, len(self._text))
@@ -250,27 +250,27 @@ def as_text(messages: Sequence[Any], tools: Sequence[Mapping[str, Any]]) -> list
 
 def _object_after(text: str, start: int, value: Any) -> tuple[int, int] | None:
     """Where a JSON object of this value stands."""
-    for place in range(start, len(text)):
-        if text[place] == "{":
+    for at in range(start, len(text)):
+        if text[at] == "{":
             try:
-                found, end = json.JSONDecoder().raw_decode(text, place)
+                found, end = json.JSONDecoder().raw_decode(text, at)
             except ValueError:
                 continue
-            return (place, end) if found == value else None
+            return (at, end) if found == value else None
     return None
 
 
 def _match(text: str, expected: str) -> int | None:
     """Where `expected` ends at the beginning of a text; None: too short to say; -1: nowhere."""
-    place = 0
+    at = 0
     for char in expected:
         if char.isspace():
             continue
-        while place < len(text) and text[place].isspace():
-            place += 1
-        if place == len(text):
+        while at < len(text) and text[at].isspace():
+            at += 1
+        if at == len(text):
             return None
-        if text[place] != char:
+        if text[at] != char:
             return -1
-        place += 1
-    return place
+        at += 1
+    return at

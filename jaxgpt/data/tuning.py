@@ -117,7 +117,7 @@ def ratings(
             arms = [_answer(form, own, rated.answer) for rated in (own, other)]
             return _fit(cfg, arms, width, tally)
 
-        kept = _encoded(list(zip(part, others, strict=True)), encode, lambda both: both[0].place)
+        kept = _encoded(list(zip(part, others, strict=True)), encode, lambda both: both[0].where)
         desirable = np.array([own.desirable for (own, _), _ in kept], np.float32)
         items: list[Item] = [([answer], [mismatched]) for _, (answer, mismatched) in kept]
         return items, {"desirable": desirable}
@@ -171,7 +171,7 @@ def _fit(
 def _encoded(
     part: Sequence[T],
     encode: Callable[[T], list[Encoded] | None],
-    place: Callable[[T], str] = lambda row: row.place,  # type: ignore[attr-defined]
+    where: Callable[[T], str] = lambda row: row.where,  # type: ignore[attr-defined]
 ) -> list[tuple[T, list[Encoded]]]:
     """The rows that could be encoded, with their sequences."""
     kept = []
@@ -179,7 +179,7 @@ def _encoded(
         try:
             arms = encode(row)
         except ValueError as error:
-            raise ValueError(f"{place(row)}: {error}") from None
+            raise ValueError(f"{where(row)}: {error}") from None
         kept += [] if arms is None else [(row, arms)]
     return kept
 

@@ -42,7 +42,7 @@ class Item(NamedTuple):
 
 def read(layout: Layout, lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Item]:
     """One item for each row of a JSONL file."""
-    return [layout(row, place) for place, row in records.read_rows(path)]
+    return [layout(row, where) for where, row in records.read_rows(path)]
 
 
 def read_hellaswag(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Item]:
@@ -94,63 +94,63 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> Measures:
     }
 
 
-def local(row: Mapping[str, Any], place: str) -> Item:
+def local(row: Mapping[str, Any], where: str) -> Item:
     """{query, choices, gold}: query, a blank, choice."""
     if not isinstance(row.get("query"), str) or not row["query"]:
-        raise ValueError(f"{place}: must have query, choices and gold; it has {', '.join(row)}")
-    endings = records.strings(row.get("choices"), "choices", place)
-    return Item((row["query"],), tuple(endings), _gold(row, "gold", len(endings), place))
+        raise ValueError(f"{where}: must have query, choices and gold; it has {', '.join(row)}")
+    endings = records.strings(row.get("choices"), "choices", where)
+    return Item((row["query"],), tuple(endings), _gold(row, "gold", len(endings), where))
 
 
-def hellaswag(row: Mapping[str, Any], place: str) -> Item:
+def hellaswag(row: Mapping[str, Any], where: str) -> Item:
     """The Hub's {ctx_a, ctx_b, activity_label, endings, label}, cleaned as the harness does."""
     if "query" in row:
-        return local(row, place)
-    endings = records.strings(row.get("endings"), "endings", place)
+        return local(row, where)
+    endings = records.strings(row.get("endings"), "endings", where)
     first, second = (str(row.get(name) or "") for name in ("ctx_a", "ctx_b"))
-    context = f"{first} {second.capitalize()}" if first else records.text_field(row, "ctx", place)
-    activity = records.text_field(row, "activity_label", place)
+    context = f"{first} {second.capitalize()}" if first else records.text_field(row, "ctx", where)
+    activity = records.text_field(row, "activity_label", where)
     return Item(
         (_clean(f"{activity}: {context}"),),
         tuple(_clean(ending) for ending in endings),
-        _gold(row, "label", len(endings), place),
+        _gold(row, "label", len(endings), where),
     )
 
 
-def piqa(row: Mapping[str, Any], place: str) -> Item:
+def piqa(row: Mapping[str, Any], where: str) -> Item:
     """The Hub's {goal, sol1, sol2, label}."""
     if "query" in row:
-        return _answering(local(row, place))
-    goal, *endings = (records.text_field(row, name, place) for name in ("goal", "sol1", "sol2"))
-    gold = _gold(row, "label", len(endings), place)
+        return _answering(local(row, where))
+    goal, *endings = (records.text_field(row, name, where) for name in ("goal", "sol1", "sol2"))
+    gold = _gold(row, "label", len(endings), where)
     return Item((f"Question: {goal}\nAnswer:",), tuple(endings), gold)
 
 
-def arc(row: Mapping[str, Any], place: str) -> Item:
+def arc(row: Mapping[str, Any], where: str) -> Item:
     """The Hub's {question, choices: {text, label}, answerKey}."""
     if "query" in row:
-        return _answering(local(row, place))
-    question, choices = records.text_field(row, "question", place), row.get("choices")
+        return _answering(local(row, where))
+    question, choices = records.text_field(row, "question", where), row.get("choices")
     if not isinstance(choices, Mapping):
-        raise ValueError(f"{place}: choices must have text and label")
-    endings = records.strings(choices.get("text"), "choices.text", place)
+        raise ValueError(f"{where}: choices must have text and label")
+    endings = records.strings(choices.get("text"), "choices.text", where)
     labels, key = choices.get("label"), row.get("answerKey")
     if not isinstance(labels, list) or len(labels) != len(endings) or key not in labels:
-        raise ValueError(f"{place}: answerKey={key!r:.20} is none of the choices' labels")
+        raise ValueError(f"{where}: answerKey={key!r:.20} is none of the choices' labels")
     return Item((f"Question: {question}\nAnswer:",), tuple(endings), labels.index(key))
 
 
-def winogrande(row: Mapping[str, Any], place: str) -> Item:
+def winogrande(row: Mapping[str, Any], where: str) -> Item:
     """The Hub's {sentence with _, option1, option2, answer}: p(rest | beginning with option)."""
     if "query" in row:
-        return local(row, place)
-    fields = (records.text_field(row, name, place) for name in ("sentence", "option1", "option2"))
+        return local(row, where)
+    fields = (records.text_field(row, name, where) for name in ("sentence", "option1", "option2"))
     sentence, *options = fields
     before, gap, after = sentence.partition("_")
     if not gap or not after.strip():
-        raise ValueError(f"{place}: sentence must have a _ with text after it")
+        raise ValueError(f"{where}: sentence must have a _ with text after it")
     contexts = tuple(before + option for option in options)
-    return Item(contexts, (after.strip(),), _gold(row, "answer", 2, place, first=1))
+    return Item(contexts, (after.strip(),), _gold(row, "answer", 2, where, first=1))
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -168,11 +168,11 @@ def _answering(item: Item) -> Item:
     return item._replace(contexts=(query if query.endswith("Answer:") else f"{query}\nAnswer:",))
 
 
-def _gold(row: Mapping[str, Any], name: str, count: int, place: str, first: int = 0) -> int:
+def _gold(row: Mapping[str, Any], name: str, count: int, where: str, first: int = 0) -> int:
     value = row.get(name)
     number = int(str(value)) if re.fullmatch(r"\d{1,9}", str(value)) else -1
     if not first <= number < first + count:
-        raise ValueError(f"{place}: {name}={value!r:.20} must be {first} to {first + count - 1}")
+        raise ValueError(f"{where}: {name}={value!r:.20} must be {first} to {first + count - 1}")
     return number - first
 
 

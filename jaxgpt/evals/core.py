@@ -136,39 +136,39 @@ def _items(name: str, kind: Kind, file: Path) -> list[Item]:
     made = []
     if len(rows) <= kind.shots:
         raise ValueError(f"data={file}: {name} needs {kind.shots} examples beside each item")
-    for number, (place, row) in enumerate(rows):
+    for number, (where, row) in enumerate(rows):
         drawn = random.Random(1234 + number).sample(range(len(rows) - 1), kind.shots)
         others = [rows[other + (other >= number)] for other in drawn]  # all but the item itself
         before = "".join(f"{_whole(kind, shot, at)}\n\n" for at, shot in others)
-        pairs, gold = _pairs(kind, row, place)
+        pairs, gold = _pairs(kind, row, where)
         made.append(Item(name, len(rows), tuple((before + c, a) for c, a in pairs), gold))
     return made
 
 
-def _whole(kind: Kind, row: Mapping[str, Any], place: str) -> str:
+def _whole(kind: Kind, row: Mapping[str, Any], where: str) -> str:
     """An example with its right answer."""
-    pairs, gold = _pairs(kind, row, place)
+    pairs, gold = _pairs(kind, row, where)
     return "".join(pairs[gold or 0])
 
 
 def _pairs(
-    kind: Kind, row: Mapping[str, Any], place: str
+    kind: Kind, row: Mapping[str, Any], where: str
 ) -> tuple[list[tuple[str, str]], int | None]:
     """Context and continuation of every choice of a row, and which is right."""
     if "context_options" in row:
-        contexts = records.strings(row["context_options"], "context_options", place)
-        ending = records.text_field(row, "continuation", place)
+        contexts = records.strings(row["context_options"], "context_options", where)
+        ending = records.text_field(row, "continuation", where)
         pairs = [(context, kind.between + ending) for context in contexts]
     elif "choices" in row:
         query = row.get("query")
         if not isinstance(query, str):
-            raise ValueError(f"{place}: query must be text, not {query!r:.80}")
-        choices = records.strings(row["choices"], "choices", place)
+            raise ValueError(f"{where}: query must be text, not {query!r:.80}")
+        choices = records.strings(row["choices"], "choices", where)
         pairs = [(query, kind.between + choice) for choice in choices]
     else:
-        context = records.text_field(row, "context", place).strip()
-        return [(context, kind.between + records.text_field(row, "continuation", place))], None
+        context = records.text_field(row, "context", where).strip()
+        return [(context, kind.between + records.text_field(row, "continuation", where))], None
     gold = row.get("gold")
     if not isinstance(gold, int) or not 0 <= gold < len(pairs):
-        raise ValueError(f"{place}: gold={gold!r}: must number one of {len(pairs)} choices from 0")
+        raise ValueError(f"{where}: gold={gold!r}: must number one of {len(pairs)} choices from 0")
     return pairs, gold

@@ -38,11 +38,11 @@ class Item(NamedTuple):
 def read_gsm8k(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Item]:
     """{question, answer} where the answer ends in "#### N"; the harness's prompt, or a chat's."""
     items = []
-    for place, row in records.read_rows(path):
-        question = records.text_field(row, "question", place)
-        answer = verify.stated(records.text_field(row, "answer", place))
+    for where, row in records.read_rows(path):
+        question = records.text_field(row, "question", where)
+        answer = verify.stated(records.text_field(row, "answer", where))
         if answer is None:
-            raise ValueError(f'{place}: answer must end in "#### N"')
+            raise ValueError(f'{where}: answer must end in "#### N"')
         prompt = question if cfg.chat else f"Question: {question}\nAnswer:"
         items.append(Item(prompt, answer))
     return items
@@ -63,11 +63,11 @@ def read_arithmetic(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[
             for p in task.problems(True)
         ]
     items = []
-    for place, row in records.read_rows(path):
-        answer = verify.last_number(records.text_field(row, "continuation", place))
+    for where, row in records.read_rows(path):
+        answer = verify.last_number(records.text_field(row, "continuation", where))
         if answer is None:
-            raise ValueError(f"{place}: continuation={row['continuation']!r:.40} is no number")
-        items.append(Item(records.text_field(row, "context", place), answer))
+            raise ValueError(f"{where}: continuation={row['continuation']!r:.40} is no number")
+        items.append(Item(records.text_field(row, "context", where), answer))
     return items
 
 

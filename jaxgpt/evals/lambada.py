@@ -15,14 +15,14 @@ Item = tuple[str, str]  # the passage and its last word
 def read(lm: LanguageModel, cfg: EvaluateConfig, path: Path) -> list[Item]:
     """{context, continuation}, or the Hub's {text} whose last word is asked for."""
     items = []
-    for place, row in records.read_rows(path):
+    for where, row in records.read_rows(path):
         if "continuation" in row:
-            context = records.text_field(row, "context", place)
-            word = records.text_field(row, "continuation", place).strip()
+            context = records.text_field(row, "context", where)
+            word = records.text_field(row, "continuation", where).strip()
         else:
-            context, _, word = records.text_field(row, "text", place).rstrip().rpartition(" ")
+            context, _, word = records.text_field(row, "text", where).rstrip().rpartition(" ")
         if not context.strip():
-            raise ValueError(f"{place}: has no text before the last word")
+            raise ValueError(f"{where}: has no text before the last word")
         items.append((context.rstrip(), word))
     return items
 

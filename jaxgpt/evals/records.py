@@ -14,24 +14,24 @@ from jaxgpt.data import rows
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a file, or of a folder's or a glob's, each with its place for messages."""
-    for row, place in rows.read(str(path)):
+    for row, where in rows.read(str(path)):
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: must be an object such as {{…}}")
-        yield place, row
+            raise ValueError(f"{where}: must be an object such as {{…}}")
+        yield where, row
 
 
-def text_field(row: Mapping[str, Any], name: str, place: str) -> str:
+def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
     """A field that must be text with something in it."""
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{place}: {name} must be text, not {value!r:.80}")
+        raise ValueError(f"{where}: {name} must be text, not {value!r:.80}")
     return value
 
 
-def strings(value: Any, name: str, place: str) -> Sequence[str]:
+def strings(value: Any, name: str, where: str) -> Sequence[str]:
     """A field that must be a list of at least two texts."""
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(v, str) for v in value):
-        raise ValueError(f"{place}: {name} must be a list of two texts or more")
+        raise ValueError(f"{where}: {name} must be a list of two texts or more")
     return value
 
 

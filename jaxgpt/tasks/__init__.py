@@ -97,12 +97,12 @@ def read_rows(paths: Paths, split: str = "train", columns: Columns | None = None
         ValueError: a row of another form, or no answer that a reply can equal.
     """
     found, worked = [], []
-    for prompt, answer, place in conversations.questions(paths, split, columns):
+    for prompt, answer, where in conversations.questions(paths, split, columns):
         final = verify.expected(answer)
         if not final:
-            raise ValueError(f"{place}: nothing stands after the answer's ####")
+            raise ValueError(f"{where}: nothing stands after the answer's ####")
         if verify.is_worked(final):
-            worked.append(place)
+            worked.append(where)
         found.append(Row(prompt, final))
     if worked:
         said = (

@@ -266,7 +266,7 @@ def test_any_object_is_a_row_or_one_line_with_its_place(tmp_path_factory, table)
         except ValueError as error:
             assert f"{path}, " in str(error)
         else:
-            places = {one.place for one in found}
+            places = {one.where for one in found}
             # One object alone may hold the rows, as {"data": [...]}.
             assert len(table) == 1 or places == {f"{path}, line {n + 1}" for n in range(len(table))}
 

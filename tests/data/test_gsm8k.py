@@ -74,7 +74,7 @@ def test_a_part_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     for path in ("openai/gsm8k:main", "some/set"):
-        assert [d.place for d in conversations.dialogues(path)] == [f"{path}, row 1"]
+        assert [d.where for d in conversations.dialogues(path)] == [f"{path}, row 1"]
     assert asked == [("openai/gsm8k", "main", "train"), ("some/set", None, "train")]
 
 
