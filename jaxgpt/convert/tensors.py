@@ -18,6 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from jaxgpt.convert.table import Shape
+from jaxgpt.data import engines
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -80,18 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file")
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a JSON file")
-    return parse_json(path.read_bytes(), str(path))
-
-
-def parse_json(content: bytes, name: str) -> dict[str, Any]:
-    """A JSON object from bytes that nobody vouches for."""
-    try:
-        found = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: not a JSON file ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: must hold a JSON object")
-    return found
+    return engines.parse_json(path.read_bytes(), str(path))
 
 
 def save(

@@ -242,7 +242,7 @@ def with_settings(files: dict[str, bytes], **settings: Any) -> dict[str, bytes]:
 
 
 def _content(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    return tensors.parse_json(files.get(name, b"{}"), name)
+    return engines.parse_json(files.get(name, b"{}"), name)
 
 
 def _numbered(tokens: Sequence[str]) -> dict[str, int]:

@@ -250,6 +250,17 @@ def byte_level() -> Bpe:
     return bpe(PATTERN, {bytes([b]): b for b in range(256)}, special)
 
 
+def parse_json(content: bytes, name: str) -> dict[str, Any]:
+    """A JSON object from bytes that nobody vouches for."""
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: must be a JSON object")
+    return found
+
+
 def read_bpe(
     definition: dict[str, Any],
 ) -> tuple[str, dict[bytes, int], dict[str, int]] | None:

@@ -165,10 +165,7 @@ def hub_rows(
         for number, row in enumerate(loaded, 1):
             yield number, _arrow_row(row)
     except Exception as error:  # no network, no such data set, no permission: dozens of kinds
-        raise ValueError(
-            f"{name}: no such file or folder, and the Hub does not give a data set of that name "
-            f"({type(error).__name__}: {error})"
-        ) from None
+        raise _not_on_hub(name, error) from None
 
 
 @functools.cache
@@ -179,10 +176,14 @@ def hub_revision(name: str) -> str:
     try:
         return huggingface_hub.HfApi().dataset_info(name, timeout=HUB_SECONDS).sha or ""
     except Exception as error:  # as in hub_rows
-        raise ValueError(
-            f"{name}: no such file or folder, and the Hub does not give a data set of that name "
-            f"({type(error).__name__}: {error})"
-        ) from None
+        raise _not_on_hub(name, error) from None
+
+
+def _not_on_hub(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{name}: no such file or folder, and the Hub does not give a data set of that name "
+        f"({type(error).__name__}: {error})"
+    )
 
 
 def read_text(path: str | Path, errors: Errors = "strict") -> str:

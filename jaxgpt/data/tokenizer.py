@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxgpt import files as paths
 from jaxgpt.data import engines
-from jaxgpt.data.engines import PATTERN, SPECIAL, Bpe, HuggingFace
+from jaxgpt.data.engines import PATTERN, SPECIAL, Bpe, HuggingFace, parse_json
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # GPT-2's, under two names
 FILES = ("tokenizer.json", "tokenizer_config.json", *itertools.chain(*PAIRS))
@@ -60,10 +60,12 @@ def from_files(files: Mapping[str, bytes], name: str) -> Tokenizer:
         ValueError: none of these files holds a vocabulary, or one is damaged.
     """
     if "tokenizer.json" in files:
-        definition = _parse(files["tokenizer.json"], f"{name}: tokenizer.json")
+        definition = parse_json(files["tokenizer.json"], f"{name}: tokenizer.json")
         if "model" not in definition:
             raise ValueError(f"{name}: tokenizer.json: has no model")
-        told = _parse(files.get("tokenizer_config.json", b"{}"), f"{name}: tokenizer_config.json")
+        told = parse_json(
+            files.get("tokenizer_config.json", b"{}"), f"{name}: tokenizer_config.json"
+        )
         end = told.get("eos_token")
         end = end.get("content") if isinstance(end, dict) else end
         try:
@@ -72,7 +74,7 @@ def from_files(files: Mapping[str, bytes], name: str) -> Tokenizer:
             raise ValueError(f"{name}: {error}") from None
     for vocab, merges in PAIRS:
         if vocab in files and merges in files:
-            content = _parse(files[vocab], f"{name}: {vocab}")
+            content = parse_json(files[vocab], f"{name}: {vocab}")
             return _from_gpt2_files(content, files[merges].decode("utf-8"))
     raise ValueError(f"{name}: holds no tokenizer.json and no vocab.json + merges.txt")
 
@@ -138,16 +140,6 @@ def _without_possessives(pattern: str) -> str:
     every line break; the possessive forms are for speed only.
     """
     return re.sub(r"([+*?}])\+", r"\1", pattern).replace("$", r"\z")
-
-
-def _parse(content: bytes, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: must be a JSON object")
-    return found
 
 
 def _from_gpt2_files(vocab: dict[str, int], merges_text: str) -> Tokenizer:

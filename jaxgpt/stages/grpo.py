@@ -22,10 +22,7 @@ from jaxgpt.types import Array, Batch, Carry, Metrics, Params
 
 def data(cfg: GrpoConfig, start: Loaded) -> Stage:
     """The objective with its rollouts: the policy\'s answers to a task\'s problems."""
-    data = cfg.data
-    task = tasks.find(data.path, data.val_path, data.split, data.tools, data.columns, data.roles)
-    if cfg.data.format_weight:
-        task = tasks.with_format(task, cfg.data.format_weight)
+    task = tasks.configured(cfg.data)
     writer = Writer(cfg.model, chatting.chat_format(start), start.stop_ids)
     rollouts = Rollouts(
         cfg, cfg.rollout, writer, from_task(task, False), jax.jit(partial(score, cfg)),

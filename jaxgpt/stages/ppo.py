@@ -29,10 +29,7 @@ KL_GAIN = 0.5  # of the adaptive weight: by at most a tenth, since the error is 
 
 def data(cfg: PpoConfig, start: Loaded) -> Stage:
     """The objective with its rollouts: the policy\'s answers to a task\'s problems."""
-    data = cfg.data
-    task = tasks.find(data.path, data.val_path, data.split, data.tools, data.columns, data.roles)
-    if cfg.data.format_weight:
-        task = tasks.with_format(task, cfg.data.format_weight)
+    task = tasks.configured(cfg.data)
     writer = Writer(cfg.model, chatting.chat_format(start), start.stop_ids)
     stage = objective(cfg, start.params)
     params, judge = stage.params | {"value": _value(cfg, start.params)}, None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from jaxgpt.config import TaskConfig
 from jaxgpt.data import conversations, synthetic
 from jaxgpt.data import rows as data
 from jaxgpt.data.chat import Message
@@ -76,6 +77,12 @@ def find(
     else:
         splits = {side: [row for row in rows if _held_out(row) == side] for side in (False, True)}
     return Task(splits.__getitem__, lambda row: list(row.prompt), _right, at_hand)
+
+
+def configured(cfg: TaskConfig) -> Task:
+    """`find` by the settings of a training command; they may ask for a reward of the form too."""
+    task = find(cfg.path, cfg.val_path, cfg.split, cfg.tools, cfg.columns, cfg.roles)
+    return with_format(task, cfg.format_weight) if cfg.format_weight else task
 
 
 def with_format(task: Task, weight: float) -> Task:
