@@ -120,7 +120,7 @@ def test_a_large_vocabulary_takes_wider_integers(tmp_path):
 
     (tmp_path / "a.txt").write_text("a" * 100)
     manifest = write_tokens(
-        Corpus((str(tmp_path / "a.txt"),)), Wide(**vars(BYTES)), tmp_path / "out", "wide"
+        Corpus((str(tmp_path / "a.txt"),)), Wide(*PARTS), tmp_path / "out", "wide"
     )
     assert manifest["dtype"] == "uint32"
     assert token_files.open_tokens(tmp_path / "out").train.read(0, 1)[0] == 100_000
