@@ -216,14 +216,14 @@ class Rollouts:
     def _measures(self, episodes: list[Episode], rows: Rows) -> dict[str, float]:
         """Of the answers as they were drawn, before any group was replaced."""
         groups = self._groups(episodes)
-        apart = np.abs(rows["logprobs"] - rows["sampler"])[rows["mask"] > 0]
+        difference = np.abs(rows["logprobs"] - rows["sampler"])[rows["mask"] > 0]
         mean = lambda values: float(np.mean(list(values)))
         measures = {
             "rollout/length": mean(sum(e.mask) for e in episodes),
             "rollout/truncated": mean(not e.stopped for e in episodes),
-            "rollout/difference_max": float(apart.max()),
-            "rollout/difference_p999": float(np.quantile(apart, QUANTILE)),
-            "rollout/difference_mean": float(apart.mean()),
+            "rollout/difference_max": float(difference.max()),
+            "rollout/difference_p999": float(np.quantile(difference, QUANTILE)),
+            "rollout/difference_mean": float(difference.mean()),
         }
         if self.problems.judged:
             measures["rollout/reward"] = mean(e.reward for e in episodes)

@@ -56,9 +56,9 @@ class Lora:
 class Transposed:
     """A kernel with its output channels first, for decoding on a CPU or GPU.
 
-    XLA:CPU multiplies 2 to 16 rows of bfloat16 by it in 0.84 to 0.94 of the time, and more rows in
-    the same; a single row of float32 in 0.81 of it, but several take 1.3 times as long. A GPU
-    reads it faster for a single row.
+    A product with few rows takes most of its time to read the kernel, and this layout is read
+    faster: on a CPU for one row in float32 and for 2 to 16 rows in bfloat16, on a GPU for one row
+    (benchmarks/decode.py). With more rows it is no faster: `sample.for_decoding` decides.
     """
 
     rows: Array  # [F, D]

@@ -13,7 +13,7 @@ from jaxgpt.convert.llama import (
     QKV_BIAS,
     SETTINGS,
     UNBIASED,
-)  # fmt: skip
+)
 
 FIXED = {"norm": "layernorm", "mlp": "plain", "position": "rope", "bias": "all"}
 BLOCK = table.rows("""

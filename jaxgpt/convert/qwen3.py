@@ -14,7 +14,7 @@ from jaxgpt.convert.llama import (
     QKV_BIAS,
     SETTINGS,
     UNBIASED,
-)  # fmt: skip
+)
 
 QK_NORM = table.rows("""
     attention/query_norm/scale  self_attn.q_norm.weight  width

@@ -57,9 +57,10 @@ class Examples:
 
     Args:
         width: tokens of a row; padded rows may be narrower.
-        numbers: more to know of every item, such as a pair's margin; position by position only
-            if packed.
-        text: windows of plain text, which take the place of `text_share` of the rows.
+        numbers: name -> array whose first axis is the item, such as the margin of every pair. Of
+            packed items only what has positions after it: the examples in a row lie one behind
+            the other.
+        text: windows of plain text; `text_share` of the rows are such windows instead of items.
     """
 
     items: Sequence[Item]
@@ -111,9 +112,12 @@ class Examples:
         return batches.shuffled(counts, max(len(self.items), 1), self.seed)
 
     def _batch(self, chosen: np.ndarray, rows: np.ndarray) -> Rows:
-        """Args:
-        chosen: the item of every row of the global batch, which decides the width; negative
-            numbers are windows of text, and len(items) is an empty row.
+        """The asked rows of a batch.
+
+        Args:
+            chosen: what each row of the global batch holds, of which the longest decides the
+                width. 0 … len(items) - 1: that item; len(items): nothing; -1, -2, …: window 0, 1,
+                … of the text.
         """
         items = [self._item(int(number)) for number in chosen]
         width = self.width if self.packed else self._width(items)

@@ -59,14 +59,14 @@ def data(cfg: DistillConfig, start: Loaded) -> Stage:
     next_batch = lambda params, carry, step: place(partial(train_rows.rows, step))
     if cfg.on_policy:
         next_batch = _own_answers(cfg, start, form, said[0])
-    apart = partial(_divergence, cfg, teacher.config)
+    distance = partial(_divergence, cfg, teacher.config)
 
     @jax.jit
     def held_out_metrics(params: Params, batch: Batch) -> Metrics:
         _, weight, metrics = scoring.next_token_loss(
             cfg.model, params["policy"], batch, chunk=cfg.train.loss_chunk
         )
-        kl = apart(params, batch, "forward_kl", 1.0)
+        kl = distance(params, batch, "forward_kl", 1.0)
         return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "kl": (kl, weight)}
 
     return objective(cfg, start.params, teacher)._replace(
@@ -87,7 +87,7 @@ def objective(cfg: DistillConfig, params: Params, teacher: Loaded | None = None)
     networks = {"policy": params}
     if not cfg.top_k:
         networks["teacher"] = teacher.params if teacher else shapes()
-    apart = partial(_divergence, cfg, model)
+    distance = partial(_divergence, cfg, model)
 
     def loss(params: Params, batch: Batch, rng_B: Array) -> tuple[Array, Array, Metrics]:
         hard, weight, metrics = scoring.next_token_loss(
@@ -95,7 +95,7 @@ def objective(cfg: DistillConfig, params: Params, teacher: Loaded | None = None)
         )
         if cfg.hard == 1:
             return hard, weight, metrics
-        soft = apart(params, batch, cfg.divergence, cfg.temperature, rng_B)
+        soft = distance(params, batch, cfg.divergence, cfg.temperature, rng_B)
         metrics |= {cfg.divergence: (soft, weight)}
         soft *= cfg.temperature**2  # or its gradient would shrink with the temperature
         return cfg.hard * hard + (1 - cfg.hard) * soft, weight, metrics
@@ -254,8 +254,8 @@ def _divergence(
         def one(student_CD: Array, *known: Array) -> Array:
             return between(said(params["policy"], student_CD), said(params["teacher"], *known))
 
-    apart_A = kernels.by_chunks(one, (student_AD, *known), cfg.train.loss_chunk)
-    return (apart_A * batch["mask"].reshape(-1)).sum()
+    distance_A = kernels.by_chunks(one, (student_AD, *known), cfg.train.loss_chunk)
+    return (distance_A * batch["mask"].reshape(-1)).sum()
 
 
 def _with_top_k(cfg: DistillConfig, teacher: Loaded, rows: Examples, name: str) -> Examples:
