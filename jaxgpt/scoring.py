@@ -209,10 +209,7 @@ def precompute(
 
 
 def _compute(
-    directory: Path,
-    fn: Callable[[Params, Batch], dict[str, Array]],
-    params: Params,
-    rows: Examples,
+    directory: Path, fn: Callable[[Params, Batch], dict[str, Array]], params: Params, rows: Examples
 ) -> None:
     mesh = jax.sharding.get_mesh()
     whole = jax.jit(fn, out_shardings=sharding.replicated(mesh))  # every process can read that

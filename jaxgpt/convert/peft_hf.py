@@ -341,9 +341,7 @@ def _stack(kernel: Kernel, layers: list[Any], part: int, num_parts: int) -> Lora
     )
 
 
-def _join(
-    kernels: list[Kernel],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float]:
+def _join(kernels: list[Kernel]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float]:
     """a, b and magnitude of a module that holds several kernels side by side."""
     changes = [kernel for kernel in kernels if isinstance(kernel, Lora)]
     strength = changes[0].strength

@@ -51,9 +51,7 @@ def complete(files: dict[str, bytes]) -> dict[str, bytes]:
     return made | files
 
 
-def read(
-    content: bytes,
-) -> tuple[list[tuple[str, float, int]], dict[int, Any], dict[int, Any]]:
+def read(content: bytes) -> tuple[list[tuple[str, float, int]], dict[int, Any], dict[int, Any]]:
     """(text, score, kind) of every piece, and the settings by their number.
 
     Raises:

@@ -87,11 +87,7 @@ class Format(NamedTuple):
 
 
 def find_format(
-    name: str,
-    own: str | None,
-    tokenizer: Tokenizer,
-    system: str | None = None,
-    **variables: str,
+    name: str, own: str | None, tokenizer: Tokenizer, system: str | None = None, **variables: str
 ) -> Format:
     """The template called `name`, or in that file; empty: the model's own, else ours.
 

@@ -261,9 +261,7 @@ def parse_json(content: bytes, name: str) -> dict[str, Any]:
     return found
 
 
-def read_bpe(
-    definition: dict[str, Any],
-) -> tuple[str, dict[bytes, int], dict[str, int]] | None:
+def read_bpe(definition: dict[str, Any]) -> tuple[str, dict[bytes, int], dict[str, int]] | None:
     """(pattern, ranks, special) if tiktoken gives the same ids: our layout, merges by id."""
     special = {token["content"]: token["id"] for token in definition.get("added_tokens", [])}
     model, alphabet = definition["model"], set(byte_chars().values())

@@ -149,8 +149,7 @@ def _from_gpt2_files(vocab: dict[str, int], merges_text: str) -> Tokenizer:
     special = {token: i for token, i in vocab.items() if token not in made}
     ranks = {token: i for token, i in vocab.items() if token in made}
     return _from_definition(
-        engines.build(engines.GPT2_PATTERN, engines.ranks_of(ranks), special, merges),
-        "",
+        engines.build(engines.GPT2_PATTERN, engines.ranks_of(ranks), special, merges), ""
     )
 
 

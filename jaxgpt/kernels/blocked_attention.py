@@ -56,22 +56,14 @@ class _Block(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blocked_attention(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    segments_BT: Array | None,
-    window: int,
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array | None, window: int
 ) -> Array:
     """Self-attention as `kernels.attention` defines it."""
     return _forward(q_BTNH, k_BSKH, v_BSKH, segments_BT, window)[0]
 
 
 def _forward(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    segments_BT: Array | None,
-    window: int,
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array | None, window: int
 ) -> tuple[Array, _Saved]:
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -171,11 +163,7 @@ def _queries(x_BKGTH: Array, block: _Block) -> Array:
 
 
 def _scores(
-    q_BKGTH: Array,
-    k_BKSH: Array,
-    segments_BT: Array | None,
-    block: _Block,
-    window: int,
+    q_BKGTH: Array, k_BKSH: Array, segments_BT: Array | None, block: _Block, window: int
 ) -> Array:
     """Scaled, masked scores of a block's queries against the keys they can see, keys first."""
     start, stop, first = block

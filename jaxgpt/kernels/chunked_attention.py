@@ -29,22 +29,14 @@ class Piece(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_attention(
-    q_BTNH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array,
-    segments_BT: Array | None,
-    window: int,
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int
 ) -> Array:
     """Self-attention as `kernels.attention` defines it."""
     return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)[0]
 
 
 def _forward(
-    q_BTNH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array,
-    segments_BT: Array | None,
-    window: int,
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int
 ) -> tuple[Array, tuple]:
     q_BKGTH, k_BKTH, v_BKTH, piece = _whole_chunks(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     out_BKGTH, norm_BKGT = attend(q_BKGTH, k_BKTH, v_BKTH, piece, piece, window)
@@ -70,12 +62,7 @@ chunked_attention.defvjp(_forward, _backward)
 
 
 def attend(
-    q_BKGTH: Array,
-    k_BKSH: Array,
-    v_BKSH: Array,
-    queries: Piece,
-    keys: Piece,
-    window: int,
+    q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, queries: Piece, keys: Piece, window: int
 ) -> tuple[Array, Array]:
     """softmax(scores) v of one piece against another, and the log of the softmax's normaliser.
 
@@ -212,13 +199,7 @@ def _whole_chunks(
 
 
 def _scores(
-    q_BKGCH: Array,
-    k_BKMH: Array,
-    i: Array,
-    j: Array,
-    queries: Piece,
-    keys: Piece,
-    window: int,
+    q_BKGCH: Array, k_BKMH: Array, i: Array, j: Array, queries: Piece, keys: Piece, window: int
 ) -> Array:
     """Scaled scores of query chunk i against key chunk j, HIDDEN where masked."""
     C, M = q_BKGCH.shape[3], k_BKMH.shape[2]

@@ -41,24 +41,14 @@ class Ring(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def ring_attention(
-    q_BTNH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array,
-    segments_BT: Array | None,
-    window: int,
-    ring: Ring,
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int, ring: Ring
 ) -> Array:
     """Self-attention as `kernels.attention` defines it, on one device's positions."""
     return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, ring)[0]
 
 
 def _forward(
-    q_BTNH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array,
-    segments_BT: Array | None,
-    window: int,
-    ring: Ring,
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int, ring: Ring
 ) -> tuple[Array, tuple]:
     _check(q_BTNH.shape[1], ring)
     q, k, v = (_pair(x, ring) for x in (q_BTNH, k_BTKH, v_BTKH))

@@ -45,10 +45,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Array,
-        own: tuple[Array, Array | None, Slots | None],
-        inputs: BlockInputs,
+        self, x_BTD: Array, own: tuple[Array, Array | None, Slots | None], inputs: BlockInputs
     ) -> tuple[Array, tuple[RouterStats | None, Slots | None]]:
         # What is this layer's own: its number, its experts' selection bias, its part of the cache.
         cfg, (layer, bias_E, slots) = self.cfg, own
@@ -259,10 +256,7 @@ def _stack(cfg: ModelConfig, quantized: bool) -> Any:
 
 
 def _look_up(
-    cfg: ModelConfig,
-    tokens_BT: Array,
-    segments_BT: Array | None,
-    cache: KVCache | SlotCache | None,
+    cfg: ModelConfig, tokens_BT: Array, segments_BT: Array | None, cache: KVCache | SlotCache | None
 ) -> tuple[Array, Array | None, Array | None]:
     """Every token's index in its row, its segment, and the cache slots it may see.
 

@@ -87,10 +87,7 @@ def score_rows(
 
 
 def score_continuations(
-    cfg: ModelConfig,
-    params: Params,
-    groups: Sequence[Group],
-    batch_tokens: int = BATCH_TOKENS,
+    cfg: ModelConfig, params: Params, groups: Sequence[Group], batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[int, list[Scored]]]:
     """Every token of every continuation, given its context: (number of the group, scores).
 
