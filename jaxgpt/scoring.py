@@ -153,6 +153,18 @@ def flatten_arms(batch: Batch) -> Batch:
     }
 
 
+def on_rows(
+    cfg: RunConfig, train: Batches, held_out: Batches, fn: Callable[[Params, Batch], Metrics]
+) -> dict[str, Any]:
+    """What a Stage knows of its data: every step's batch, and `fn` of the held-out rows, if any."""
+    place = partial(sharding.place_rows, jax.sharding.get_mesh(), train.batch_size)
+    measure = partial(evaluate, fn, held_out, cfg.eval.batches)
+    return {
+        "next_batch": lambda params, carry, step: place(partial(train.rows, step)),
+        "evaluate": measure if held_out.num_held_out() else None,
+    }
+
+
 def evaluate(
     fn: Callable[[Params, Batch], Metrics], rows: Batches, limit: int, params: Params
 ) -> dict[str, float]:

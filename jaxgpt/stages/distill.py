@@ -55,10 +55,6 @@ def data(cfg: DistillConfig, start: Loaded) -> Stage:
     if cfg.top_k:
         train_rows = _with_top_k(cfg, teacher, train_rows, "train")
         held_out = _with_top_k(cfg, teacher, held_out, "val")
-    place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
-    next_batch = lambda params, carry, step: place(partial(train_rows.rows, step))
-    if cfg.on_policy:
-        next_batch = _own_answers(cfg, start, form, said[0])
     distance = partial(_divergence, cfg, teacher.config)
 
     @jax.jit
@@ -69,11 +65,13 @@ def data(cfg: DistillConfig, start: Loaded) -> Stage:
         kl = distance(params, batch, "forward_kl", 1.0)
         return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "kl": (kl, weight)}
 
-    return objective(cfg, start.params, teacher)._replace(
-        next_batch=next_batch,
-        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+    stage = objective(cfg, start.params, teacher)._replace(
+        **scoring.on_rows(cfg, train_rows, held_out, held_out_metrics),
         prompts=examples.prompts(held_out, cfg.model.context_length),
     )
+    if cfg.on_policy:
+        return stage._replace(next_batch=_own_answers(cfg, start, form, said[0]))
+    return stage
 
 
 def objective(cfg: DistillConfig, params: Params, teacher: Loaded | None = None) -> Stage:

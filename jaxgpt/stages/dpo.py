@@ -1,13 +1,12 @@
 """Direct preference optimisation and its relatives: DPO, cDPO, IPO, hinge, KTO, ORPO, SimPO."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import files, losses, scoring, sharding, train
+from jaxgpt import files, losses, scoring, train
 from jaxgpt.config import DpoConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
@@ -41,7 +40,6 @@ def data(cfg: DpoConfig, start: Loaded) -> Stage:
         cfg.train.batch_size,
         cfg.seed,
     )
-    place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
     if cfg.loss not in ALONE and cfg.reference == "precomputed":
         train_pairs = _with_reference(cfg, start.params, train_pairs, "train")
         held_out = _with_reference(cfg, start.params, held_out, "val")
@@ -53,8 +51,7 @@ def data(cfg: DpoConfig, start: Loaded) -> Stage:
         return metrics | {"loss": (total, weight)}
 
     return stage._replace(
-        next_batch=lambda params, carry, step: place(partial(train_pairs.rows, step)),
-        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+        **scoring.on_rows(cfg, train_pairs, held_out, held_out_metrics),
         prompts=examples.prompts(held_out, cfg.model.context_length),
     )
 

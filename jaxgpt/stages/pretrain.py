@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import files, scoring, sharding
+from jaxgpt import files, scoring
 from jaxgpt.config import DataConfig, ModelConfig, PretrainConfig
 from jaxgpt.convert.load import Loaded
 from jaxgpt.data import batches, rows, token_files
@@ -95,15 +93,8 @@ def data(cfg: PretrainConfig, start: Loaded) -> Stage:
         cfg.data.documents,
         cfg.data.cache,
     )
-    place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
-    return objective(cfg, start.params)._replace(
-        next_batch=lambda params, carry, step: place(partial(windows.rows, step)),
-        evaluate=(
-            partial(scoring.evaluate, scoring.held_out(cfg), windows, cfg.eval.batches)
-            if windows.num_held_out()
-            else None
-        ),
-    )
+    data = scoring.on_rows(cfg, windows, windows, scoring.held_out(cfg))
+    return objective(cfg, start.params)._replace(**data)
 
 
 def _token_paths(cfg: PretrainConfig) -> list[str | Path]:

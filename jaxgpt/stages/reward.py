@@ -28,8 +28,6 @@ def data(cfg: RewardConfig, start: Loaded) -> Stage:
         cfg.seed,
     )
     mesh = jax.sharding.get_mesh()
-    place = partial(sharding.place_rows, mesh, cfg.train.batch_size)
-
     stage = objective(cfg, start.params)
     placed = sharding.shardings(mesh, {"reward": stage.params["reward"]})["reward"]
     head = jax.jit(partial(_head, cfg), out_shardings=placed)()
@@ -44,8 +42,7 @@ def data(cfg: RewardConfig, start: Loaded) -> Stage:
 
     return stage._replace(
         params=stage.params | {"reward": head},
-        next_batch=lambda params, carry, step: place(partial(train.rows, step)),
-        evaluate=partial(scoring.evaluate, held_out_metrics, held_out, cfg.eval.batches),
+        **scoring.on_rows(cfg, train, held_out, held_out_metrics),
     )
 
 

@@ -1,11 +1,8 @@
 """Supervised fine-tuning: predict what the assistant says in conversations."""
 
 from dataclasses import replace
-from functools import partial
 
-import jax
-
-from jaxgpt import scoring, sharding
+from jaxgpt import scoring
 from jaxgpt.config import SftConfig
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded
@@ -44,9 +41,7 @@ def data(cfg: SftConfig, start: Loaded) -> Stage:
         cfg.seed,
         cfg.run,
     )
-    place = partial(sharding.place_rows, jax.sharding.get_mesh(), cfg.train.batch_size)
     return objective(cfg, start.params)._replace(
-        next_batch=lambda params, carry, step: place(partial(train.rows, step)),
-        evaluate=partial(scoring.evaluate, scoring.held_out(cfg), held_out, cfg.eval.batches),
+        **scoring.on_rows(cfg, train, held_out, scoring.held_out(cfg)),
         prompts=examples.prompts(held_out, cfg.model.context_length),
     )
