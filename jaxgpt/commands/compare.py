@@ -16,9 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", help="run directories")
-    parser.add_argument("--against", nargs="+", required=True, help="run directories of one config")
-    parser.add_argument("--metric", default="val/loss", help="name in metrics.jsonl")
+    parser.add_argument("runs", nargs="+", help="directories of the runs to compare")
+    parser.add_argument("--against", nargs="+", required=True, help="the runs to compare them with")
+    parser.add_argument("--metric", default="val/loss", help="metric to compare; default: val/loss")
     parser.add_argument("--output", default="compare.html", help="page to write; empty: none")
     config.complete(parser)
     args = parser.parse_args()

@@ -20,13 +20,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="life/tiny", help="YAML file, or the name of one")
+    parser.add_argument("--config", default="life/tiny", help="YAML file of the life, or its name")
     parser.add_argument("--run", default="", help="folder of the life; empty: the config's own")
-    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE of a place")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="several: one life each")
-    parser.add_argument("--keep_going", action="store_true", help="also after a missed target")
-    parser.add_argument("--plan", action="store_true", help="what it will need; starts nothing")
-    parser.add_argument("--check", action="store_true", help="does the card hold?")
+    parser.add_argument("--set", action="append", default=[],
+                        help="NAME=VALUE, for one of the YAML's `places`")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0],
+                        help="seeds; each has a life of its own")  # fmt: skip
+    parser.add_argument("--keep_going", action="store_true", help="go on after a missed target")
+    parser.add_argument("--plan", action="store_true",
+                        help="print what the life will need, and start nothing")  # fmt: skip
+    parser.add_argument("--check", action="store_true",
+                        help="check that all is as the life's card says")  # fmt: skip
     config.complete(parser)
     args = parser.parse_args()
     from jaxgpt.life import life as lives  # here, so that --help needs no JAX

@@ -19,9 +19,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", help="folder that holds runs")
-    parser.add_argument("--where", action="append", default=[], help="such as stage=sft")
-    parser.add_argument("--sort", default="", help="column; -column is descending: --sort=-step")
-    parser.add_argument("--json", action="store_true", help="one object a line, all columns")
+    parser.add_argument("--where", action="append", default=[],
+                        help="a condition on runs, such as stage=sft")  # fmt: skip
+    parser.add_argument("--sort", default="",
+                        help="column to sort by; --sort=-step: largest step first")  # fmt: skip
+    parser.add_argument("--json", action="store_true",
+                        help="print all columns, as one JSON object a line")  # fmt: skip
     config.complete(parser)
     args = parser.parse_args()
     from jaxgpt.life import runs  # here, so that --help needs no JAX

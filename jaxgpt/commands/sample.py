@@ -23,13 +23,9 @@ def main() -> None:
 
 def write(cfg: config.WriteConfig) -> None:
     from jaxgpt import language_model, lineage, machine, rundir
-    from jaxgpt.sampling.sample import Sampling
     from jaxgpt.tasks import tools
 
-    settings = Sampling(
-        cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, cfg.repetition_penalty
-    )
-
+    settings = config.sampling(cfg)
     lineage.require_writer("checkpoint", cfg.checkpoint)
     tools.check(cfg.tools)
     if cfg.chat and not cfg.adapter:

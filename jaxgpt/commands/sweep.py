@@ -22,14 +22,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="", help="YAML file of every run")
-    parser.add_argument("--stage", default="", help="pretrain, sft, …; default: --config's folder")
-    parser.add_argument("--grid", action="append", default=[], help="KEY=A,B")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--runs", default="runs/sweep", help="folder that will hold the runs")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--metric", default="val/loss", help="what is compared at the end")
-    parser.add_argument("--print", action="store_true", help="print the commands, start nothing")
+    parser.add_argument("--config", default="", help="YAML file that all runs have; empty: none")
+    parser.add_argument("--stage", default="",
+                        help="stage: pretrain, sft, …; empty: --config's folder")  # fmt: skip
+    parser.add_argument("--grid", action="append", default=[],
+                        help="a setting and its values, as KEY=A,B")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0],
+                        help="seeds of each combination; default: 0")  # fmt: skip
+    parser.add_argument("--runs", default="runs/sweep",
+                        help="folder that will hold the runs; default: runs/sweep")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="runs that go on at a time; default: 1")
+    parser.add_argument("--metric", default="val/loss",
+                        help="metric to compare at the end; default: val/loss")  # fmt: skip
+    parser.add_argument("--print", action="store_true",
+                        help="print the commands, and start nothing")  # fmt: skip
     config.complete(parser)
     args = parser.parse_args(own)
     if args.config:
