@@ -10,6 +10,7 @@ import yaml
 
 import jaxgpt
 from jaxgpt import commands, config
+from jaxgpt.commands import training
 from jaxgpt.config import named
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +95,22 @@ def test_every_config_is_in_the_package():
     packed = {file.relative_to(named.CONFIGS) for file in named.CONFIGS.glob("*/*")}
     assert listed == packed and Path("life/unseen.txt") in packed
     assert {file.suffix for file in packed} == {".yaml", ".txt"}, "package-data knows only these"
+
+
+def test_pretraining_begins_with_the_recipe_unless_something_else_is_named():
+    recipe = yaml.safe_load((ROOT / "configs/pretrain/default.yaml").read_text())
+    parse = lambda *args: config.parse(
+        config.PretrainConfig, "", training.with_recipe("pretrain", args)
+    )
+    assert parse().optim.name == recipe["optim"]["name"] == "muon"
+    assert parse("--optim.name=adamw").model.norm == "rmsnorm"
+    for args in (
+        ["--config=pretrain/shakespeare-char-cpu"], ["--model", "model/gpt2-tiny"],
+        ["--init", "run"],
+    ):  # fmt: skip
+        cfg = parse(*args)
+        assert (cfg.optim.name, cfg.model.norm) == ("adamw", "layernorm"), args
+    assert training.with_recipe("sft", []) == []
 
 
 COMPLETED = {
