@@ -166,6 +166,8 @@ def for_decoding(cfg: ModelConfig, params: Params, num_rows: int | None = None) 
     Args:
         num_rows: how many prompts will be continued at a time, if that is known.
     """
+    if weights.layers_apart(params):
+        return params  # a server keeps its weights so
     alone = num_rows == 1
     faster = {"cpu": alone or cfg.dtype != "float32", "gpu": alone}  # see `weights.Transposed`
     outputs_first = faster.get(platform(), False)

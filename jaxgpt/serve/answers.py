@@ -78,7 +78,7 @@ class Answer:
     """One answer on its way: filled in the engine's thread, read in the event loop.
 
     It keeps what it was told of the prompt: `scores` of its tokens and `hidden_2D`, if the job is
-    scored, and how many tokens were `cached`.
+    scored, and how many tokens were `cached`; and of the end the token that `stopped` it.
     """
 
     tokenizer: Tokenizer
@@ -88,6 +88,7 @@ class Answer:
     hidden_2D: np.ndarray | None = None
     cached: int = 0
     written: int = 0
+    stopped: Token | None = None
 
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -114,9 +115,9 @@ class Answer:
         self._send(ready)
         return found
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, stop: Token | None = None) -> None:
         """See engine.Receiver."""
-        rest = ""
+        self.stopped, rest = stop, ""
         if self._stream is not None and self._stop is not None and reason in ("stop", "length"):
             found = False
             if not self._stop.found:

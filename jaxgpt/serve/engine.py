@@ -79,8 +79,12 @@ class Receiver(Protocol):
         """One more token of the answer; whether it is the last."""
         ...
 
-    def end(self, reason: str) -> None:
-        """The answer ended: stop, length, cancelled, timeout or error."""
+    def end(self, reason: str, stop: Token | None = None) -> None:
+        """The answer ended: stop, length, cancelled, timeout or error.
+
+        Args:
+            stop: the token that ended it, if it was one.
+        """
         ...
 
 
@@ -376,18 +380,18 @@ class Engine:
 
     def _take_token(self, n: int, row: Row, written: slots.Written, step: int) -> bool:
         """Hands one token over; whether the row ended."""
-        job, token = row.job, int(written.tokens_BN[n, step])
-        if token in job.stop_ids:
-            self._free(n, "stop")
-            return True
-        row.written += 1
-        self.counts.written_tokens += 1
-        tops = []
+        job, tops = row.job, []
         if job.tops:
             ids, logprobs = written.top_ids_BNJ[n, step], written.top_logprobs_BNJ[n, step]
             tops = list(zip(ids.tolist(), logprobs.tolist(), strict=True))
-        enough = job.receiver.token(Token(token, float(written.logprobs_BN[n, step]), tops))
-        complete = job.grammar is not None and job.grammar.take(token)
+        token = Token(int(written.tokens_BN[n, step]), float(written.logprobs_BN[n, step]), tops)
+        if token.id in job.stop_ids:
+            self._free(n, "stop", token)
+            return True
+        row.written += 1
+        self.counts.written_tokens += 1
+        enough = job.receiver.token(token)
+        complete = job.grammar is not None and job.grammar.take(token.id)
         if enough or complete or self._room(row) == 0:
             self._free(n, "stop" if enough or complete else "length")
             return True
@@ -413,18 +417,18 @@ class Engine:
         for name, value in values.items():
             getattr(self._settings, name)[number] = value
 
-    def _free(self, number: int, reason: str) -> None:
+    def _free(self, number: int, reason: str, stop: Token | None = None) -> None:
         row = self.rows[number]
         assert row is not None
         self.rows[number] = None
         for array, idle in zip(self._settings, slots.default_settings(1), strict=True):
             array[number] = idle[0]
         self._admit(np.int32(number), [], {}, 0)
-        self._note_end(row.job, reason)
+        self._note_end(row.job, reason, stop)
 
-    def _note_end(self, job: Job, reason: str) -> None:
+    def _note_end(self, job: Job, reason: str, stop: Token | None = None) -> None:
         self.counts.finished[reason] = self.counts.finished.get(reason, 0) + 1
-        job.receiver.end(reason)
+        job.receiver.end(reason, stop)
 
     def _end_all(self, reason: str) -> None:
         with self._lock:  # from here on `submit` refuses

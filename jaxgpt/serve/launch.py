@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import psutil
 import uvicorn
 
@@ -16,6 +17,7 @@ from jaxgpt.language_model import LanguageModel
 from jaxgpt.sampling.sample import for_decoding
 from jaxgpt.serve.app import Server, build
 from jaxgpt.serve.engine import Engine
+from jaxgpt.types import Params
 
 GRACE = 5.0  # seconds in which a server whose engine failed still says so
 SMALLEST = 512  # tokens: a slot is not made smaller to fit into the memory
@@ -53,10 +55,15 @@ def open_engine(cfg: ServeConfig, show: Callable[[str], None]) -> tuple[Language
     return lm, engine
 
 
-def _decoding_params(lm: LanguageModel, num_rows: int) -> dict:
+def _decoding_params(lm: LanguageModel, num_rows: int) -> Params:
+    """The weights of all adapters as the engine reads them; `lm` keeps no other copy of them."""
     networks = [lm.params, *lm.adapters.values()]
     params = peft.for_rows(networks, range(len(networks))) if lm.adapters else lm.params
-    return for_decoding(lm.config, params, num_rows)
+    params = for_decoding(lm.config, params, num_rows)
+    lm.params, *adapted = (peft.choose(params, jnp.array([n])) for n in range(len(networks)))
+    lm.adapters = dict(zip(lm.adapters, adapted, strict=True))
+    lm.loaded = lm.loaded._replace(params=lm.params)
+    return params
 
 
 def slot_bytes(cfg: ModelConfig, capacity: int) -> int:

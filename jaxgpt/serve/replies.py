@@ -178,7 +178,7 @@ class Text(_Reply):
     def parts(self, answer: Answer, delta: Delta) -> Iterator[dict[str, Any]]:
         """What a delta means to who reads the stream."""
         index = self.index[id(answer)]
-        logprobs = self._logprobs(delta.tokens, self.offset[index])
+        logprobs = self._logprobs(_with_stop(answer, delta), self.offset[index])
         self.offset[index] += len(delta.text)
         if delta.text or delta.tokens or delta.finish:
             yield self.part([self._choice(index, delta.text, logprobs, delta.finish)])
@@ -193,7 +193,7 @@ class Text(_Reply):
         for index, (answer, deltas) in enumerate(zip(self.answers, self.deltas, strict=True)):
             before = self._before(index)
             text = before + "".join(delta.text for delta in deltas)
-            tokens = [token for delta in deltas for token in delta.tokens]
+            tokens = [token for delta in deltas for token in _with_stop(answer, delta)]
             logprobs = self._logprobs(tokens, len(before))
             if logprobs and self.given.get("echo"):
                 logprobs = self._with_prompt(answer, logprobs)
@@ -239,3 +239,11 @@ class Text(_Reply):
             found["text_offset"].append(offset)
             offset += len(text)
         return found
+
+
+def _with_stop(answer: Answer, delta: Delta) -> list[Token]:
+    """A delta's tokens, and the one that ended the answer: it is no text, but it was drawn.
+
+    Harnesses ask for one token after a scored text, and leave the last token out.
+    """
+    return [*delta.tokens, *([answer.stopped] if delta.finish and answer.stopped else [])]

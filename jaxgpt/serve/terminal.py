@@ -42,7 +42,7 @@ class _Reply:
         self.queue.put(token)
         return False
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, stop: Token | None = None) -> None:
         """See engine.Receiver."""
         self.queue.put(reason)
 

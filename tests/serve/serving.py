@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,3 +45,13 @@ def running(
             process.kill()
             process.wait(20)
         process.stdout.close()
+
+
+def idle(address: str) -> bool:
+    """Whether all slots are free again, soon."""
+    for _ in range(200):
+        health = httpx.get(f"{address}/health", timeout=60).json()
+        if health["free"] == health["slots"] and not health["waiting"]:
+            return True
+        time.sleep(0.05)
+    return False

@@ -6,14 +6,13 @@ import random
 import socket
 import struct
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from urllib.parse import urlparse
 
 import httpx
 import pytest
-from serving import running
+from serving import idle, running
 
 openai = pytest.importorskip("openai")
 from openai.types import CreateEmbeddingResponse  # noqa: E402
@@ -54,16 +53,6 @@ def chat(client):
 @pytest.fixture
 def post(address):
     return lambda path, body: httpx.post(f"{address}{path}", json=body, timeout=60)
-
-
-def idle(address: str) -> bool:
-    """Whether all slots are free again, soon."""
-    for _ in range(100):
-        health = httpx.get(f"{address}/health").json()
-        if health["free"] == health["slots"] and not health["waiting"]:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def strict(kind, found):
@@ -149,6 +138,11 @@ def test_completions_have_the_scores_that_harnesses_need(client, post):
     own = ask(prompt=[prompt], max_tokens=1, logprobs=1).choices[0].logprobs
     if len(text) == 12:  # a byte that is a character
         assert again.token_logprobs[-1] == pytest.approx(own.token_logprobs[0], rel=1e-4)
+    # a harness leaves the last token out, so one that ends the answer must be there, too
+    ended = ask(max_tokens=1, echo=True, logprobs=1, prompt=[prompt], logit_bias={"256": 100})
+    assert ended.choices[0].finish_reason == "stop" and ended.choices[0].text == "The cat sat"
+    assert ended.choices[0].logprobs.token_logprobs[:11] == one.token_logprobs
+    assert len(ended.choices[0].logprobs.tokens) == 12 and ended.usage.completion_tokens == 0
     assert ask(max_tokens=0).choices[0].text == ""
     assert ask(prompt=["a", "b"], n=2, temperature=1).choices[3].index == 3
 

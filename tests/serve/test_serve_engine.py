@@ -33,8 +33,8 @@ class Notes:
         self.begun.set()
         return self.after is not None and self.after(self)
 
-    def end(self, reason):
-        self.reason = reason
+    def end(self, reason, stop=None):
+        self.reason, self.stop = reason, stop
         self.ended.set()
 
 
