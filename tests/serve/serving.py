@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ def running(
         env=environment,
         cwd=ROOT,
     )
+    # A pipe that nobody reads fills up, and then whoever writes into it waits.
+    reader = threading.Thread(target=process.stdout.read, daemon=True)
     try:
         lines, end = [], time.monotonic() + seconds
         while time.monotonic() < end:
@@ -36,6 +39,7 @@ def running(
             if line.startswith("ready: ") or not line:
                 break
         assert lines[-1].startswith("ready: "), "".join(lines)
+        reader.start()
         yield lines[-1].split()[1].removesuffix("/v1"), process
     finally:
         process.terminate()
@@ -44,6 +48,8 @@ def running(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(20)
+        if reader.is_alive():
+            reader.join()
         process.stdout.close()
 
 

@@ -25,7 +25,13 @@ def served(checkpoint):
 
 def send(client: httpx.Client, number: int) -> str:
     """What is wrong with the answer to a request; empty: nothing."""
-    asked = hostile.request(number)
+    try:
+        return _send(client, hostile.request(number))
+    except httpx.HTTPError as error:
+        return f"no answer: {error!r}"
+
+
+def _send(client: httpx.Client, asked: hostile.Hostile) -> str:
     if not asked.path or asked.half:
         return _send_raw(client, asked)
     if asked.leaves:
