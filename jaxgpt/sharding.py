@@ -290,6 +290,16 @@ def by_columns(x_BTF: Array) -> Array:
     return jax.lax.with_sharding_constraint(x_BTF, spec)
 
 
+def by_slots(x: Array) -> Array:
+    """The arrays of a server's batch: rows over `data`, the heads of keys and values [rows, K, S,
+    H] over `tensor`; without a mesh, x.
+    """
+    if not _placeable():
+        return x
+    heads = [cut(x.shape[1], "tensor")] if x.ndim == 4 else []
+    return jax.lax.with_sharding_constraint(x, P(cut(x.shape[0], "data"), *heads))
+
+
 def gather_kernel(kernel_DF: Array) -> Array:
     """A kernel gathered from the devices that share it, unless a tensor axis cuts it on purpose."""
     if not _placeable() or size("tensor") > 1:

@@ -16,7 +16,7 @@ from jaxgpt.config.checks import (
     require,
     within,
 )
-from jaxgpt.config.run import RunConfig, Sampling
+from jaxgpt.config.run import MeshConfig, RunConfig, Sampling
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ class ServeConfig(Weights):
     """Keys, of which a request must carry one; none: all requests are answered."""
     cors: list[str] = field(default_factory=list)
     """Origins whose pages may ask, such as http://localhost:3000; none: only the server's own."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices: data cuts the slots over them, tensor the heads and hidden units."""
 
     def __post_init__(self) -> None:
         check("", self)
@@ -135,6 +137,11 @@ class ServeConfig(Weights):
             require(bool(name and path), "adapter", named, "must be NAME=PATH")
             names.append(name)
         require(len({*names}) == len(names), "adapter", self.adapter, "gives one name twice")
+        for axis in ("fsdp", "context", "expert"):
+            size = getattr(self.mesh, axis)
+            require(
+                size == 1, f"mesh.{axis}", size, "a server has data and tensor only; leave it 1"
+            )
         require("" not in self.api_key, "api_key", self.api_key, "holds an empty key; drop it")
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import peft
+from jaxgpt import peft, sharding
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.platform import jit
 from jaxgpt.model import gpt
@@ -94,14 +94,20 @@ def default_settings(num_rows: int) -> RowSettings:
     )  # fmt: skip
 
 
+@partial(jit, static_argnames=("cfg", "num_rows", "capacity"))
 def init_state(cfg: ModelConfig, num_rows: int, capacity: int) -> SlotState:
     """Empty rows of at least `capacity` tokens."""
     cache = init_slots(cfg, num_rows, capacity)
     table = lambda kind: jnp.zeros((num_rows, cfg.vocab_size), kind)
-    return SlotState(
+    return _placed(SlotState(
         cache.keys, cache.values, cache.length_B, table(jnp.float32), table(bool),
         table(jnp.int32), table(jnp.float32),
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def _placed(state: SlotState) -> SlotState:
+    """Where it always lies on the mesh, so that no call has to be compiled once more."""
+    return jax.tree.map(sharding.by_slots, state)
 
 
 @partial(jit, donate_argnames="state")
@@ -118,12 +124,12 @@ def admit(
     place = lambda ids: jnp.where(ids < 0, V, ids)  # out of range: dropped
     seen_V = jnp.zeros(V, bool).at[place(prompt_S)].set(True, mode="drop")
     bias_V = jnp.zeros(V).at[place(bias_ids_J)].set(bias_J, mode="drop")
-    return state._replace(
+    return _placed(state._replace(
         length_B=state.length_B.at[row].set(length),
         seen_BV=state.seen_BV.at[row].set(seen_V),
         count_BV=state.count_BV.at[row].set(0),
         bias_BV=state.bias_BV.at[row].set(bias_V),
-    )
+    ))  # fmt: skip
 
 
 @partial(jit, static_argnames="cfg", donate_argnames="state")
@@ -167,7 +173,7 @@ def read(
         length_B=state.length_B.at[row].set(length + count),
         logits_BV=state.logits_BV.at[row].set(logits_V),
     )  # fmt: skip
-    return state, Read(jnp.stack([sum_D, last_1TD[0, 0].astype(jnp.float32)]), *scores)
+    return _placed(state), Read(jnp.stack([sum_D, last_1TD[0, 0].astype(jnp.float32)]), *scores)
 
 
 @partial(jit, static_argnames="cfg", donate_argnames="state")
@@ -212,7 +218,8 @@ def write(
         jnp.zeros((B, MOST_STEPS), jnp.int32), jnp.zeros((B, MOST_STEPS)),
         jnp.zeros((B, MOST_STEPS, J), jnp.int32), jnp.zeros((B, MOST_STEPS, J)),
     )  # fmt: skip
-    return jax.lax.fori_loop(0, steps, step, (state, empty))
+    state, written = jax.lax.fori_loop(0, steps, step, (state, empty))
+    return _placed(state), written
 
 
 @partial(jit, static_argnames="size")
@@ -228,11 +235,11 @@ def put(state: SlotState, row: Array, start: Array, chunk: tuple[Array, Array]) 
     """Writes what `save` gave into a row, whose length becomes what it then holds."""
     into = lambda x, new: jax.lax.dynamic_update_slice(x, new[None], (row, 0, start, 0))
     length = start + chunk[0].shape[-2]
-    return state._replace(
+    return _placed(state._replace(
         keys=tuple(map(into, state.keys, chunk[0])),
         values=tuple(map(into, state.values, chunk[1])),
         length_B=state.length_B.at[row].set(length),
-    )
+    ))  # fmt: skip
 
 
 def _draw(

@@ -15,12 +15,14 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.sampling import slots
@@ -159,6 +161,7 @@ class Engine:
         capacity: int,
         most_waiting: int = 64,
         prefix_bytes: int = 1 << 28,
+        mesh: Mesh | None = None,
     ) -> None:
         self.cfg, self.params, self.capacity = cfg, params, min(capacity, cfg.context_length)
         self.most_waiting = most_waiting
@@ -167,7 +170,11 @@ class Engine:
         self.waiting: deque[Job] = deque()
         self.rows: list[Row | None] = [None] * num_slots
         self.prefixes = Prefixes(CHUNK, prefix_bytes)
-        self._state = slots.init_state(cfg, num_slots, -(-self.capacity // CHUNK) * CHUNK)
+        self.mesh = mesh
+        # Programs are compiled for the mesh that is set in the thread that calls them.
+        self._on_mesh = partial(jax.set_mesh, mesh) if mesh is not None else nullcontext
+        with self._on_mesh():
+            self._state = slots.init_state(cfg, num_slots, -(-self.capacity // CHUNK) * CHUNK)
         self._settings = slots.default_settings(num_slots)
         self._allowed_BW = np.full((num_slots, -(-cfg.vocab_size // 32)), -1, np.int32)
         self._asked: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -177,6 +184,10 @@ class Engine:
 
     def compile(self, show: Callable[[str], None]) -> None:
         """Compiles every program by running it once; `show` is told before each."""
+        with self._on_mesh():
+            self._compile(show)
+
+    def _compile(self, show: Callable[[str], None]) -> None:
         settings, row = self._settings, np.int32(0)
         for size in (CHUNK, TAIL):
             show(f"reading {size} tokens of a prompt")
@@ -255,8 +266,9 @@ class Engine:
 
         jax.monitoring.register_event_duration_secs_listener(compiled)
         try:
-            while not self._stopping:
-                self._take_turn()
+            with self._on_mesh():
+                while not self._stopping:
+                    self._take_turn()
         except BaseException as error:  # whatever it is, nobody shall wait for an answer
             self.failure = error
         finally:

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import psutil
 import uvicorn
+from jax.sharding import Mesh
 
-from jaxgpt import language_model, machine, peft
+from jaxgpt import language_model, machine, peft, sharding, tree
 from jaxgpt.config import ModelConfig, ServeConfig
 from jaxgpt.kernels.platform import accumulator_dtype
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.sampling.sample import for_decoding
 from jaxgpt.serve.app import Server, build
 from jaxgpt.serve.engine import Engine
-from jaxgpt.types import Params
+from jaxgpt.types import Array, Params
 
 GRACE = 5.0  # seconds in which a server whose engine failed still says so
 SMALLEST = 512  # tokens: a slot is not made smaller to fit into the memory
@@ -45,20 +46,41 @@ def open_engine(cfg: ServeConfig, show: Callable[[str], None]) -> tuple[Language
     lm = language_model.load(
         cfg.checkpoint, dtype=cfg.dtype, adapters=adapters, quantize=cfg.quantize
     )
+    mesh = _mesh(cfg, lm.config)
     capacity = _capacity(cfg, lm.config)
     show(f"{lm}: {cfg.slots} slots of {capacity:,} tokens")
-    params = _decoding_params(lm, cfg.slots)
-    engine = Engine(
-        lm.config, params, cfg.slots, capacity, cfg.queue, prefix_bytes=cfg.prefix_cache << 20
-    )
+    params = _decoding_params(lm, cfg.slots, mesh)
+    engine = Engine(lm.config, params, cfg.slots, capacity, cfg.queue, cfg.prefix_cache << 20, mesh)
     engine.compile(lambda what: show(f"compiling: {what}"))
     return lm, engine
 
 
-def _decoding_params(lm: LanguageModel, num_rows: int) -> Params:
+def _mesh(cfg: ServeConfig, model: ModelConfig) -> Mesh | None:
+    """The devices; None for a single one."""
+    mesh = sharding.make_mesh(cfg.mesh)
+    sharding.check_model(model, mesh)
+    if cfg.slots % mesh.shape["data"]:
+        ways = mesh.shape["data"]
+        raise ValueError(
+            f"slots={cfg.slots}: mesh.data={ways} must divide them; --slots "
+            f"{-(-cfg.slots // ways) * ways} would fit"
+        )
+    return mesh if mesh.size > 1 else None
+
+
+def _decoding_params(lm: LanguageModel, num_rows: int, mesh: Mesh | None = None) -> Params:
     """The weights of all adapters as the engine reads them; `lm` keeps no other copy of them."""
     networks = [lm.params, *lm.adapters.values()]
-    params = peft.for_rows(networks, range(len(networks))) if lm.adapters else lm.params
+    if mesh is not None:
+        placed: dict[int, Array] = {}  # the adapters share their base
+
+        def place(name: str, leaf: Array) -> Array:
+            if id(leaf) not in placed:
+                placed[id(leaf)] = sharding.place(mesh, name, leaf)
+            return placed[id(leaf)]
+
+        networks = [tree.map_named(place, network) for network in networks]
+    params = peft.for_rows(networks, range(len(networks))) if lm.adapters else networks[0]
     params = for_decoding(lm.config, params, num_rows)
     lm.params, *adapted = (peft.choose(params, jnp.array([n])) for n in range(len(networks)))
     lm.adapters = dict(zip(lm.adapters, adapted, strict=True))

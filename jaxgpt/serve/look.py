@@ -51,6 +51,9 @@ class Looker:
 
     async def apart(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs a function in the thread of such requests, one at a time."""
+        if self.server.engine.mesh is not None:
+            # Two programs at a time could each have some of the devices and wait for the others.
+            return await self.server.on_device(partial(function, *args))
         if self._turn is None:
             self._turn = anyio.CapacityLimiter(1)
         return await anyio.to_thread.run_sync(partial(function, *args), limiter=self._turn)

@@ -53,7 +53,7 @@ def server(lm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = SimpleNamespace(
         cfg=SimpleNamespace(checkpoint="random.gguf"), lm=lm, name="random", models={"random": 0},
-        engine=SimpleNamespace(capacity=64),
+        engine=SimpleNamespace(capacity=64, mesh=None),
     )  # fmt: skip
     made.looker = look.Looker(made)  # type: ignore[arg-type]
     return made
