@@ -6,12 +6,16 @@ micro-batches and the least recomputation that fit. All times are estimates from
 last line of the output is one JSON object.
 
 The stage is the name of the folder that --config is in, or --stage.
+
+With --serve it says what a server will need, and how many slots fit; it then takes the options of
+`jaxgpt serve`.
 """
 
 import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,9 @@ from jaxgpt.commands import training
 
 
 def main() -> None:
+    if "--serve" in sys.argv[1:]:
+        plan_server([arg for arg in sys.argv[1:] if arg != "--serve"])
+        return
     stage, args = stage_of(sys.argv[1:])
     args = training.with_recipe(stage, args)
     cfg: Any = config.parse(config.planned(config.RUN_CONFIGS[stage]), __doc__, args)
@@ -43,6 +50,24 @@ def main() -> None:
         chip = chip._replace(price=cfg.price)
     print(report.describe(cfg, mesh, step, chip))
     print(json.dumps(report.as_json(cfg, mesh, step, chip)))
+
+
+def plan_server(args: list[str]) -> None:
+    """The plan of a server, from the shape of its model."""
+    args = config.join_lists(args, "--adapter", "--api_key", "--cors")
+    cfg = config.parse(config.ServeConfig, __doc__, args)
+    from jaxgpt.convert import load
+    from jaxgpt.plan import serving
+    from jaxgpt.serve import launch
+
+    model = load.model_config(cfg.checkpoint)
+    model = replace(model, dtype=cfg.dtype or model.dtype)
+    mesh, context = launch.mesh_of(cfg, model), launch.capacity_of(cfg, model)
+    plan = serving.serving(cfg, model, dict(mesh.shape) if mesh else {})
+    if cfg.adapter:
+        print("warning: adapter: is not counted; it adds its own low-rank weights", file=sys.stderr)
+    print(serving.describe(cfg, plan, model, context))
+    print(json.dumps(serving.as_json(cfg, plan, model, context)))
 
 
 def stage_of(args: list[str]) -> tuple[str, list[str]]:

@@ -94,7 +94,7 @@ def default_settings(num_rows: int) -> RowSettings:
     )  # fmt: skip
 
 
-@partial(jit, static_argnames=("cfg", "num_rows", "capacity"))
+@partial(jax.jit, static_argnames=("cfg", "num_rows", "capacity"))
 def init_state(cfg: ModelConfig, num_rows: int, capacity: int) -> SlotState:
     """Empty rows of at least `capacity` tokens."""
     cache = init_slots(cfg, num_rows, capacity)

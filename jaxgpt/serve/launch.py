@@ -5,16 +5,15 @@ import socket
 import time
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-import psutil
 import uvicorn
 from jax.sharding import Mesh
 
 from jaxgpt import language_model, machine, peft, sharding, tree
 from jaxgpt.config import ModelConfig, ServeConfig
-from jaxgpt.kernels.platform import accumulator_dtype
 from jaxgpt.language_model import LanguageModel
+from jaxgpt.machine import memory
+from jaxgpt.plan import serving
 from jaxgpt.sampling.sample import for_decoding
 from jaxgpt.serve.app import Server, build
 from jaxgpt.serve.engine import Engine
@@ -46,16 +45,17 @@ def open_engine(cfg: ServeConfig, show: Callable[[str], None]) -> tuple[Language
     lm = language_model.load(
         cfg.checkpoint, dtype=cfg.dtype, adapters=adapters, quantize=cfg.quantize
     )
-    mesh = _mesh(cfg, lm.config)
-    capacity = _capacity(cfg, lm.config)
+    mesh = mesh_of(cfg, lm.config)
+    capacity = capacity_of(cfg, lm.config)
     show(f"{lm}: {cfg.slots} slots of {capacity:,} tokens")
     params = _decoding_params(lm, cfg.slots, mesh)
     engine = Engine(lm.config, params, cfg.slots, capacity, cfg.queue, cfg.prefix_cache << 20, mesh)
     engine.compile(lambda what: show(f"compiling: {what}"))
+    memory.give_back()  # what loading and compiling took
     return lm, engine
 
 
-def _mesh(cfg: ServeConfig, model: ModelConfig) -> Mesh | None:
+def mesh_of(cfg: ServeConfig, model: ModelConfig) -> Mesh | None:
     """The devices; None for a single one."""
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_model(model, mesh)
@@ -88,13 +88,7 @@ def _decoding_params(lm: LanguageModel, num_rows: int, mesh: Mesh | None = None)
     return params
 
 
-def slot_bytes(cfg: ModelConfig, capacity: int) -> int:
-    """Keys and values of one slot."""
-    width = accumulator_dtype(cfg.dtype).itemsize
-    return 2 * cfg.num_layers * cfg.kv_heads * cfg.head_width * width * capacity
-
-
-def _capacity(cfg: ServeConfig, model: ModelConfig) -> int:
+def capacity_of(cfg: ServeConfig, model: ModelConfig) -> int:
     """The tokens of a slot: those asked for, or what the memory has for each."""
     if cfg.context > model.context_length:
         raise ValueError(
@@ -102,11 +96,8 @@ def _capacity(cfg: ServeConfig, model: ModelConfig) -> int:
         )
     if cfg.context:
         return cfg.context
-    device, capacity = jax.devices()[0], model.context_length
-    stats = device.memory_stats() or {}
-    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-    free = free if free > 0 else psutil.virtual_memory().available
-    while capacity > SMALLEST and cfg.slots * slot_bytes(model, capacity) > free / 4:
+    capacity, most = model.context_length, serving.available_memory() / 4
+    while capacity > SMALLEST and cfg.slots * serving.token_bytes(model) * capacity > most:
         capacity //= 2
     return capacity
 

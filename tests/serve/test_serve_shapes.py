@@ -14,6 +14,8 @@ from jaxgpt.convert.load import Loaded
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import gpt
+from jaxgpt.plan import serving
+from jaxgpt.sampling import slots
 from jaxgpt.sampling.sample import for_decoding, generate
 from jaxgpt.serve import launch
 from jaxgpt.serve.engine import CHUNK, Engine
@@ -79,7 +81,9 @@ def test_experts_on_a_mesh_keep_the_laws():
     keeps_the_laws(model(EXPERTS), sharding.make_mesh(MeshConfig(tensor=2)), rows=4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [
+    kind if kind == "bfloat16" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS
+])  # fmt: skip
 def test_what_is_served_is_what_is_looked_into(kind):
     lm = model(*KINDS[kind])
     before = lm.inspect("Hello there")
@@ -87,13 +91,24 @@ def test_what_is_served_is_what_is_looked_into(kind):
     after = lm.inspect("Hello there")
     np.testing.assert_allclose(after.logprobs_TV, before.logprobs_TV, atol=1e-4)
     np.testing.assert_allclose(after.attention(1), before.attention(1), atol=1e-5)
-    assert "stack" not in str(lm.params["blocks"].keys()) and "0" in lm.params["blocks"]
+    assert "0" in lm.params["blocks"]  # the layers stand apart, as the engine reads them
+
+
+@pytest.mark.parametrize("kind", ["window", "bfloat16", "int8"])
+def test_the_plan_counts_what_the_arrays_hold(kind):
+    lm, count = model(*KINDS[kind]), lambda arrays: sum(x.nbytes for x in jax.tree.leaves(arrays))
+    cfg = ServeConfig("x", slots=3, quantize=KINDS[kind][1], prefix_cache=1)
+    plan = serving.serving(cfg, lm.config, {})
+    assert plan.weights == count(launch._decoding_params(lm, 3))
+    state = slots.init_state(lm.config, 3, 256)
+    assert plan.total(3, 256) == plan.weights + count(state) + (1 << 20) + plan.process
+    assert plan.total(plan.fitting(256), 256) <= plan.available
 
 
 def test_slots_that_the_mesh_does_not_divide_are_refused():
     with pytest.raises(ValueError, match="--slots 16 would fit"):
-        launch._mesh(ServeConfig("x", slots=9), SMALL)
+        launch.mesh_of(ServeConfig("x", slots=9), SMALL)
     with pytest.raises(ValueError, match=r"mesh\.tensor=4: does not divide model\.num_kv_heads=2"):
-        launch._mesh(ServeConfig("x", mesh=MeshConfig(tensor=4)), SMALL)
+        launch.mesh_of(ServeConfig("x", mesh=MeshConfig(tensor=4)), SMALL)
     with pytest.raises(ValueError, match=r"mesh\.context"):
         ServeConfig("x", mesh=MeshConfig(context=2))

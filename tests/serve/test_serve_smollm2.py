@@ -1,11 +1,14 @@
-"""lm-evaluation-harness asks a running server and decides as scripts/evaluate.py does."""
+"""A server of a real model: what a harness finds through it, and the memory that it takes."""
 
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 import smollm2
 from serving import ROOT, running
@@ -13,10 +16,6 @@ from serving import ROOT, running
 import jaxgpt
 from jaxgpt import evals
 from jaxgpt.config import EvaluateConfig
-
-lm_eval = pytest.importorskip("lm_eval", reason="the reference extra is not installed")
-for needed in ("torch", "tenacity"):
-    pytest.importorskip(needed, reason="the reference extra is not installed")
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "eval" / "hellaswag_val_full.txt.bz2"
 ITEMS = 100
@@ -36,7 +35,10 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-def test_the_same_choices_of_hellaswag(tmp_path):
+def test_the_harness_decides_as_our_own_command_item_by_item(tmp_path):
+    lm_eval = pytest.importorskip("lm_eval", reason="the reference extra is not installed")
+    for needed in ("torch", "tenacity"):
+        pytest.importorskip(needed, reason="the reference extra is not installed")
     if not DATA.exists():
         pytest.skip("no shared data")
     checkpoint = smollm2.gguf()
@@ -87,3 +89,26 @@ def test_the_same_choices_of_hellaswag(tmp_path):
             assert values.index(max(values)) == ours[number][name], (number, name)
         right = [ours[number][name] == ours[number]["gold"] for name in ("choice", "choice_norm")]
         assert [sample["acc"], sample["acc_norm"]] == list(map(float, right))
+
+
+def test_the_memory_is_that_of_weights_and_slots():
+    checkpoint = str(smollm2.gguf())
+    planned = subprocess.run(
+        [sys.executable, "scripts/plan.py", "--serve", "--checkpoint", checkpoint],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+    )  # fmt: skip
+    plan = json.loads(planned.stdout.splitlines()[-1])
+    slots = plan["slots"] * (plan["slot_bytes"] + plan["context"] * plan["token_bytes"])
+    context = str(plan["context"])
+    with running("--checkpoint", checkpoint, "--context", context) as (address, process):
+
+        def ask(number: int) -> int:
+            body = {"prompt": "word " * (100 + number), "max_tokens": 16}
+            return httpx.post(f"{address}/v1/completions", json=body, timeout=600).status_code
+
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(ask, range(16))) == {200}
+        found = psutil.Process(process.pid).memory_info().rss
+    assert found < 1.3 * (plan["weights_bytes"] + slots)
+    assert found < plan["total_bytes"]
