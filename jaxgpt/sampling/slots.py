@@ -112,7 +112,7 @@ def _placed(state: SlotState) -> SlotState:
 
 @partial(jit, donate_argnames="state")
 def admit(
-    state: SlotState, row: Array, bias_ids_J: Array, bias_J: Array, prompt_S: Array, length: Array
+    state: SlotState, row: Array, bias_ids_J: Array, bias_J: Array, prompt_S: Array
 ) -> SlotState:
     """Empties a row for a request.
 
@@ -125,7 +125,7 @@ def admit(
     seen_V = jnp.zeros(V, bool).at[place(prompt_S)].set(True, mode="drop")
     bias_V = jnp.zeros(V).at[place(bias_ids_J)].set(bias_J, mode="drop")
     return _placed(state._replace(
-        length_B=state.length_B.at[row].set(length),
+        length_B=state.length_B.at[row].set(0),
         seen_BV=state.seen_BV.at[row].set(seen_V),
         count_BV=state.count_BV.at[row].set(0),
         bias_BV=state.bias_BV.at[row].set(bias_V),

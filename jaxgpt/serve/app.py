@@ -249,9 +249,7 @@ async def _model(server: Server, request: Request) -> Response:
 
 
 async def _chat(server: Server, request: Request, body: dict[str, Any]) -> Response:
-    given = fields.read(body, server.chat_fields)
-    if "messages" not in given:
-        raise Refused("messages: is missing", "messages")
+    given = fields.read(body, server.chat_fields, required=["messages"])
     if "max_tokens" in given and "max_completion_tokens" in given:
         raise Refused("max_tokens: goes not beside max_completion_tokens", "max_tokens")
     if given.get("top_logprobs") is not None and not given.get("logprobs"):
@@ -261,26 +259,19 @@ async def _chat(server: Server, request: Request, body: dict[str, Any]) -> Respo
     how = _sampling(given, server.engine.capacity if most is None else most)
     tops = bool(given.get("top_logprobs"))
     answers = _answers(server, given, [plan.prompt], how, tops, grammar=plan.grammar)
-    maker = replies.Chat(server, given, plan.reader, answers)
+    maker = replies.Chat(server, given, answers, plan.reader)
     return await _respond(server, request, given, answers, maker)
 
 
 async def _complete(server: Server, request: Request, body: dict[str, Any]) -> Response:
-    given = fields.read(body, server.text_fields)
-    if "prompt" not in given:
-        raise Refused("prompt: is missing", "prompt")
+    given = fields.read(body, server.text_fields, required=["prompt"])
     if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
         raise Refused("best_of: must be equal to n", "best_of")
-    if given.get("stream") and given.get("echo") and given.get("logprobs") is not None:
-        raise Refused("stream: not together with echo and logprobs", "stream")
-    encode = lambda p: server.lm.encode(p) or [server.lm.tokenizer.eos_id]
-    prompts = await _in_thread(
-        lambda: [encode(p) if isinstance(p, str) else p for p in given["prompt"]]
-    )
+    prompts = await _encoded(server, given["prompt"], [server.lm.tokenizer.eos_id])
     how = _sampling(given, given.get("max_tokens", 16))
     scored = bool(given.get("echo")) and given.get("logprobs") is not None
     answers = _answers(server, given, prompts, how, bool(given.get("logprobs")), scored)
-    maker = replies.Text(server, given, prompts, answers)
+    maker = replies.Text(server, given, answers)
     return await _respond(server, request, given, answers, maker)
 
 
@@ -291,12 +282,8 @@ async def _embed(server: Server, request: Request, body: dict[str, Any]) -> Resp
         "encoding_format": fields.one_of("float", "base64"), "dimensions": fields.one_of(dim),
         "pooling": fields.one_of("mean", "last"),
     }  # fmt: skip
-    given = fields.read(body, known)
-    if "input" not in given:
-        raise Refused("input: is missing", "input")
-    prompts = await _in_thread(
-        lambda: [server.lm.encode(p) if isinstance(p, str) else p for p in given["input"]]
-    )
+    given = fields.read(body, known, required=["input"])
+    prompts = await _encoded(server, given["input"])
     how = Sampling(0, temperature=0.0, top_p=1.0)
     answers = _answers(server, given, prompts, how, False, scored=True)
     await _finish(server, request, answers)
@@ -335,10 +322,16 @@ async def _tokenize(server: Server, _: Request, body: dict[str, Any]) -> Respons
 
 async def _detokenize(server: Server, _: Request, body: dict[str, Any]) -> Response:
     ids = partial(fields.ids, vocab_size=server.lm.config.vocab_size)
-    given = fields.read(body, {"model": server._model, "tokens": ids})
-    if "tokens" not in given:
-        raise Refused("tokens: is missing", "tokens")
+    given = fields.read(body, {"model": server._model, "tokens": ids}, required=["tokens"])
     return JSONResponse({"prompt": server.lm.tokenizer.decode(given["tokens"])})
+
+
+async def _encoded(
+    server: Server, prompts: Sequence[Any], empty: Sequence[int] = ()
+) -> list[list[int]]:
+    """Ids of texts; `empty` are those of an empty one."""
+    encode = lambda p: server.lm.encode(p) or [*empty] if isinstance(p, str) else p
+    return await _in_thread(lambda: [encode(prompt) for prompt in prompts])
 
 
 def _sampling(given: Mapping[str, Any], most: int) -> Sampling:
@@ -392,10 +385,7 @@ async def _respond(
 ) -> Response:
     if given.get("stream"):
         return _Stream(server, answers, _events(given, answers, maker))
-    for answer, deltas in zip(answers, await _finish(server, request, answers), strict=True):
-        for delta in deltas:
-            maker.add(answer, delta)
-    return JSONResponse(maker.whole())
+    return JSONResponse(maker.whole(await _finish(server, request, answers)))
 
 
 class _Stream(EventSourceResponse):
@@ -456,8 +446,6 @@ async def _events(
 
     followers = [asyncio.ensure_future(follow(answer)) for answer in answers]
     try:
-        for part in maker.begin():
-            yield {"data": json.dumps(part)}
         going = len(answers)
         while going:
             answer, delta = await queue.get()
@@ -465,7 +453,7 @@ async def _events(
             for part in maker.parts(answer, delta):
                 yield {"data": json.dumps(part)}
             going -= delta.finish is not None
-        if given.get("stream_options", {}).get("stream_options.include_usage"):
+        if given.get("stream_options", {}).get("include_usage"):
             yield {"data": json.dumps(maker.last())}
         yield {"data": "[DONE]"}
     except Refused as error:

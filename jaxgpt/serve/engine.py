@@ -191,14 +191,14 @@ class Engine:
         settings, row = self._settings, np.int32(0)
         for size in (CHUNK, TAIL):
             show(f"reading {size} tokens of a prompt")
-            self._admit(row, [0], {}, 0)
-            self._read(row, 0, [0] * size, [0] * size, False)
+            self._admit(row, [0], {})
+            self._read(row, 0, size, [0], [0], False)
         show("writing tokens")
         self._write(settings, 1)
         show("keeping and copying the beginnings of prompts")
         chunk = slots.save(self._state, row, np.int32(0), CHUNK)
         self._state = slots.put(self._state, row, np.int32(0), chunk)
-        self._admit(row, [0], {}, 0)
+        self._admit(row, [0], {})
         jax.block_until_ready(self._state)
 
     def start(self) -> None:
@@ -315,7 +315,7 @@ class Engine:
                 start = CHUNK * len(kept)
                 row = Row(job, start, _chunk_sizes(len(job.prompt) - start), start)
                 self.rows[number] = row
-            self._admit(np.int32(number), job.prompt, job.bias, 0)
+            self._admit(np.int32(number), job.prompt, job.bias)
             for place, chunk in enumerate(kept):
                 self._state = slots.put(
                     self._state, np.int32(number), np.int32(place * CHUNK), chunk
@@ -327,10 +327,7 @@ class Engine:
         job, size = row.job, row.sizes.popleft()
         tokens = list(job.prompt[row.read : row.read + size])
         targets = list(job.prompt[row.read + 1 : row.read + 1 + size])
-        filled = lambda ids: [*ids, *[0] * (size - len(ids))]
-        found = self._read(
-            np.int32(number), job.adapter, filled(tokens), filled(targets), job.scored, len(tokens)
-        )
+        found = self._read(np.int32(number), job.adapter, size, tokens, targets, job.scored)
         row.read += len(tokens)
         if job.scored:
             self._note_scores(row, found, targets)
@@ -435,7 +432,7 @@ class Engine:
         self.rows[number] = None
         for array, idle in zip(self._settings, slots.default_settings(1), strict=True):
             array[number] = idle[0]
-        self._admit(np.int32(number), [], {}, 0)
+        self._admit(np.int32(number), [], {})
         self._note_end(row.job, reason, stop)
 
     def _note_end(self, job: Job, reason: str, stop: Token | None = None) -> None:
@@ -453,29 +450,28 @@ class Engine:
         while not self._asked.empty():
             self._asked.get()()
 
-    def _admit(
-        self, row: np.int32, prompt: Sequence[int], bias: Mapping[int, float], length: int
-    ) -> None:
+    def _admit(self, row: np.int32, prompt: Sequence[int], bias: Mapping[int, float]) -> None:
         ids_J = np.full(slots.MOST_BIASES, -1, np.int32)
         bias_J = np.zeros(slots.MOST_BIASES, np.float32)
         ids_J[: len(bias)], bias_J[: len(bias)] = list(bias), list(bias.values())
         prompt_S = np.full(-(-self.capacity // CHUNK) * CHUNK, -1, np.int32)
         prompt_S[: len(prompt)] = prompt
-        self._state = slots.admit(self._state, row, ids_J, bias_J, prompt_S, np.int32(length))
+        self._state = slots.admit(self._state, row, ids_J, bias_J, prompt_S)
 
     def _read(
         self,
         row: np.int32,
         adapter: int,
+        size: int,
         tokens: list[int],
         targets: list[int],
         scored: bool,
-        count: int = 1,
     ) -> slots.Read:
-        tokens_C, targets_C = np.array(tokens, np.int32), np.array(targets, np.int32)
+        tokens_C, targets_C = np.zeros((2, size), np.int32)
+        tokens_C[: len(tokens)], targets_C[: len(targets)] = tokens, targets
         self._state, found = slots.read(
-            self.cfg, self.params, self._state, row, np.int32(adapter), tokens_C, np.int32(count),
-            targets_C, np.bool_(scored),
+            self.cfg, self.params, self._state, row, np.int32(adapter), tokens_C,
+            np.int32(len(tokens)), targets_C, np.bool_(scored),
         )  # fmt: skip
         return found
 

@@ -3,13 +3,14 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 
 Check = Callable[[str, Any], Any]  # (its name, its value) -> the value to use
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 DEEPEST = 64  # levels of a JSON body: more crash recursive readers
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
@@ -54,12 +55,46 @@ def parse(body: bytes) -> dict[str, Any]:
     return found
 
 
-def read(body: Mapping[str, Any], known: Mapping[str, Check]) -> dict[str, Any]:
-    """The fields that are given and not null, each checked."""
-    for name in body:
+def read(
+    value: Any, known: Mapping[str, Check], at: str = "", required: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The fields of an object that are given and not null, each checked.
+
+    Args:
+        at: where the object stands in the body; empty: it is the body.
+    """
+    named = lambda name: f"{at}.{name[:80]}" if at else name[:80]
+    if not isinstance(value, dict):
+        refuse(at, value, "must be an object")
+    for name in value:
         if name not in known:
-            raise Refused(f"{name}: is not a field that this server obeys; leave it out", name)
-    return {name: known[name](name, value) for name, value in body.items() if value is not None}
+            raise Refused(
+                f"{named(name)}: is not a field that this server obeys; leave it out", named(name)
+            )
+    found = {
+        name: known[name](named(name), inner) for name, inner in value.items() if inner is not None
+    }
+    for name in required:
+        if name not in found:
+            raise Refused(f"{named(name)}: is missing", named(name))
+    return found
+
+
+def fields(known: Mapping[str, Check], *required: str) -> Check:
+    """An object of these fields."""
+    return lambda name, value: read(value, known, name, required)
+
+
+def each(check: Check, most: float = math.inf, least: int = 0) -> Check:
+    """A list of so many values."""
+
+    def checked(name: str, value: Any) -> list[Any]:
+        if not isinstance(value, list) or not least <= len(value) <= most:
+            top = "" if most == math.inf else f" and at most {most}"
+            refuse(name, value, f"must be a list, of at least {least}{top}")
+        return [check(f"{name}[{place}]", inner) for place, inner in enumerate(value)]
+
+    return checked
 
 
 def number(low: float, high: float, above: bool = False) -> Check:
@@ -100,25 +135,33 @@ def text(name: str, value: Any) -> str:
     return value
 
 
+def schema(name: str, value: Any) -> dict[str, Any]:
+    """A JSON schema, which the grammar reads."""
+    if not isinstance(value, dict):
+        refuse(name, value, "must be a JSON schema, an object")
+    return value
+
+
 def one_of(*values: Any) -> Check:
     """One of these; with one value, a field whose default cannot be changed here."""
 
     def check(name: str, value: Any) -> Any:
         if not any(value == known and type(value) is type(known) for known in values):
-            refuse(name, value, f"must be {' or '.join(map(json.dumps, values))}, or left out")
+            allowed = " or ".join([*map(json.dumps, values), "left out"])
+            refuse(name, value, f"must be {allowed}")
         return value
 
     return check
 
 
+def mark(name: str, value: Any) -> str:
+    """A stop string."""
+    return value if text(name, value) else refuse(name, value, "must not be empty")
+
+
 def stops(name: str, value: Any) -> list[str]:
     """A string or a list of up to 16 strings."""
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or len(found) > 16 or not all(
-        isinstance(mark, str) and mark for mark in found
-    ):  # fmt: skip
-        refuse(name, value, "must be a string or at most 16 strings, none of them empty")
-    return found
+    return [mark(name, value)] if isinstance(value, str) else each(mark, 16)(name, value)
 
 
 def biases(most: int, vocab_size: int) -> Check:
@@ -145,101 +188,61 @@ def ids(name: str, value: Any, vocab_size: int) -> list[int]:
     return value
 
 
-def stream_options(name: str, value: Any) -> dict[str, bool]:
-    """{"include_usage": true}."""
-    if not isinstance(value, dict):
-        refuse(name, value, 'must be an object such as {"include_usage": true}')
-    known = {"include_usage": flag, "include_obfuscation": one_of(False)}
-    return read({f"{name}.{key}": v for key, v in value.items()},
-                {f"{name}.{key}": check for key, check in known.items()})  # fmt: skip
+stream_options = fields({"include_usage": flag, "include_obfuscation": one_of(False)})
 
 
 def response_format(name: str, value: Any) -> dict[str, Any]:
-    """text, json_object, or json_schema with its schema."""
-    kinds = ("text", "json_object", "json_schema")
-    if not isinstance(value, dict) or value.get("type") not in kinds:
-        refuse(name, value, f"must be an object whose type is {', '.join(kinds)}")
-    extra = value.keys() - {"type", "json_schema"}
-    if extra or ("json_schema" in value) != (value["type"] == "json_schema"):
+    """The type: text, json_object, or json_schema, then with its schema."""
+    inner = fields({"name": text, "description": text, "strict": flag, "schema": schema}, "schema")
+    kind = one_of("text", "json_object", "json_schema")
+    found = read(value, {"type": kind, "json_schema": inner}, name, ["type"])
+    if ("json_schema" in found) != (found["type"] == "json_schema"):
         raise Refused(
-            f"{name}: json_schema goes with the type json_schema, and nothing else beside it", name
+            f"{name}.json_schema: goes with the type json_schema, and with no other", name
         )
-    if value["type"] == "json_schema":
-        inner = value["json_schema"]
-        if not isinstance(inner, dict) or not isinstance(inner.get("schema"), dict):
-            raise Refused(f"{name}.json_schema.schema: must be a JSON schema", name)
-        known = {"name": text, "description": text, "strict": flag, "schema": lambda _, v: v}
-        return {"type": "json_schema", **read(inner, known)}
-    return value
+    return {"type": found["type"], **found.get("json_schema", {})}
 
 
 def tools(name: str, value: Any) -> list[dict[str, Any]]:
     """Functions that may be called."""
-    if not isinstance(value, list) or len(value) > 128:
-        refuse(name, value, "must be a list of at most 128 functions")
-    found = []
-    for place, tool in enumerate(value):
-        at = f"{name}[{place}]"
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            refuse(f"{at}.type", tool, "must be function")
-        function = tool.get("function")
-        if tool.keys() != {"type", "function"} or not isinstance(function, dict):
-            raise Refused(f'{at}: must be {{"type": "function", "function": {{…}}}}', name)
-        known = {
-            "name": text, "description": text, "strict": flag,
-            "parameters": lambda _, v: v,
-        }  # fmt: skip
-        function = read(function, known)
-        if not TOOL_NAME.fullmatch(function.get("name", "")):
-            refuse(
-                f"{at}.function.name", function.get("name"), "must be 1 to 64 of a-z A-Z 0-9 _ -"
-            )
-        if not isinstance(function.get("parameters", {}), dict):
-            refuse(f"{at}.function.parameters", function["parameters"], "must be a JSON schema")
-        found.append({"type": "function", "function": {
-            "description": "", "parameters": {"type": "object", "properties": {}}, **function,
-        }})  # fmt: skip
-    names = [tool["function"]["name"] for tool in found]
-    if len(set(names)) < len(names):
+    known = {"name": _tool_name, "description": text, "strict": flag, "parameters": schema}
+    tool = fields(
+        {"type": one_of("function"), "function": fields(known, "name")}, "type", "function"
+    )
+    empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    functions = [empty | found["function"] for found in each(tool, 128)(name, value)]
+    if len({function["name"] for function in functions}) < len(functions):
         raise Refused(f"{name}: two functions have one name", name)
-    return found
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def tool_choice(name: str, value: Any) -> str | dict[str, Any]:
     """none, auto, required, or the name of a function in {"name": …}."""
-    if value in ("none", "auto", "required"):
-        return value
-    function = value.get("function") if isinstance(value, dict) else None
-    if not isinstance(function, dict) or value.get("type") != "function":
-        refuse(name, value, "must be none, auto, required or a function to call")
-    return {"name": text(f"{name}.function.name", function.get("name"))}
+    if not isinstance(value, dict):
+        return one_of("none", "auto", "required")(name, value)
+    known = {"type": one_of("function"), "function": fields({"name": text}, "name")}
+    return read(value, known, name, ["type", "function"])["function"]
 
 
-def messages(name: str, value: Any) -> list[dict[str, Any]]:
-    """Conversations in OpenAI's form; what templates refuse is seen when they are rendered."""
-    if not isinstance(value, list) or not value:
-        refuse(name, value, "must be a list of messages, at least one")
-    return [_message(f"{name}[{place}]", message) for place, message in enumerate(value)]
+def _tool_name(name: str, value: Any) -> str:
+    if not TOOL_NAME.fullmatch(text(name, value)):
+        refuse(name, value, "must be 1 to 64 of a-z A-Z 0-9 _ -")
+    return value
 
 
-def _message(at: str, message: Any) -> dict[str, Any]:
-    roles = ("system", "developer", "user", "assistant", "tool")
-    if not isinstance(message, dict) or message.get("role") not in roles:
-        refuse(at, message, f"must be an object whose role is one of {', '.join(roles)}")
-    known: dict[str, Check] = {"role": text, "content": _content, "name": text}
-    if message["role"] == "assistant":
+def _message(name: str, value: Any) -> dict[str, Any]:
+    """One in OpenAI's form; what templates refuse is seen when they are rendered."""
+    known: dict[str, Check] = {"role": one_of(*ROLES), "content": _content, "name": text}
+    known |= dict.fromkeys(("refusal", "audio", "function_call"), one_of())
+    role = value.get("role") if isinstance(value, dict) else None
+    if role == "assistant":
         known |= {"tool_calls": _tool_calls, "reasoning_content": text, "annotations": one_of([])}
-    if message["role"] == "tool":
+    if role == "tool":
         known |= {"tool_call_id": text}
-    empty = dict.fromkeys(("refusal", "audio", "function_call"), one_of())
-    try:
-        found = read(message, known | empty)
-    except Refused as error:
-        inner = error.body["error"]
-        raise Refused(f"{at}.{error}", f"{at}.{inner['param']}") from None
+    found = read(value, known, name, ["role"])
     found.pop("annotations", None)
     if "content" not in found and not found.get("tool_calls"):
-        refuse(f"{at}.content", None, "must be text")
+        refuse(f"{name}.content", None, "must be text")
     return found
 
 
@@ -247,32 +250,25 @@ def _content(name: str, value: Any) -> str:
     """Text, or parts of text."""
     if isinstance(value, str):
         return value
-    if not isinstance(value, list):
-        refuse(name, value, "must be text, or a list of parts of text")
-    for place, part in enumerate(value):
-        is_text = isinstance(part, dict) and part.get("type") == "text"
-        if not is_text or not isinstance(part.get("text"), str) or part.keys() > {"type", "text"}:
-            refuse(f"{name}[{place}]", part, 'must be {"type": "text", "text": …}')
-    return "".join(part["text"] for part in value)
+    parts = each(fields({"type": one_of("text"), "text": text}, "type", "text"))(name, value)
+    return "".join(part["text"] for part in parts)
 
 
-def _tool_calls(name: str, value: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        refuse(name, value, "must be a list of calls")
-    for place, call in enumerate(value):
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not all(
-            isinstance(function.get(part), str) for part in ("name", "arguments")
-        ):
-            refuse(f"{name}[{place}].function", function, "must have a name and arguments")
-        try:
-            arguments = json.loads(function["arguments"] or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            refuse(f"{name}[{place}].function.arguments", function["arguments"],
-                   "must be a JSON object in a string")  # fmt: skip
+def _arguments(name: str, value: Any) -> str:
+    try:
+        found = json.loads(text(name, value) or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        refuse(name, value, "must be a JSON object in a string")
     return value
+
+
+messages = each(_message, least=1)
+_tool_calls = each(fields({
+    "id": text, "type": one_of("function"), "index": whole(0),
+    "function": fields({"name": text, "arguments": _arguments}, "name", "arguments"),
+}, "function"))  # fmt: skip
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -102,9 +102,9 @@ class Looker:
         _keep_last(self._seen, MOST_SEEN)
         return self._seen[key]
 
-    def heads(self, name: str) -> dict[str, Any]:
+    def heads(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """How far each head is an induction head."""
-        lm, adapter, _ = self._model(name)
+        lm, adapter, _ = self._model(given.get("model", self.server.name))
         return {"scores": drawing.heads(lm.induction_scores(adapter))}
 
     def write(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,89 +155,72 @@ async def page(server: "Server", request: Request) -> Response:
     })  # fmt: skip
 
 
-async def about(server: "Server", request: Request, body: dict[str, Any]) -> Response:
-    """What there is to talk to and to look into."""
-    fields.read(body, {})
-    return JSONResponse(await anyio.to_thread.run_sync(server.looker.about))
+def _lens(looker: Looker, given: Mapping[str, Any]) -> dict[str, Any]:
+    found, lm = looker.inspect(given)
+    return drawing.lens(found, lm.tokenizer)
 
 
-async def look(server: "Server", request: Request, body: dict[str, Any]) -> Response:
-    """A text as a model reads it, or as two do."""
-    given = fields.read(body, TEXT | {"against": fields.text})
-    return JSONResponse(await server.looker.apart(server.looker.look, given))
+def _attention(looker: Looker, given: Mapping[str, Any]) -> dict[str, Any]:
+    layer = given.get("layer", 0)
+    found, _ = looker.inspect({name: given[name] for name in given if name != "layer"})
+    if layer >= found.config.num_layers:
+        raise Refused(f"layer={layer}: the model has {found.config.num_layers}", "layer")
+    return {"layer": layer, "weights": drawing.attention(found, layer)}
 
 
-async def lens(server: "Server", request: Request, body: dict[str, Any]) -> Response:
-    """What each layer would say."""
-    given, looker = fields.read(body, TEXT), server.looker
-
-    def read() -> dict[str, Any]:
-        found, lm = looker.inspect(given)
-        return drawing.lens(found, lm.tokenizer)
-
-    return JSONResponse(await looker.apart(read))
-
-
-async def attention(server: "Server", request: Request, body: dict[str, Any]) -> Response:
-    """What the heads of one layer read."""
-    given, looker = fields.read(body, TEXT | {"layer": fields.whole(0)}), server.looker
-    layer = given.pop("layer", 0)
-
-    def read() -> dict[str, Any]:
-        found, _ = looker.inspect(given)
-        if layer >= found.config.num_layers:
-            raise Refused(f"layer={layer}: the model has {found.config.num_layers}", "layer")
-        return {"layer": layer, "weights": drawing.attention(found, layer)}
-
-    return JSONResponse(await looker.apart(read))
-
-
-async def heads(server: "Server", request: Request, body: dict[str, Any]) -> Response:
-    """Which heads are induction heads."""
-    given, looker = fields.read(body, {"model": fields.text}), server.looker
-    return JSONResponse(await looker.apart(looker.heads, given.get("model", server.name)))
-
-
-async def write(server: "Server", request: Request, body: dict[str, Any]) -> Response:
-    """A text that any model writes on, such as one in training."""
-    more = {"prompt": fields.text, "max_tokens": fields.whole(1), "seed": fields.whole(0, 2**31)}
-    given = fields.read(body, SAMPLING | {"model": fields.text} | more)
-    return JSONResponse(await server.looker.apart(server.looker.write, given))
-
-
-async def run(server: "Server", request: Request, body: dict[str, Any]) -> Response:
+def _run(looker: Looker, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a run has recorded since it was asked last."""
-    given = fields.read(body, {"name": fields.text, "offset": fields.whole(0)})
-    path = watch.find(server.looker.runs, given.get("name", ""))
+    name = given.get("name", "")
+    path = watch.find(looker.runs, name)
     if path is None:
-        raise Refused(f"name={given.get('name', '')[:80]}: there is no such run", "name", 404)
-    return JSONResponse(watch.read(path, given.get("offset", 0)))
+        raise Refused(f"name={name[:80]}: there is no such run", "name", 404)
+    return watch.read(path, given.get("offset", 0))
 
 
-async def tool(server: "Server", request: Request, body: dict[str, Any]) -> Response:
+def _tool(_: Looker, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a tool gives: called by name, or by the end of a text."""
-    given = fields.read(body, {
-        "name": fields.one_of(*tools.TOOLS), "arguments": fields.text, "text": fields.text,
-        "names": _names,
-    })  # fmt: skip
-    if "name" in given:
-        arguments = fields.parse(given.get("arguments", "{}").encode() or b"{}")
-        values = [value for value in arguments.values() if isinstance(value, str)]
-        return JSONResponse({"result": tools.TOOLS[given["name"]](values[0] if values else "")})
-    found = tools.observe(given.get("text", ""), given.get("names", list(tools.TOOLS)))
-    return JSONResponse({"result": found})
+    if "name" not in given:
+        names = given.get("names", list(tools.TOOLS))
+        return {"result": tools.observe(given.get("text", ""), names)}
+    arguments = fields.parse(given.get("arguments", "{}").encode() or b"{}")
+    values = [value for value in arguments.values() if isinstance(value, str)]
+    return {"result": tools.TOOLS[given["name"]](values[0] if values else "")}
 
 
+async def _answer(
+    known: Mapping[str, fields.Check],
+    function: Callable[[Looker, Mapping[str, Any]], dict[str, Any]],
+    computes: bool,
+    server: "Server",
+    request: Request,
+    body: dict[str, Any],
+) -> Response:
+    looker, given = server.looker, fields.read(body, known)
+    run = looker.apart if computes else anyio.to_thread.run_sync
+    return JSONResponse(await run(function, looker, given))
+
+
+_tools = fields.one_of(*tools.TOOLS)
+MODEL: dict[str, fields.Check] = {"model": fields.text}
+# Of each request its fields, what answers it, and whether that computes with a model.
 ROUTES = {
-    "/look": look, "/look/about": about, "/look/lens": lens, "/look/attention": attention,
-    "/look/heads": heads, "/look/write": write, "/look/run": run, "/look/tool": tool,
+    path: partial(_answer, *how)
+    for path, how in {
+        "/look": (TEXT | {"against": fields.text}, Looker.look, True),
+        "/look/about": ({}, lambda looker, _: looker.about(), False),
+        "/look/lens": (TEXT, _lens, True),
+        "/look/attention": (TEXT | {"layer": fields.whole(0)}, _attention, True),
+        "/look/heads": (MODEL, Looker.heads, True),
+        "/look/write": (SAMPLING | MODEL | {
+            "prompt": fields.text, "max_tokens": fields.whole(1), "seed": fields.whole(0, 2**31),
+        }, Looker.write, True),
+        "/look/run": ({"name": fields.text, "offset": fields.whole(0)}, _run, False),
+        "/look/tool": ({
+            "name": _tools, "arguments": fields.text, "text": fields.text,
+            "names": fields.each(_tools),
+        }, _tool, False),
+    }.items()
 }  # fmt: skip
-
-
-def _names(name: str, value: Any) -> list[str]:
-    if not isinstance(value, list):
-        fields.refuse(name, value, "must be a list of tools")
-    return [fields.one_of(*tools.TOOLS)(name, each) for each in value]
 
 
 def _keep_last(kept: dict[str, Any], most: int) -> None:

@@ -1,8 +1,10 @@
-"""Answers in the form of OpenAI's objects, whole or part by part."""
+"""Answers in the form of OpenAI's objects: a delta of an answer becomes choices, which are sent one
+by one in a stream, or put together.
+"""
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxgpt.data.tool_calls import Reader
@@ -12,20 +14,50 @@ from jaxgpt.serve.engine import Token
 if TYPE_CHECKING:
     from jaxgpt.serve.app import Server
 
+LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids")
+
 
 class _Reply:
     """What chats and completions share."""
 
-    kind = prefix = ""
+    kind = part_kind = prefix = ""
 
     def __init__(self, server: "Server", given: Mapping[str, Any], answers: Sequence[Answer]):
         self.server, self.given, self.answers = server, given, list(answers)
         self.index = {id(answer): n for n, answer in enumerate(answers)}
+        self.begun: set[int] = set()
         self.head = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}", "object": self.kind,
-            "created": int(time.time()), "model": given.get("model", server.name),
-            "system_fingerprint": server.fingerprint,
+            "id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()),
+            "object": self.part_kind if given.get("stream") else self.kind,
+            "model": given.get("model", server.name), "system_fingerprint": server.fingerprint,
         }  # fmt: skip
+
+    def parts(self, answer: Answer, delta: Delta) -> Iterator[dict[str, Any]]:
+        """What a delta means to who reads the stream."""
+        empty = {"usage": None} if self.given.get("stream_options", {}).get("include_usage") else {}
+        for choice in self.choices(answer, delta):
+            yield {**self.head, "choices": [choice], **empty}
+
+    def last(self) -> dict[str, Any]:
+        """The part that holds what all of them cost."""
+        return {**self.head, "choices": [], "usage": self.usage()}
+
+    def whole(self, found: Sequence[Sequence[Delta]]) -> dict[str, Any]:
+        """The object of answers that are not streamed, from all their deltas."""
+        merged = []
+        for index, (answer, deltas) in enumerate(zip(self.answers, found, strict=True)):
+            choices = [choice for delta in deltas for choice in self.choices(answer, delta)]
+            finish = choices[-1]["finish_reason"]
+            merged.append({"index": index, "finish_reason": finish, **self.merge(choices)})
+        return {**self.head, "choices": merged, "usage": self.usage()}
+
+    def choices(self, answer: Answer, delta: Delta) -> Iterator[dict[str, Any]]:
+        """The choices of a stream."""
+        raise NotImplementedError
+
+    def merge(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What is different in a choice that is not streamed."""
+        raise NotImplementedError
 
     def usage(self) -> dict[str, Any]:
         """Tokens of the prompts, each counted once, and of the answers."""
@@ -38,17 +70,13 @@ class _Reply:
             "total_tokens": prompt + written, "prompt_tokens_details": {"cached_tokens": cached},
         }  # fmt: skip
 
-    def part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """A part of a stream."""
-        options = self.given.get("stream_options", {})
-        empty = {"usage": None} if options.get("stream_options.include_usage") else {}
-        return {**self.head, "choices": choices, **empty}
+    def begins(self, index: int) -> bool:
+        """Whether this is the first delta of the answer."""
+        first = index not in self.begun
+        self.begun.add(index)
+        return first
 
-    def last(self) -> dict[str, Any]:
-        """The part that holds what all of them cost."""
-        return {**self.head, "choices": [], "usage": self.usage()}
-
-    def token_text(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         """A token by itself; not always text."""
         return self.server.lm.tokenizer.decode_bytes([token])
 
@@ -56,95 +84,72 @@ class _Reply:
 class Chat(_Reply):
     """chat.completion and chat.completion.chunk."""
 
+    kind, part_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
     def __init__(
         self,
         server: "Server",
         given: Mapping[str, Any],
-        reader: Any,
         answers: Sequence[Answer],
+        reader: Callable[[], Reader],
     ) -> None:
-        self.kind = "chat.completion.chunk" if given.get("stream") else "chat.completion"
-        self.prefix = "chatcmpl"
         super().__init__(server, given, answers)
-        self.readers: list[Reader] = [reader() for _ in answers]
-        self.messages: list[dict[str, Any]] = [{"content": "", "tool_calls": []} for _ in answers]
-        self.logprobs: list[list[Any]] = [[] for _ in answers]
-        self.finish = [""] * len(answers)
+        self.readers = [reader() for _ in answers]
 
-    def begin(self) -> Iterator[dict[str, Any]]:
-        """Who speaks."""
-        for index in range(len(self.answers)):
-            yield self.part([self._choice(index, {"role": "assistant", "content": ""})])
-
-    def parts(self, answer: Answer, delta: Delta) -> Iterator[dict[str, Any]]:
-        """What a delta means to who reads the stream."""
+    def choices(self, answer: Answer, delta: Delta) -> Iterator[dict[str, Any]]:
+        """First who speaks, then what the text means, last why it ended."""
         index = self.index[id(answer)]
-        found = self._read(index, delta)
-        logprobs = self._logprobs(delta.tokens)
-        for shown in found:
-            yield self.part([self._choice(index, shown, logprobs)])
-            logprobs = self._logprobs([])
-        if delta.tokens and not found and self.given.get("logprobs"):
-            yield self.part([self._choice(index, {}, logprobs)])
-        if delta.finish:
-            finish = self._finish(index, delta.finish)
-            yield self.part([{**self._choice(index, {}), "finish_reason": finish}])
-
-    def add(self, answer: Answer, delta: Delta) -> None:
-        """Gathers a delta for `whole`."""
-        index = self.index[id(answer)]
-        message = self.messages[index]
-        for shown in self._read(index, delta):
-            message["content"] += shown.get("content", "")
-            for call in shown.get("tool_calls", []):
-                if "id" in call:
-                    message["tool_calls"].append({k: call[k] for k in ("id", "type", "function")})
-                else:
-                    arguments = call["function"]["arguments"]
-                    message["tool_calls"][-1]["function"]["arguments"] += arguments
-        self.logprobs[index] += delta.tokens
-        if delta.finish:
-            self.finish[index] = self._finish(index, delta.finish)
-
-    def whole(self) -> dict[str, Any]:
-        """The object of an answer that is not streamed."""
-        choices = []
-        for index, message in enumerate(self.messages):
-            calls = message["tool_calls"]
-            said = {"role": "assistant", "content": message["content"], "refusal": None}
-            if calls:
-                said |= {"content": message["content"] or None, "tool_calls": calls}
-            choices.append({
-                "index": index, "message": said, "finish_reason": self.finish[index],
-                "logprobs": self._logprobs(self.logprobs[index]),
-            })  # fmt: skip
-        return {**self.head, "choices": choices, "usage": self.usage()}
-
-    def _read(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         reader = self.readers[index]
-        return reader.add(delta.text) + (reader.rest() if delta.finish else [])
 
-    def _finish(self, index: int, finish: str) -> str:
-        return "tool_calls" if finish == "stop" and self.readers[index].calls else finish
+        def choice(shown: dict[str, Any], tokens: Sequence[Token] = (), finish: str | None = None):
+            logprobs = self._logprobs(tokens) if tokens else None
+            return {"index": index, "delta": shown, "finish_reason": finish, "logprobs": logprobs}
 
-    def _choice(self, index: int, delta: dict[str, Any], logprobs: Any = None) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "finish_reason": None, "logprobs": logprobs}
+        if self.begins(index):
+            yield choice({"role": "assistant", "content": ""})
+        found, tokens = (
+            reader.add(delta.text) + (reader.rest() if delta.finish else []),
+            delta.tokens,
+        )
+        if not found and tokens and self.given.get("logprobs"):
+            found = [{}]
+        for shown in found:
+            yield choice(shown, tokens)
+            tokens = []
+        if delta.finish:
+            called = delta.finish == "stop" and reader.calls
+            yield choice({}, finish="tool_calls" if called else delta.finish)
+
+    def merge(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """See _Reply."""
+        content, calls, tokens = "", [], []
+        for choice in choices:
+            content += choice["delta"].get("content", "")
+            for call in choice["delta"].get("tool_calls", []):
+                if "id" in call:
+                    calls.append({name: call[name] for name in ("id", "type", "function")})
+                else:
+                    calls[-1]["function"]["arguments"] += call["function"]["arguments"]
+            tokens += (choice["logprobs"] or {}).get("content", [])
+        said = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            said |= {"content": content or None, "tool_calls": calls}
+        logprobs = {"content": tokens, "refusal": None} if self.given.get("logprobs") else None
+        return {"message": said, "logprobs": logprobs}
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self.given.get("logprobs"):
             return None
         count = self.given.get("top_logprobs", 0)
-        return {
-            "content": [
-                {**self._shown(token.id, token.logprob), "token_id": token.id,
-                 "top_logprobs": [self._shown(*pair) for pair in token.tops[:count]]}
-                for token in tokens
-            ],
-            "refusal": None,
-        }  # fmt: skip
+        shown = [
+            {**self._shown(token.id, token.logprob), "token_id": token.id,
+             "top_logprobs": [self._shown(*pair) for pair in token.tops[:count]]}
+            for token in tokens
+        ]  # fmt: skip
+        return {"content": shown, "refusal": None}
 
     def _shown(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.token_text(token)
+        text = self.token_bytes(token)
         shown = {"token": text.decode(errors="replace"), "bytes": list(text)}
         return {**shown, "logprob": max(logprob, -9999.0)}
 
@@ -152,98 +157,63 @@ class Chat(_Reply):
 class Text(_Reply):
     """text_completion."""
 
-    kind, prefix = "text_completion", "cmpl"
+    kind = part_kind = "text_completion"
+    prefix = "cmpl"
 
     def __init__(
-        self,
-        server: "Server",
-        given: Mapping[str, Any],
-        prompts: Sequence[Sequence[int]],
-        answers: Sequence[Answer],
+        self, server: "Server", given: Mapping[str, Any], answers: Sequence[Answer]
     ) -> None:
         super().__init__(server, given, answers)
-        decode = server.lm.tokenizer.decode
-        shown = [p if isinstance(p, str) else decode(p) for p in given["prompt"]]
-        self.before = shown if given.get("echo") else [""] * len(prompts)
-        self.deltas: list[list[Delta]] = [[] for _ in answers]
-        self.offset = [0] * len(answers)
+        self.offset = [0] * len(answers)  # of the next token in the text
 
-    def begin(self) -> Iterator[dict[str, Any]]:
-        """The prompt, if it shall be repeated."""
-        for index, _ in enumerate(self.answers):
-            if before := self._before(index):
-                yield self.part([self._choice(index, before, None, None)])
-                self.offset[index] = len(before)
-
-    def parts(self, answer: Answer, delta: Delta) -> Iterator[dict[str, Any]]:
-        """What a delta means to who reads the stream."""
+    def choices(self, answer: Answer, delta: Delta) -> Iterator[dict[str, Any]]:
+        """The prompt, if it shall be repeated, and what was written."""
         index = self.index[id(answer)]
-        logprobs = self._logprobs(_with_stop(answer, delta), self.offset[index])
-        self.offset[index] += len(delta.text)
+
+        def choice(text: str, tokens: Sequence[Token], finish: str | None = None) -> dict[str, Any]:
+            logprobs = self._logprobs(tokens, self.offset[index])
+            self.offset[index] += len(text)
+            return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+        if self.begins(index) and self.given.get("echo"):
+            prompt = self.given["prompt"][index // self.given.get("n", 1)]
+            decode = self.server.lm.tokenizer.decode
+            first = Token(answer.job.prompt[0], 0.0, [])
+            repeated = choice(
+                prompt if isinstance(prompt, str) else decode(prompt), [first, *answer.scores]
+            )
+            if repeated["logprobs"]:  # nothing predicts the first token
+                for name in ("token_logprobs", "top_logprobs"):
+                    repeated["logprobs"][name][0] = None
+            yield repeated
+        # The token that ended the answer is no text, but it was drawn: harnesses ask for one token
+        # after a scored text, and leave the last token out.
+        ended = [answer.stopped] if delta.finish and answer.stopped else []
         if delta.text or delta.tokens or delta.finish:
-            yield self.part([self._choice(index, delta.text, logprobs, delta.finish)])
+            yield choice(delta.text, [*delta.tokens, *ended], delta.finish)
 
-    def add(self, answer: Answer, delta: Delta) -> None:
-        """Gathers a delta for `whole`."""
-        self.deltas[self.index[id(answer)]].append(delta)
-
-    def whole(self) -> dict[str, Any]:
-        """The object of an answer that is not streamed."""
-        choices = []
-        for index, (answer, deltas) in enumerate(zip(self.answers, self.deltas, strict=True)):
-            before = self._before(index)
-            text = before + "".join(delta.text for delta in deltas)
-            tokens = [token for delta in deltas for token in _with_stop(answer, delta)]
-            logprobs = self._logprobs(tokens, len(before))
-            if logprobs and self.given.get("echo"):
-                logprobs = self._with_prompt(answer, logprobs)
-            choices.append(self._choice(index, text, logprobs, deltas[-1].finish))
-        return {**self.head, "choices": choices, "usage": self.usage()}
-
-    def _before(self, index: int) -> str:
-        return self.before[index // self.given.get("n", 1)]
-
-    def _choice(self, index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-    def _with_prompt(self, answer: Answer, logprobs: dict[str, Any]) -> dict[str, Any]:
-        """The prompt's tokens before the answer's; nothing predicts the first."""
-        read = self._logprobs(answer.scores, 0)
-        assert read is not None
-        first = self.token_text(answer.job.prompt[0]).decode(errors="replace")
-        width = len(first) if answer.job.prompt[0] not in self.server.lm.begin_ids else 0
-        read["text_offset"] = [width + place for place in read["text_offset"]]
-        start: dict[str, list[Any]] = {
-            "tokens": [first], "token_logprobs": [None], "top_logprobs": [None],
-            "text_offset": [0],
-        }  # fmt: skip
-        return {name: start[name] + read[name] + logprobs[name] for name in start}
+    def merge(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """See _Reply."""
+        found, logprobs = [choice["logprobs"] for choice in choices], None
+        if found[-1]:
+            logprobs = {name: [x for part in found for x in part[name]] for name in LISTS}
+        return {"text": "".join(choice["text"] for choice in choices), "logprobs": logprobs}
 
     def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
         count = self.given.get("logprobs")
         if count is None:
             return None
-        shown = lambda token: self.token_text(token).decode(errors="replace")
-        found: dict[str, list[Any]] = {
-            "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
-        }  # fmt: skip
-        found["token_ids"] = [token.id for token in tokens]
-        for token in tokens:
+        shown = lambda token: self.token_bytes(token).decode(errors="replace")
+        found: dict[str, list[Any]] = {name: [] for name in LISTS}
+        for place, token in enumerate(tokens):
             text = shown(token.id)
             tops: dict[str, float] = {}
             for other, logprob in token.tops[:count]:
                 tops.setdefault(shown(other), logprob)  # the likelier of two with one text
-            found["tokens"].append(text)
-            found["token_logprobs"].append(token.logprob)
-            found["top_logprobs"].append({text: token.logprob} | tops)
-            found["text_offset"].append(offset)
-            offset += len(text)
+            values = text, token.logprob, {text: token.logprob} | tops, offset, token.id
+            for name, value in zip(LISTS, values, strict=True):
+                found[name].append(value)
+            # What every text begins with, such as <s>, is not in the prompt's text.
+            hidden = place == 0 and not offset and token.id in self.server.lm.begin_ids
+            offset += 0 if hidden else len(text)
         return found
-
-
-def _with_stop(answer: Answer, delta: Delta) -> list[Token]:
-    """A delta's tokens, and the one that ended the answer: it is no text, but it was drawn.
-
-    Harnesses ask for one token after a scored text, and leave the last token out.
-    """
-    return [*delta.tokens, *([answer.stopped] if delta.finish and answer.stopped else [])]

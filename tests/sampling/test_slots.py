@@ -55,7 +55,7 @@ class Rows:
         padded[: len(prompt)] = prompt
         none = np.full(slots.MOST_BIASES, -1, np.int32)
         self.state = slots.admit(
-            self.state, np.int32(row), none, np.zeros(len(none), np.float32), padded, np.int32(0)
+            self.state, np.int32(row), none, np.zeros(len(none), np.float32), padded
         )
         for start in range(0, len(prompt), CHUNK):
             part = prompt[start : start + CHUNK]
