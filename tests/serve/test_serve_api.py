@@ -6,11 +6,13 @@ import random
 import socket
 import struct
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from urllib.parse import urlparse
 
 import httpx
+import psutil
 import pytest
 from serving import idle, running
 
@@ -28,13 +30,15 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": CITY
 
 
 @pytest.fixture(scope="module")
-def address(checkpoint):
-    with running("--checkpoint", str(checkpoint), "--slots", "3", "--queue", "200") as (
-        url,
-        process,
-    ):
-        yield url
-        assert process.poll() is None  # it outlived all that was done to it
+def served(checkpoint):
+    with running("--checkpoint", str(checkpoint), "--slots", "3", "--queue", "200") as it:
+        yield it
+        assert it[1].poll() is None  # it outlived all that was done to it
+
+
+@pytest.fixture(scope="module")
+def address(served):
+    return served[0]
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +136,9 @@ def test_completions_have_the_scores_that_harnesses_need(client, post):
     assert written.choices[0].logprobs.token_logprobs[:11] == one.token_logprobs
     top = written.choices[0].logprobs.top_logprobs[-1]
     assert max(top.values()) == written.choices[0].logprobs.token_logprobs[-1]
+    parts = list(ask(max_tokens=4, echo=True, logprobs=2, stream=True, prompt=[prompt]))
+    streamed = [score for part in parts for score in part.choices[0].logprobs.token_logprobs]
+    assert streamed == written.choices[0].logprobs.token_logprobs
     # the log-probability of a token that is written is that of the token that is read
     text = prompt + list(ask(max_tokens=1, prompt=prompt).choices[0].text.encode())
     again = ask(prompt=[text], max_tokens=0, echo=True, logprobs=1).choices[0].logprobs
@@ -303,12 +310,16 @@ def test_whatever_bytes_arrive_the_server_answers(address):
     assert idle(address)
 
 
-def test_clients_that_leave_free_their_slots_and_the_others_get_their_bits(address, client):
-    how = {"model": "tiny", "temperature": 1, "max_tokens": 60}
+def test_clients_that_leave_free_their_slots_and_the_others_get_their_bits(served, client):
+    """64 at a time, of mixed lengths: a quarter leaves, and a few read slowly."""
+    address, memory = served[0], psutil.Process(served[1].pid).memory_info
     ask = lambda seed, **more: client.completions.create(
-        prompt="word " * (1 + seed % 40), seed=seed, **how, **more
-    )
-    alone = {seed: ask(seed).choices[0].text for seed in range(0, 64, 4)}
+        model="tiny", prompt="word " * (1 + 7 * seed % 40), seed=seed, temperature=1,
+        max_tokens=10 + seed % 50, **more,
+    )  # fmt: skip
+    staying = [seed for seed in range(64) if seed % 4 != 1]
+    alone = {seed: ask(seed).choices[0].text for seed in staying}
+    before = memory().rss
 
     def leave(seed: int) -> None:
         with ask(seed, stream=True) as parts:
@@ -319,16 +330,24 @@ def test_clients_that_leave_free_their_slots_and_the_others_get_their_bits(addre
         with suppress(httpx.TimeoutException):
             httpx.post(f"{address}/v1/completions", json=body, timeout=0.3)
 
+    def slowly(seed: int) -> str:
+        text = ""
+        for part in ask(seed, stream=True):
+            text += part.choices[0].text
+            time.sleep(0.05)
+        return text
+
     def one(seed: int) -> str | None:
         if seed % 4 == 1:
             (leave if seed % 8 == 1 else vanish)(seed)
             return None
-        return ask(seed).choices[0].text
+        return slowly(seed) if seed % 16 == 2 else ask(seed).choices[0].text
 
     with ThreadPoolExecutor(64) as pool:
         found = dict(enumerate(pool.map(one, range(64))))
     assert {seed: found[seed] for seed in alone} == alone
     assert idle(address)
+    assert memory().rss - before < 60e6
     lines = httpx.get(f"{address}/metrics").text.splitlines()
     counts = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(counts["jaxgpt_compiled_programs_total"]) == 0
