@@ -21,7 +21,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.model import inside
 from jaxgpt.sampling.likelihood import rolled
 from jaxgpt.sampling.sample import Sampling
-from jaxgpt.sampling.truncation import penalize_repetition, truncate
+from jaxgpt.sampling.truncation import penalize_repetition, truncate_rows
 from jaxgpt.types import Array, Params
 
 
@@ -74,7 +74,15 @@ class Inspection:
         -inf where a token is excluded; temperature 0 leaves the likeliest only.
         """
         padded_TV, padded_T = self._padded(self.logits_TV), self._padded(self.tokens_T)
-        return np.asarray(_truncated(self.settings, padded_TV, padded_T))[: len(self.tokens_T)]
+        how, T = self.settings, len(self.tokens_T)
+        if how.repetition_penalty != 1:
+            padded_TV = _penalized(padded_TV, padded_T, how.repetition_penalty)
+        if how.temperature == 0:
+            padded_TV = _likeliest(padded_TV)
+        else:  # by row, as arrays: other numbers need no other program
+            values = (how.temperature, how.top_k, how.top_p, how.min_p)
+            padded_TV = _truncated(padded_TV, *(np.full(len(padded_T), value) for value in values))
+        return np.asarray(padded_TV)[:T]
 
     @cached_property
     def attention_LNTS(self) -> np.ndarray:
@@ -262,12 +270,16 @@ def _lens_top(
     return jax.lax.map(place, hidden_ATD)
 
 
-@partial(jax.jit, static_argnames="settings")
-def _truncated(settings: Sampling, logits_TV: Array, tokens_T: Array) -> Array:
+@jax.jit
+def _penalized(logits_TV: Array, tokens_T: Array, penalty: Array) -> Array:
     V = logits_TV.shape[-1]
-    if settings.repetition_penalty != 1:
-        seen_TV = jnp.cumsum(jax.nn.one_hot(tokens_T, V, dtype=jnp.int32), axis=0) > 0
-        logits_TV = penalize_repetition(logits_TV, seen_TV, settings.repetition_penalty)
-    if settings.temperature == 0:
-        return jnp.log(jax.nn.one_hot(logits_TV.argmax(-1), V))
-    return truncate(logits_TV, settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+    seen_TV = jnp.cumsum(jax.nn.one_hot(tokens_T, V, dtype=jnp.int32), axis=0) > 0
+    return penalize_repetition(logits_TV, seen_TV, penalty)
+
+
+@jax.jit
+def _likeliest(logits_TV: Array) -> Array:
+    return jnp.log(jax.nn.one_hot(logits_TV.argmax(-1), logits_TV.shape[-1]))
+
+
+_truncated = jax.jit(truncate_rows)

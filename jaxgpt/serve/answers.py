@@ -2,6 +2,7 @@
 
 import asyncio
 import codecs
+import queue
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -71,6 +72,25 @@ class Stops:
     def rest(self) -> str:
         """What was held back and is no stop string."""
         return self._held
+
+
+class Line:
+    """Hands one answer, token by token, to another thread; its last item is why it ended."""
+
+    def __init__(self) -> None:
+        self.queue: queue.Queue[Token | str] = queue.Queue()
+
+    def prompt_read(self, tokens: list[Token], hidden_2D: np.ndarray, cached: int) -> None:
+        """Nothing is to be told of it."""
+
+    def token(self, token: Token) -> bool:
+        """See engine.Receiver."""
+        self.queue.put(token)
+        return False
+
+    def end(self, reason: str, stop: Token | None = None) -> None:
+        """See engine.Receiver."""
+        self.queue.put(reason)
 
 
 @dataclass(eq=False)

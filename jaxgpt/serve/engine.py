@@ -205,6 +205,12 @@ class Engine:
         """Begins to take jobs."""
         self._thread.start()
 
+    def work_off(self, job: Job) -> None:
+        """Answers one job in the caller's thread, of an engine that is not started."""
+        self.waiting.append(job)
+        while self.waiting or any(self.rows):
+            self._take_turn()
+
     def stop(self) -> None:
         """Ends every job, and the thread."""
         self._stopping = True

@@ -19,8 +19,10 @@ from jaxgpt import inspect, language_model, rundir
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.inspect import Inspection
 from jaxgpt.language_model import LanguageModel
-from jaxgpt.sampling.sample import Sampling
+from jaxgpt.sampling.sample import Sampling, for_decoding
 from jaxgpt.serve import drawing, fields, watch
+from jaxgpt.serve.answers import Line, TextStream
+from jaxgpt.serve.engine import Engine, Job, Token
 from jaxgpt.serve.fields import Refused
 from jaxgpt.tasks import tools
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 2048  # of an inspected text: attention is shown as T * T bytes a head
 MOST_SEEN = 4  # inspections that are kept for what the page asks about them next
+MOST_SCORES = 1 << 26  # of the kept inspections together: 256 MB, of a large vocabulary one
 MOST_OPENED = 2  # models of other runs that are kept
 MOST_WRITTEN = 512  # tokens that a model beside the served one writes
 RUN = "run:"  # begins the name of a model that is another run's newest checkpoint
@@ -99,7 +102,8 @@ class Looker:
                 raise Refused(f"text: has {length:,} tokens; at most {MOST_TOKENS:,} are drawn")
             self._seen[key] = lm.inspect(read[0], adapter, **how), lm
         self._seen[key] = self._seen.pop(key)  # the newest comes last
-        _keep_last(self._seen, MOST_SEEN)
+        room = MOST_SCORES // self._seen[key][0].logits_TV.size
+        _keep_last(self._seen, max(1, min(MOST_SEEN, room)))
         return self._seen[key]
 
     def heads(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,8 +118,16 @@ class Looker:
         prompt = given.get("prompt", "")
         ids = lm.encode(prompt) or [lm.tokenizer.eos_id]
         settings = Sampling(min(given.get("max_tokens", 96), MOST_WRITTEN), **how)
-        (text,) = lm.complete([ids], settings, given.get("seed", 0), adapter=adapter)
-        return {"text": text, "step": step}
+        params = lm.params if adapter is None else lm.adapters[adapter]
+        # An engine, whose settings are arrays: `lm.complete` would compile a program for each.
+        engine = Engine(lm.config, params, 1, MOST_TOKENS, prefix_bytes=0)
+        line, stops = Line(), frozenset(lm.stop_ids)
+        job = Job(ids, settings, line, given.get("seed", 0), stop_ids=stops)
+        job.check(lm.config, engine.capacity)
+        engine.work_off(job)
+        stream, *tokens = TextStream(lm.tokenizer, ids), *line.queue.queue
+        text = "".join(stream.add(token.id) for token in tokens if isinstance(token, Token))
+        return {"text": text + stream.rest(), "step": step}
 
     def _model(self, name: str) -> tuple[LanguageModel, str | None, int]:
         """A served model and its adapter, or a run's newest intact checkpoint; and its step."""
@@ -130,7 +142,9 @@ class Looker:
             )
         if self._opened.get(name, (None,))[0] != newest:
             self._opened.pop(name, None)  # before the new one takes its memory
-            self._opened[name] = newest, language_model.load(path, merged=True)
+            lm = language_model.load(path, merged=True)
+            lm.params = for_decoding(lm.config, lm.params, 1)
+            self._opened[name] = newest, lm
         self._opened[name] = self._opened.pop(name)
         _keep_last(self._opened, MOST_OPENED)
         return self._opened[name][1], None, newest

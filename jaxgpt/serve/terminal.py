@@ -2,12 +2,9 @@
 
 import json
 import math
-import queue
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from jaxgpt import machine
 from jaxgpt.config import ChatConfig, ServeConfig
@@ -15,7 +12,7 @@ from jaxgpt.data import chat
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.sampling.sample import Sampling
 from jaxgpt.serve import launch
-from jaxgpt.serve.answers import TextStream
+from jaxgpt.serve.answers import Line, TextStream
 from jaxgpt.serve.engine import Engine, Job, Token
 from jaxgpt.tasks import tools
 from jaxgpt.tasks.environment import MAX_CALLS
@@ -26,25 +23,6 @@ HELP = """\
 /retry        answers it once more          /tokens       the last answer, token by token
 /save FILE    adds the conversation to a JSONL file that scripts/sft.py reads
 /clear        begins anew                   /quit         ends"""
-
-
-class _Reply:
-    """Hands one answer from the engine's thread to this one."""
-
-    def __init__(self) -> None:
-        self.queue: queue.Queue[Token | str] = queue.Queue()
-
-    def prompt_read(self, tokens: list[Token], hidden_2D: np.ndarray, cached: int) -> None:
-        """Nothing is to be shown of it."""
-
-    def token(self, token: Token) -> bool:
-        """See engine.Receiver."""
-        self.queue.put(token)
-        return False
-
-    def end(self, reason: str, stop: Token | None = None) -> None:
-        """See engine.Receiver."""
-        self.queue.put(reason)
 
 
 class Terminal:
@@ -106,7 +84,7 @@ class Terminal:
 
     def _turn(self) -> str:
         """One turn, streamed; Ctrl-C ends it early."""
-        cfg, reply = self.cfg, _Reply()
+        cfg, reply = self.cfg, Line()
         prompt = chat.prompt(self.form, self.messages)
         how = Sampling(
             cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p,

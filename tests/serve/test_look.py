@@ -24,6 +24,7 @@ from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import gpt
 from jaxgpt.serve import drawing, look
+from jaxgpt.serve.engine import COMPILED
 from jaxgpt.serve.fields import Refused
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +159,26 @@ def test_a_run_in_training_is_listed_followed_and_opened(server, lm, tmp_path):
     np.testing.assert_allclose(differences, expected.token_logprobs_T[1:], atol=1e-3)
     wrote = ask(server, "/look/write", model="run:mine", prompt="a", max_tokens=4, temperature=0)
     assert wrote["step"] == 7 and isinstance(wrote["text"], str)
+
+
+def test_settings_compile_nothing(server):
+    def all_of(temperature, top_p, min_p, penalty):
+        how = {"temperature": temperature, "top_p": top_p, "min_p": min_p,
+               "repetition_penalty": penalty}  # fmt: skip
+        ask(server, "/look", text=TEXT, **how)
+        ask(server, "/look/write", prompt=TEXT, max_tokens=2, **how)
+
+    compiled = []
+    note = lambda event, *_, **__: compiled.append(event) if event == COMPILED else None
+    all_of(0.7, 0.5, 0.1, 1.5)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        all_of(0.71, 0.51, 0.11, 1.51)
+        assert not compiled
+        jax.jit(lambda x: x * 3)(1.0)
+        assert compiled  # so the listener listens
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
 
 
 def test_tools_answer_calls_of_both_kinds(server):
