@@ -113,5 +113,5 @@ def test_whatever_arrives_ten_thousand_times(served):
 def test_every_request_can_be_sent_again():
     again = [hostile.request(number) for number in range(200)]
     assert again == [hostile.request(number) for number in range(200)]
-    assert len(set(again)) > 180 and {asked.path for asked in again} == {"", *hostile.GOOD}
+    assert len(set(again)) > 150 and {asked.path for asked in again} == {"", *hostile.GOOD}
     assert any(json.loads(a.body or b"0") for a in again if a.path and a.body[-1:] == b"}")
