@@ -1,20 +1,15 @@
-"""A tiny random model on disk."""
+"""A tiny random model on disk, and a server of it that most tests share."""
 
 from pathlib import Path
 
 import jax
 import pytest
+from serving import TINY, running
 
-from jaxgpt.config import ModelConfig
 from jaxgpt.convert.load import Loaded, own_files
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import gpt
-
-TINY = ModelConfig(
-    vocab_size=260, context_length=1024, num_layers=2, model_dim=24, num_heads=4, num_kv_heads=2,
-    mlp_dim=40, mlp="gated", activation="silu", norm="rmsnorm", position="rope",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +24,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = Loaded(TINY, params, tokenizer, None, (), stops, files)
     LanguageModel(parts, "tiny").save(folder / "tiny")
     return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def served(checkpoint):
+    """The address and the process of a server, which outlives all that is done to it."""
+    flags = ("--slots", "3", "--queue", "200", "--body_seconds", "2", "--prefix_cache", "4")
+    with running("--checkpoint", str(checkpoint), *flags) as it:
+        yield it
+        assert it[1].poll() is None

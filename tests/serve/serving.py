@@ -1,4 +1,4 @@
-"""A server in a process of its own."""
+"""A tiny network, and a server in a process of its own."""
 
 import os
 import subprocess
@@ -11,7 +11,13 @@ from pathlib import Path
 
 import httpx
 
+from jaxgpt.config import ModelConfig
+
 ROOT = Path(__file__).parents[2]
+TINY = ModelConfig(
+    vocab_size=260, context_length=1024, num_layers=2, model_dim=24, num_heads=4, num_kv_heads=2,
+    mlp_dim=40, mlp="gated", activation="silu", norm="rmsnorm", position="rope",
+)  # fmt: skip
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import gzip
 import json
-import os
 import re
 import subprocess
 import sys
@@ -211,18 +210,14 @@ def test_the_page_names_no_other_origin_and_never_reads_text_as_html():
         assert unsafe not in page
 
 
-def test_the_command_writes_a_page(lm, tmp_path):
+def test_the_command_writes_a_page(lm, tmp_path, command):
     lm.save(tmp_path / "run", "jaxgpt")
-    output = tmp_path / "page.html"
-    command = [sys.executable, ROOT / "scripts" / "inspect.py", "--checkpoint", tmp_path / "run"]
-    done = subprocess.run(
-        [*command, "--text", TEXT, "--against", tmp_path / "run", "--output", output],
-        capture_output=True, text=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "run: 22 tokens" in done.stdout and "page.html" in done.stdout
-    assert '"comparison"' in output.read_text()
+    code, said, error = command(
+        "inspect.py", "--checkpoint", "run", "--text", TEXT, "--against", "run"
+    )
+    assert code == 0, error
+    assert "run: 22 tokens" in said and "page.html" in said
+    assert '"comparison"' in (tmp_path / "page.html").read_text()
 
 
 def test_the_scripts_folder_hides_no_module_of_python():

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 import httpx
 import psutil
 import pytest
-from serving import idle, running
+from serving import idle
 
 openai = pytest.importorskip("openai")
 from openai.types import CreateEmbeddingResponse  # noqa: E402
@@ -27,13 +27,6 @@ CITY = {
 }  # fmt: skip
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": CITY}},
          {"type": "function", "function": {"name": "noon"}}]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def served(checkpoint):
-    with running("--checkpoint", str(checkpoint), "--slots", "3", "--queue", "200") as it:
-        yield it
-        assert it[1].poll() is None  # it outlived all that was done to it
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,9 @@ import hostile
 import httpx
 import psutil
 import pytest
-from serving import idle, running
+from serving import idle
 
 JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def served(checkpoint):
-    flags = ("--slots", "3", "--queue", "50", "--body_seconds", "2", "--prefix_cache", "4")
-    with running("--checkpoint", str(checkpoint), *flags) as (address, process):
-        yield address, psutil.Process(process.pid)
-        assert process.poll() is None
 
 
 def send(client: httpx.Client, number: int) -> str:
@@ -73,7 +65,7 @@ def _send_raw(client: httpx.Client, asked: hostile.Hostile) -> str:
 
 def survives(served, numbers: range) -> None:
     """Sends requests from twelve threads, and looks for what they left."""
-    address, process = served
+    address, process = served[0], psutil.Process(served[1].pid)
     with (
         httpx.Client(base_url=address, timeout=120) as client,
         ThreadPoolExecutor(12) as pool,

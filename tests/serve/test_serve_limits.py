@@ -1,14 +1,11 @@
 """Keys, limits, and what a server says whose engine fails: one process, which fails at the end."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import httpx
 import pytest
-from serving import ROOT, running
+from serving import running
 
 FLAGS = ("--slots", "1", "--queue", "0", "--max_body", "3000", "--api_key", "secret", "other",
          "--cors", "http://page.example", "--request_seconds", "30")  # fmt: skip
@@ -85,19 +82,14 @@ def test_a_full_queue_says_when_to_come_back(ask, served):
     assert found.json()["error"]["code"] == "rate_limit_exceeded"
 
 
-def test_bad_settings_end_in_one_line(checkpoint, served):
+def test_bad_settings_end_in_one_line(checkpoint, served, command):
     port = served[0].rsplit(":", 1)[1]
     for flags, word in (
         (("--slots", "0"), "slots=0"), (("--adapter", "x"), "adapter=x"),
         (("--context", "9999"), "context=9999"), (("--port", port), f"port={port}"),
     ):  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "scripts/serve.py", "--checkpoint", str(checkpoint), *flags],
-            cwd=ROOT, capture_output=True, text=True, timeout=200,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert done.returncode == 2 and word in done.stderr, done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        code, _, error = command("serve.py", "--checkpoint", str(checkpoint), *flags)
+        assert code == 2 and word in error and len(error.splitlines()) == 1, error
 
 
 def test_a_failed_engine_ends_all_requests_turns_health_and_exits(served, flag, ask):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
+from serving import TINY
 from test_serve_engine import GREEDY, LONG, PROMPTS, RANDOM, answer, ask
 
 from jaxgpt import peft, sharding
