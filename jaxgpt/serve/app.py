@@ -384,7 +384,7 @@ async def _respond(
     maker: "replies.Chat | replies.Text",
 ) -> Response:
     if given.get("stream"):
-        return _Stream(server, answers, _events(given, answers, maker))
+        return _Stream(server, answers, _events(server, given, answers, maker))
     return JSONResponse(maker.whole(await _finish(server, request, answers)))
 
 
@@ -410,7 +410,7 @@ async def _finish(server: Server, request: Request, answers: list[Answer]) -> li
         deltas = [await answer.next()]
         while deltas[-1].finish is None:
             deltas.append(await answer.next())
-        _require_answer(deltas[-1].finish)
+        _require_answer(server, deltas[-1].finish)
         return deltas
 
     async def gone() -> None:
@@ -432,7 +432,10 @@ async def _finish(server: Server, request: Request, answers: list[Answer]) -> li
 
 
 async def _events(
-    given: Mapping[str, Any], answers: list[Answer], maker: "replies.Chat | replies.Text"
+    server: Server,
+    given: Mapping[str, Any],
+    answers: list[Answer],
+    maker: "replies.Chat | replies.Text",
 ) -> AsyncIterator[dict[str, str]]:
     """The parts of a stream, as they come, whichever answer they belong to."""
     queue: asyncio.Queue[tuple[Answer, Any]] = asyncio.Queue()
@@ -449,7 +452,7 @@ async def _events(
         going = len(answers)
         while going:
             answer, delta = await queue.get()
-            _require_answer(delta.finish)
+            _require_answer(server, delta.finish)
             for part in maker.parts(answer, delta):
                 yield {"data": json.dumps(part)}
             going -= delta.finish is not None
@@ -463,10 +466,12 @@ async def _events(
             follower.cancel()
 
 
-def _require_answer(finish: str | None) -> None:
+def _require_answer(server: Server, finish: str | None) -> None:
     """Raises Refused where an answer ended without one."""
     if finish == "timeout":
         raise Refused("the request took too long", status=408, code="timeout", kind="server_error")
+    if finish == "error" and server.engine.alive:
+        raise Refused("the answer failed: see the server's log", status=500, kind="server_error")
     if finish in ("error", "cancelled"):
         raise Refused("the engine has stopped", status=503, kind="server_error")
 

@@ -83,5 +83,4 @@ class Chats:
                     param = f"tools[{place}].function.strict"
                     raise Refused(f"{param}: needs tool_choice required or a name", param)
             return None
-        grammars.matcher(rules, 1, param)  # refused here, if at all
-        return lambda most: grammars.matcher(rules, most, param)
+        return grammars.matcher(rules, param)

@@ -5,7 +5,8 @@ Axes of this file: W words of 32 bits.
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.serve.fields import Refused
 
 FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+MOST_FORCED = 16_384  # bytes that a grammar may leave no choice about at its beginning
+SLOWEST = 1.0  # seconds of work for one mask, after which an answer is given up: all others wait
 LAST = 128  # tokens of an answer's room in which JSON is closed, and at most a quarter of the room
 
 
@@ -38,16 +41,23 @@ class Grammars:
             grammar = llguidance.LLMatcher.grammar_from_json_schema({**schema, "x-guidance": FORM})
         except ValueError as error:
             raise Refused(f"{param}: {error}", param) from None
-        self.matcher(grammar, 1, param)
+        self.matcher(grammar, param)
         return grammar
 
-    def matcher(self, grammar: str, most: int, param: str) -> "Matcher":
-        """For one answer of at most `most` tokens."""
+    def matcher(self, grammar: str, param: str) -> "Callable[[int], Matcher]":
+        """Follows answers through a grammar, each from its beginning; made for the tokens that
+        one has room for.
+
+        Raises:
+            Refused: the grammar cannot be read.
+        """
         matcher = llguidance.LLMatcher(self.engine, grammar, log_level=0)
         if matcher.is_error():
             message = " ".join(matcher.get_error().split())
             raise Refused(f"{param}: {message[:300]}", param)
-        return Matcher(matcher, most, self.closing)
+        if len(matcher.deep_copy().compute_ff_bytes()) > MOST_FORCED:
+            raise Refused(f"{param}: no text satisfies it: it contains itself without end", param)
+        return lambda most: Matcher(matcher.deep_copy(), most, self.closing)
 
     @cached_property
     def engine(self) -> llguidance.LLTokenizer:
@@ -81,7 +91,10 @@ class Matcher:
 
     def fill(self, allowed_W: np.ndarray) -> None:
         """See engine.Grammar."""
+        began = time.thread_time()
         llguidance.numpy.fill_next_token_bitmask(self._matcher, allowed_W[None])
+        if time.thread_time() - began > SLOWEST:
+            raise RuntimeError("the grammar of an answer took too long")
         if self._left <= self._last:
             for closing_W in self._closing:
                 if (allowed_W & closing_W).any():

@@ -217,7 +217,7 @@ REFUSED = {
     "tool_choice": ["auto", "any", {"type": "function"}], "model": ["other", 7],
     "response_format": [
         {"type": "xml"}, {"type": "json_schema"}, "json", form({"$ref": "#/no"}),
-        form({"type": "no"}),
+        form({"type": "no"}), form({"required": ["a"], "properties": {"a": {"$ref": "#"}}}),
     ],
     "messages": [[], "Hi", [{}], [{"role": "king", "content": ""}], [{"role": "user"}],
                  [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
