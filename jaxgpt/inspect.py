@@ -76,9 +76,10 @@ class Inspection:
         padded_TV, padded_T = self._padded(self.logits_TV), self._padded(self.tokens_T)
         how, T = self.settings, len(self.tokens_T)
         if how.repetition_penalty != 1:
-            padded_TV = _penalized(padded_TV, padded_T, how.repetition_penalty)
+            padded_TV = np.asarray(_penalized(padded_TV, padded_T, how.repetition_penalty))
         if how.temperature == 0:
-            padded_TV = _likeliest(padded_TV)
+            best_T1 = padded_TV.argmax(-1)[:, None]
+            padded_TV = np.where(np.arange(padded_TV.shape[-1]) == best_T1, 0.0, -np.inf)
         else:  # by row, as arrays: other numbers need no other program
             values = (how.temperature, how.top_k, how.top_p, how.min_p)
             padded_TV = _truncated(padded_TV, *(np.full(len(padded_T), value) for value in values))
@@ -275,11 +276,6 @@ def _penalized(logits_TV: Array, tokens_T: Array, penalty: Array) -> Array:
     V = logits_TV.shape[-1]
     seen_TV = jnp.cumsum(jax.nn.one_hot(tokens_T, V, dtype=jnp.int32), axis=0) > 0
     return penalize_repetition(logits_TV, seen_TV, penalty)
-
-
-@jax.jit
-def _likeliest(logits_TV: Array) -> Array:
-    return jnp.log(jax.nn.one_hot(logits_TV.argmax(-1), logits_TV.shape[-1]))
 
 
 _truncated = jax.jit(truncate_rows)

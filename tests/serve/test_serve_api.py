@@ -208,6 +208,7 @@ def form(schema: dict) -> dict:
     return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
 
 
+ENDLESS = {"type": "object", "required": ["a"], "properties": {"a": {"$ref": "#"}}}
 REFUSED = {
     "temperature": [-1, 3, "hot", True, 1e999], "top_p": [0, 1.5], "top_k": [-1, 1.5],
     "max_tokens": [-1, 2.5, "9", [1]], "n": [0, 1000, "1"], "seed": [1.5, 10**30],
@@ -217,7 +218,7 @@ REFUSED = {
     "tool_choice": ["auto", "any", {"type": "function"}], "model": ["other", 7],
     "response_format": [
         {"type": "xml"}, {"type": "json_schema"}, "json", form({"$ref": "#/no"}),
-        form({"type": "no"}), form({"required": ["a"], "properties": {"a": {"$ref": "#"}}}),
+        form({"type": "no"}), form(ENDLESS),
     ],
     "messages": [[], "Hi", [{}], [{"role": "king", "content": ""}], [{"role": "user"}],
                  [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
