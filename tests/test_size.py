@@ -28,7 +28,7 @@ BUDGET = {
     "model": 745,
     "optim.py": 80,
     "peft.py": 175,
-    "plan": 710,
+    "plan": 775,  # with what a server needs
     "policy_losses.py": 90,
     "report.py": 300,
     "rollouts.py": 230,
@@ -47,16 +47,16 @@ BUDGET = {
     "weights.py": 160,
 }
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
-TOTAL = 16_790  # 85 of them for configs by name and completion in the shell
+TOTAL = 16_850  # 85 of them for configs by name and completion in the shell
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
-    "commands": 625,  # what was scripts/ (480), the list of commands, the doctor
+    "commands": 640,  # what was scripts/ (480), the list of commands, the doctor
     "inspect.py": 180,
     "judge.py": 60,
     "life": 1350,  # with lineage.py: life, compare, sweep 840; list, card, page, check the rest
     "lineage.py": 305,
     "notes": 310,
-    "serve": 2110,
+    "serve": 2070,
     "store.py": 180,
 }
 
