@@ -108,4 +108,4 @@ def test_a_failed_engine_ends_all_requests_turns_health_and_exits(served, flag, 
     assert httpx.get(f"{address}/health").status_code == 503
     assert time.monotonic() - began < 1.5
     assert ask(prompt="a", max_tokens=1).status_code == 503
-    assert process.wait(30) == 1
+    assert process.wait(120) == 1
