@@ -51,6 +51,7 @@ def launch(name: str, cfg: RunConfig) -> None:
     shows, cfg = cfg.show_batch, dataclasses.replace(cfg, show_batch=False)
     with processes.first_process_first("run"):
         run = rundir.enter(cfg)
+    processes.require_shared(run, "run")
     with jax.set_mesh(mesh), kernels.use(cfg.kernels):
         start = begin(name, cfg)  # all processes together: Orbax lets them wait for each other
         sharding.check_model(start.config, mesh)
@@ -226,6 +227,7 @@ def efficient(cfg: PeftConfig, stage: Stage) -> Stage:
 def _prepare(cfg: RunConfig) -> Mesh:
     """The machine made ready, before JAX first asks for a device; the mesh."""
     machine.prepare()
+    processes.agree(idle.flat(dataclasses.asdict(cfg)) | machine.versions_used())
     metrics.require_sinks(cfg.log)
     return sharding.make_mesh(cfg.mesh)
 

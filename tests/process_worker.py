@@ -1,6 +1,7 @@
 """One process of a small run: `python process_worker.py RUN`, joined as the environment says."""
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,8 @@ def main(run: str) -> None:
 
     def rows_of(step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         time.sleep(0.02)
+        if step == 30 and os.environ.get("FAILING_PROCESS") == str(jax.process_index()):
+            raise RuntimeError("row 7 is odd")
         return {name: array[rows] for name, array in small.batch_of(step).items()}
 
     def next_batch(params, carry, step: int) -> dict:

@@ -17,6 +17,7 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -54,6 +55,8 @@ class Server:
         }  # fmt: skip
         name = "AWS_ENDPOINT_URL" if scheme == "s3" else "STORAGE_EMULATOR_HOST"
         self.env[name] = f"http://127.0.0.1:{self.proxy.server_port}"
+        if scheme == "gs":  # else each process asks for some seconds where its credentials are
+            self.env |= {"FSSPEC_GS_TOKEN": "anon"}
 
     def path(self, name: str) -> str:
         return f"{self.scheme}://{BUCKET}/{name}"
@@ -168,6 +171,7 @@ def serving(scheme: str, folder: Path) -> Iterator[Server]:
         process = subprocess.Popen(_command(scheme, port), stdout=log, stderr=log)
     before, server = dict(os.environ), Server(scheme, port, folder)
     os.environ.update(server.env)
+    fsspec.config.conf["gs"] = {"token": "anon"}
     try:
         end = time.monotonic() + 60
         while not _answers(port):
@@ -192,8 +196,6 @@ def _answers(port: int) -> bool:
 @pytest.fixture(params=["s3", "gs"])
 def server(request, tmp_path):
     """A store with one bucket, in which nothing is."""
-    import fsspec
-
     with serving(request.param, tmp_path) as found:
         yield found
     fsspec.filesystem(request.param).clear_instance_cache()

@@ -27,8 +27,20 @@ PRETRAIN = [
 ]  # fmt: skip
 
 
-def start(command: list[str], directory: Path, count: int, devices: int = 1) -> list:
-    """`count` processes with `devices` each; what they print goes to directory/NUMBER.txt."""
+def start(
+    command: list[str],
+    directory: Path,
+    count: int,
+    devices: int = 1,
+    apart: bool = False,
+    odd: tuple[str, ...] = (),
+) -> list:
+    """`count` processes with `devices` each; what they print goes to directory/NUMBER.txt.
+
+    Args:
+        apart: each works in a folder of its own, directory/hostNUMBER.
+        odd: arguments of the last one alone.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -45,8 +57,11 @@ def start(command: list[str], directory: Path, count: int, devices: int = 1) -> 
                 "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(number),
             }  # fmt: skip
         with (directory / f"{number}.txt").open("w") as output:
+            own = [str(ROOT / command[0]), *command[1:], *(odd if number == count - 1 else ())]
+            folder = directory / f"host{number}" if apart else ROOT
+            folder.mkdir(exist_ok=True)
             started.append(subprocess.Popen(
-                [sys.executable, *command], env=env, cwd=ROOT, stdout=output, stderr=output
+                [sys.executable, *own], env=env, cwd=folder, stdout=output, stderr=output
             ))  # fmt: skip
     return started
 
@@ -153,6 +168,51 @@ def test_processes_practise_together_on_what_another_run_learned(tmp_path):
         values = [[line[name] for line in log if name in line] for log in (one, two)]
         assert values[0]
         np.testing.assert_allclose(*values, atol=1e-4, err_msg=name)
+
+
+def assert_all_end(started: list, directory: Path, reason: str, seconds: float = 60) -> None:
+    """Every process ends within the time, with this reason in its last line and no success."""
+    found = codes(started, seconds)
+    for number, code in enumerate(found):
+        lines = (directory / f"{number}.txt").read_text().splitlines()
+        assert code in (1, 2) and re.search(reason, lines[-1]), (found, lines[-3:])
+
+
+@pytest.mark.slow
+def test_another_setting_on_one_host_is_refused_by_name(tmp_path):
+    command = [*PRETRAIN, f"--run={tmp_path / 'run'}", "--optim.learning_rate=1e-3"]
+    started = start(command, tmp_path, 2, odd=("--optim.learning_rate=1e-2", "--seed=5"))
+    reason = r"seed=0 in process 0, 5 in process 1; optim.learning_rate=0.001 in process 0, 0.01 in"
+    assert_all_end(started, tmp_path, reason, 120)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_hosts_without_a_shared_disk_are_told_so(tmp_path):
+    started = start([*PRETRAIN, "--run=run"], tmp_path, 2, apart=True)
+    assert_all_end(started, tmp_path, r"run=run: is not the folder of process 0", 120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_text_that_one_host_lacks_ends_all(tmp_path, missing):
+    (tmp_path / f"host{1 - missing}").mkdir()
+    text = "".join(np.random.default_rng(0).choice(list("abcd "), 4000))
+    (tmp_path / f"host{1 - missing}" / "text.txt").write_text(text)
+    command = [*PRETRAIN, f"--run={tmp_path / 'run'}", "--data.path=text.txt"]
+    assert_all_end(
+        start(command, tmp_path, 2, apart=True), tmp_path, r"text.txt: no such file", 120
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_an_error_in_a_step_of_one_ends_all_with_it(tmp_path, monkeypatch, failing):
+    monkeypatch.setenv("FAILING_PROCESS", failing)
+    started = start([*WORKER, str(tmp_path / "run")], tmp_path, 2)
+    assert_all_end(
+        started, tmp_path, r"error: (process \d on \S+ ended this run: )?row 7 is odd", 120
+    )
 
 
 FATAL = """step 3/9  loss 1\rstep 4/9  loss 1

@@ -210,7 +210,7 @@ def to_yaml(cfg: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     """An error's message; one of the system without its number, and with what to do."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
@@ -284,5 +284,5 @@ def exit_cleanly(main: Callable[[], None]) -> None:
 
             if not store.is_cloud_error(error):
                 raise
-        print(f"error: {' '.join(_said(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(said(error).split())}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None

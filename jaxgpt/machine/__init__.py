@@ -6,11 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxgpt.machine.chips import Chip, chip, peak_flops, peak_memory
-from jaxgpt.machine.versions import command, environment, environment_changes, uncommitted
+from jaxgpt.machine.versions import (
+    command,
+    environment,
+    environment_changes,
+    uncommitted,
+    versions_used,
+)
 
 __all__ = [
     "Chip", "chip", "command", "environment", "environment_changes", "peak_flops", "peak_memory",
-    "uncommitted",
+    "uncommitted", "versions_used",
 ]  # fmt: skip
 
 SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"  # of XLA, for CPUs

@@ -1,25 +1,40 @@
 """Several processes as one run: joining, deciding together, and ending together.
 
-A process that loses another one ends with one line. Where a collective notices (on CPUs, at once)
+Where one fails, it tells the others why, and all end. A process that loses another one ends with
+one line. Where a collective notices (on CPUs, at once)
 that is an exception; else the runtime aborts after HEARTBEAT_SECONDS, or at once if it was the
 process that coordinates, and what it prints is replaced.
 """
 
 import contextlib
+import functools
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
+import time
+import traceback
+import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxgpt import files
+from jaxgpt.config.command_line import said
+
 HEARTBEAT_SECONDS = 60  # silence after which the runtime calls a process lost
 SHUTDOWN_SECONDS = 120  # how long the others wait for the one that writes the report
+ANSWER_SECONDS = 300  # how long one waits for another to begin
+_SETTINGS, _FAILED = "jaxgpt/settings/{}", "jaxgpt/failed"
 LOST = (
     "error: another process of this run was lost, so this one stopped; start all of them again "
     "to go on from the last checkpoint"
@@ -93,19 +108,88 @@ def join() -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"JAX_COORDINATOR_ADDRESS: the processes did not meet: {reason}") from None
+    _met().set()
 
 
 @contextlib.contextmanager
 def end_together() -> Iterator[None]:
-    """Turns the loss of another process into one line and exit status 1."""
+    """One fails, all end: with its reason in one line on every host, and a status that is not 0.
+
+    The reason goes by the service by which the processes met, since those that wait for a
+    collective compute nothing more. A process that is lost tells no reason.
+    """
+    ended = threading.Event()
+    threading.Thread(target=_end_with_others, args=(ended,), daemon=True).start()
     try:
         yield
     except Exception as error:
-        if jax.process_count() == 1 or not re.search(_GONE, str(error)):
+        if jax.process_count() == 1:
             raise
-        print(LOST, file=sys.stderr, flush=True)
-        # An ordinary exit would wait for the lost one, and then be aborted by the runtime.
-        os._exit(1)
+        ended.set()
+        lost = re.search(_GONE, str(error)) and not isinstance(error, OSError)
+        if lost:  # most likely because another one failed, which may tell its reason by now
+            line, status = _failure_of_another(seconds=5) or (LOST, 1)
+        else:
+            line, status = f"error: {' '.join(said(error).split())}", _status(error)
+            _tell(line.removeprefix("error: "), status)
+            if not isinstance(error, ValueError | OSError | FloatingPointError):
+                traceback.print_exception(error)
+        _leave(line, status)
+    finally:
+        ended.set()
+
+
+def agree(settings: Mapping[str, Any], seconds: float = ANSWER_SECONDS) -> None:
+    """Returns when all processes have come here with the same settings.
+
+    Raises:
+        ValueError: on every process, naming what differs; or nobody answered for `seconds`.
+    """
+    if jax.process_count() == 1:
+        return
+    client, own = _service(), {name: str(value) for name, value in settings.items()}
+    wait = lambda key, times: client.blocking_key_value_get(key, int(times * seconds * 1000))
+    try:
+        client.key_value_set(_SETTINGS.format(jax.process_index()), json.dumps(own))
+        if jax.process_index() == 0:
+            others = range(1, jax.process_count())
+            told = [_difference(own, json.loads(wait(_SETTINGS.format(n), 1)), n) for n in others]
+            client.key_value_set(_SETTINGS.format("all"), next(filter(None, told), ""))
+        problem = wait(_SETTINGS.format("all"), 2)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the processes did not all begin within {seconds:.0f} s: {reason}"
+        ) from None
+    if problem:
+        raise ValueError(problem)
+
+
+def require_shared(folder: Path, setting: str, seconds: float = 30.0) -> None:
+    """Raises ValueError unless every process sees what process 0 writes into `folder`.
+
+    Else each would make a folder of its own, and wait for the others' part of a checkpoint.
+    """
+    if jax.process_count() == 1:
+        return
+    client = _service()
+    if jax.process_index() == 0:
+        mark = files.write(folder / f".seen-{uuid.uuid4().hex}{files.PARTIAL}", "")
+        client.key_value_set("jaxgpt/mark", mark.name)
+        for number in range(1, jax.process_count()):
+            client.blocking_key_value_get(f"jaxgpt/sees/{number}", int(2000 * seconds))
+        mark.unlink()
+        return
+    mark = folder / client.blocking_key_value_get("jaxgpt/mark", int(2000 * seconds))
+    end = time.monotonic() + seconds  # network disks show a new file late
+    while not mark.exists():
+        if time.monotonic() > end:
+            raise ValueError(
+                f"{setting}={folder}: is not the folder of process 0; give all processes one on a "
+                "shared disk, or a bucket"
+            )
+        time.sleep(0.2)
+    client.key_value_set(f"jaxgpt/sees/{jax.process_index()}", "")
 
 
 @contextlib.contextmanager
@@ -141,6 +225,88 @@ def make_vote(mesh: Mesh, lag: int = 2) -> Callable[[bool], bool]:
         return len(pending) > lag and int(pending.popleft()) > 0
 
     return vote
+
+
+@functools.cache
+def _met() -> threading.Event:
+    """Set when this process has joined others."""
+    return threading.Event()
+
+
+def _service() -> Any:
+    """What the processes met at: it keeps short texts by name, which all can read."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _difference(own: Mapping[str, str], other: Mapping[str, str], number: int) -> str:
+    """What differs between process 0 and another, in one line; or ""."""
+    names = [name for name in {**own, **other} if own.get(name) != other.get(name)]
+    told = [f"{n}={own.get(n)} in process 0, {other.get(n)} in process {number}" for n in names]
+    return f"{'; '.join(told[:5])}: give all processes the same" if told else ""
+
+
+def _tell(reason: str, status: int) -> None:
+    """Lets the others know why this process ends; the first to do so is heard."""
+    told = {"process": jax.process_index(), "host": socket.gethostname(), "reason": reason,
+            "status": status}  # fmt: skip
+    with contextlib.suppress(RuntimeError):  # another one has told before, or is lost
+        _service().key_value_set(_FAILED, json.dumps(told))
+
+
+def _failure_of_another(seconds: float = 0.0) -> tuple[str, int] | None:
+    """(line, status) of the process that failed first; None if no other has told within `seconds`.
+
+    Raises:
+        RuntimeError: process 0 is lost.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            told = json.loads(_service().key_value_try_get(_FAILED))
+        except RuntimeError as error:
+            if time.monotonic() >= end:
+                if "NOT_FOUND" in str(error):
+                    return None
+                raise
+            time.sleep(0.2)
+            continue
+        if told["process"] == jax.process_index():
+            return None
+        who = f"process {told['process']} on {told['host']}"
+        return f"error: {who} ended this run: {told['reason']}", told["status"]
+
+
+def _end_with_others(ended: threading.Event) -> None:
+    """Ends this process when another one has failed, whatever it waits for."""
+    while not ended.wait(1.0):
+        if not _met().is_set():  # the service aborts a process that asks too early
+            continue
+        try:
+            found = _failure_of_another()
+        except RuntimeError:  # the runtime ends what has lost process 0
+            return
+        if found and not ended.is_set():
+            _leave(*found)
+
+
+def _leave(line: str, status: int) -> None:
+    """Prints the line and ends at once: an ordinary exit waits for the others, and is aborted.
+
+    Process 0, by which the others learn, goes last.
+    """
+    print(line, file=sys.stderr, flush=True)
+    client, count = _service(), jax.process_count()
+    with contextlib.suppress(RuntimeError):
+        client.key_value_set(f"jaxgpt/left/{jax.process_index()}", "")
+        for number in range(1, count) if jax.process_index() == 0 else ():
+            client.blocking_key_value_get(f"jaxgpt/left/{number}", 10_000)
+    os._exit(status)
+
+
+def _status(error: Exception) -> int:
+    return 2 if isinstance(error, ValueError | OSError) else 1
 
 
 def _number(name: str) -> int | None:

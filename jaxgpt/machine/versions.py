@@ -19,16 +19,20 @@ def command() -> str:
     return f"{said} {rest}".strip()
 
 
+def versions_used() -> dict[str, Any]:
+    """The versions of what computes."""
+    packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
 def environment() -> dict[str, Any]:
     """What a bit-identical repetition of the run needs, and the command."""
     import jax
 
-    packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     device = jax.devices()[0]
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return {
-        "python": platform.python_version(),
-        **{package: _version(package) for package in packages},
+        **versions_used(),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "device": device.device_kind,
