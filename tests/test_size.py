@@ -23,7 +23,7 @@ BUDGET = {
     "kernels": 1475,
     "language_model.py": 350,
     "losses.py": 70,
-    "machine": 360,
+    "machine": 480,
     "metrics.py": 250,
     "model": 745,
     "optim.py": 80,
@@ -47,7 +47,7 @@ BUDGET = {
     "weights.py": 160,
 }
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
-TOTAL = 16_850  # 85 of them for configs by name and completion in the shell
+TOTAL = 16_990  # 85 of them for configs by name and completion in the shell
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
     "commands": 650,  # what was scripts/ (480), the list of commands, the doctor
