@@ -128,7 +128,10 @@ def end_together() -> Iterator[None]:
         ended.set()
         lost = re.search(_GONE, str(error)) and not isinstance(error, OSError)
         if lost:  # most likely because another one failed, which may tell its reason by now
-            line, status = _failure_of_another(seconds=5) or (LOST, 1)
+            found = None
+            with contextlib.suppress(RuntimeError):  # process 0 is the one that is lost
+                found = _failure_of_another(seconds=5)
+            line, status = found or (LOST, 1)
         else:
             line, status = f"error: {' '.join(said(error).split())}", _status(error)
             _tell(line.removeprefix("error: "), status)
