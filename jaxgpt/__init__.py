@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from jaxgpt.language_model import LanguageModel
+    from jaxgpt.launching import Run
 
-__all__ = ["LanguageModel", "__version__", "load"]
+__all__ = ["LanguageModel", "Run", "__version__", "launch", "load"]
 
 __version__ = "0.1.0"
 
@@ -41,9 +42,30 @@ def load(
     return language_model.load(path, dtype=dtype, adapters=adapters, quantize=quantize)
 
 
-def __getattr__(name: str) -> Any:
-    if name != "LanguageModel":
-        raise AttributeError(f"module 'jaxgpt' has no attribute {name!r}")
-    from jaxgpt.language_model import LanguageModel
+def launch(stage: str, **settings: Any) -> "Run":
+    """Trains as the command of that name: jaxgpt.launch("sft", init="runs/base", data="a.jsonl").
 
-    return LanguageModel
+    Settings are those of the command line, nested ({"train": {"steps": 9}} is train={"steps": 9})
+    or dotted (**{"train.steps": 9}); they are checked and refused in the same words. Beside them
+    jaxgpt.launching.launch names what may be given as Python objects: data, reward, task, tools,
+    environment, optimizer, loss, callbacks; and background=True, which trains in a thread.
+
+    Raises:
+        ValueError: a setting that is unknown, wrong, or does not fit the others, data or directory.
+        FloatingPointError: the loss exploded.
+    """
+    from jaxgpt import launching
+
+    return launching.launch(stage, **settings)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LanguageModel":
+        from jaxgpt.language_model import LanguageModel
+
+        return LanguageModel
+    if name == "Run":
+        from jaxgpt.launching import Run
+
+        return Run
+    raise AttributeError(f"module 'jaxgpt' has no attribute {name!r}")

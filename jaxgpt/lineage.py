@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt import files, machine, rundir
-from jaxgpt.config import RunConfig
+from jaxgpt.config import RunConfig, own
 from jaxgpt.data import documents, synthetic
 from jaxgpt.data.rows import names
 
@@ -267,9 +267,11 @@ def source(setting: str, path: str) -> dict[str, Any]:
     """What a data setting names, with its hash: files, an embedded task, Python's library, a data
     set of the Hub (whose revision is its hash)."""
     entry: dict[str, Any] = {"setting": setting, "path": path or LIBRARY}
+    if path.startswith(own.IN_PYTHON):
+        return entry | {"kind": "python", "sha256": path.partition("@")[2]}
     file = files.path(path)
     if not file.exists() and files.is_local(file):
-        file = Path(path.partition(":")[0])  # tasks.py:name
+        file = Path(path.rpartition(":")[0] or path)  # tasks.py:name
     if path and file.exists():
         return entry | {"kind": "files", "path": str(file.absolute())} | _hashes(file)
     task = path.removeprefix("embedded:")
@@ -287,12 +289,13 @@ def _sources(stage: str, cfg: Any) -> Iterator[tuple[str, str]]:
     for path in mixture:
         yield "data.mixture", str(path)
     for name, path in ((key, path) for key in SOURCES for path in _paths(data, key)):
-        if name == "path" and not mixture and share < 1:
+        if name == "path" and not mixture and share < 1 and not getattr(data, "task", ""):
             yield "data.path", path or _default(stage)
         elif name == "text_path" and share > 0:
             yield "data.text_path", path or ""
         elif path and (name == "val_path" or name == "task" or files.path(path).is_file()):
             yield f"data.{name}", path
+    yield from ((name, path) for name, path in own.of_run(cfg) if name != "data.task")
 
 
 def _paths(data: Any, name: str) -> list[str]:

@@ -20,9 +20,7 @@ from typing import Any, TextIO
 
 from jaxgpt import files
 from jaxgpt.config import LogConfig, ModelConfig
-
-Sink = Callable[[int, Mapping[str, Any]], None]  # (step, metrics) -> None
-
+from jaxgpt.types import Sink
 
 STORE_SECONDS = 30.0  # how long lines may wait for the next writing of a log in a store
 

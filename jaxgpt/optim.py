@@ -6,6 +6,7 @@ Notes: chapter 7.
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import optax
 from optax import contrib
 
 from jaxgpt import tree
-from jaxgpt.config import OptimConfig
+from jaxgpt.config import OptimConfig, own
 from jaxgpt.types import Array, Params
 
 
@@ -61,7 +62,10 @@ def goes_on(cfg: OptimConfig, num_steps: int, before: tuple[int, int | None], do
 
 
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (arXiv:1711.05101) or Muon."""
+    """Clipping by the global norm, then AdamW (arXiv:1711.05101), Muon, or the user's own."""
+    rate = lambda step: learning_rate(cfg, jnp.asarray(step), num_steps)
+    if cfg.custom:
+        return _clipped(cfg, _custom(cfg, rate))
     direction = _kept_as(cfg.moments, optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps))
     if cfg.name == "muon":
         muon = _kept_as(cfg.moments, _muon())
@@ -69,11 +73,27 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
     update = optax.chain(
         direction,
         optax.add_decayed_weights(cfg.weight_decay, lambda params: decayed(cfg, params)),
-        optax.scale_by_learning_rate(lambda step: learning_rate(cfg, jnp.asarray(step), num_steps)),
+        optax.scale_by_learning_rate(rate),
     )
+    return _clipped(cfg, update)
+
+
+def _clipped(
+    cfg: OptimConfig, update: optax.GradientTransformation
+) -> optax.GradientTransformation:
     if cfg.clip_norm == 0:
         return update
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
+
+
+def _custom(cfg: OptimConfig, rate: Callable[[Array], Array]) -> optax.GradientTransformation:
+    made = own.function("optim.custom", cfg.custom)(rate)
+    if not (hasattr(made, "init") and hasattr(made, "update")):
+        raise ValueError(
+            f"optim.custom={cfg.custom}: gives {type(made).__name__}, not an "
+            "optax.GradientTransformation; it is called with the learning rate by step, a function"
+        )
+    return made
 
 
 def decayed(cfg: OptimConfig, params: Params) -> Params:

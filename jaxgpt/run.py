@@ -1,8 +1,10 @@
 """A run from its settings to its report: `launch`, and `plan`, which only looks ahead."""
 
+import contextlib
 import dataclasses
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,12 +26,12 @@ from jaxgpt import (
     train,
     tree,
 )
-from jaxgpt.config import ModelConfig, PeftConfig, RunConfig, idle, sampling
+from jaxgpt.config import ModelConfig, PeftConfig, RunConfig, idle, own, sampling
 from jaxgpt.convert import chatting
 from jaxgpt.convert.load import Loaded, check_vocabulary, load, model_config
 from jaxgpt.convert.table import Place
 from jaxgpt.data import chat, examples
-from jaxgpt.machine import processes
+from jaxgpt.machine import lock, processes
 from jaxgpt.model import gpt
 from jaxgpt.plan import search
 from jaxgpt.plan.step import Step
@@ -40,8 +42,17 @@ from jaxgpt.types import Array, Params
 
 
 @processes.end_together()
-def launch(name: str, cfg: RunConfig) -> None:
+def launch(
+    name: str,
+    cfg: RunConfig,
+    sinks: Sequence[metrics.Sink] = (),
+    asked: threading.Event | None = None,
+) -> None:
     """Trains in the run directory, going on from what is there, and writes the report.
+
+    Args:
+        sinks: are given the lines of metrics.jsonl, in the first process.
+        asked: ends the run early, saved, when it is set.
 
     Raises:
         ValueError: a setting that does not fit the others, the data or the directory.
@@ -52,7 +63,12 @@ def launch(name: str, cfg: RunConfig) -> None:
     with processes.first_process_first("run"):
         run = rundir.enter(cfg)
     processes.require_shared(run, "run")
-    with jax.set_mesh(mesh), kernels.use(cfg.kernels):
+    alone = jax.process_index() == 0 and files.is_local(run) and not shows
+    with (
+        lock.hold(run) if alone else contextlib.nullcontext(),
+        jax.set_mesh(mesh),
+        kernels.use(cfg.kernels),
+    ):
         start = begin(name, cfg)  # all processes together: Orbax lets them wait for each other
         sharding.check_model(start.config, mesh)
         _warn(*idle.of_run(name, cfg), *_overruled(cfg, start))
@@ -67,7 +83,7 @@ def launch(name: str, cfg: RunConfig) -> None:
             lineage.begin(name, cfg)
             watch = report.while_it_runs(run)
         # Nothing here holds on to the stage: its parameters would stay beside the trained ones.
-        train.fit(build(name, cfg, start, mesh), cfg, mesh, watch)
+        train.fit(build(name, cfg, start, mesh), cfg, mesh, watch, sinks, asked)
     if jax.process_index() == 0:
         lineage.complete(cfg)
         print(summary(run, report.write_report(run)))
@@ -122,7 +138,7 @@ def begin(name: str, cfg: RunConfig) -> Loaded:
 def build(name: str, cfg: RunConfig, start: Loaded, mesh: Mesh) -> Stage:
     """The stage with its data, and with its parameters on the mesh."""
     start = start._replace(params=on_mesh(cfg, start.params, mesh))
-    stage = efficient(cfg.peft, STAGES[name].data(cfg, start))
+    stage = efficient(cfg.peft, _with_loss(cfg, STAGES[name].data(cfg, start)))
     return stage._replace(sample=sampler(name, cfg, start, stage.prompts))
 
 
@@ -134,7 +150,8 @@ def outline(name: str, cfg: RunConfig) -> Stage:
         params = gpt.init(cfg.model, rng)
         return peft.add(cfg.peft, tree.map_named(place, params) if place else params, rng)
 
-    return efficient(cfg.peft, STAGES[name].objective(cfg, jax.eval_shape(draw)))
+    stage = STAGES[name].objective(cfg, jax.eval_shape(draw))
+    return efficient(cfg.peft, _with_loss(cfg, stage))
 
 
 def sampler(
@@ -224,8 +241,17 @@ def efficient(cfg: PeftConfig, stage: Stage) -> Stage:
     return stage._replace(params=params, trainable=pattern, loss=loss)
 
 
+def _with_loss(cfg: RunConfig, stage: Stage) -> Stage:
+    """The stage with the user's own loss, if there is one."""
+    if not cfg.train.loss:
+        return stage
+    return stage._replace(loss=partial(own.function("train.loss", cfg.train.loss), cfg))
+
+
 def _prepare(cfg: RunConfig) -> Mesh:
     """The machine made ready, before JAX first asks for a device; the mesh."""
+    for setting, name in own.of_run(cfg):  # before anything else takes time
+        own.find(setting, name)
     machine.prepare()
     processes.agree(idle.flat(dataclasses.asdict(cfg)) | machine.versions_used())
     metrics.require_sinks(cfg.log)

@@ -25,15 +25,17 @@ class RunLog:
 
     Args:
         start: the step that the run resumes at; what was logged beyond it is dropped.
+        sinks: are given every line, too.
     """
 
-    def __init__(self, cfg: RunConfig, start: int) -> None:
+    def __init__(self, cfg: RunConfig, start: int, sinks: Sequence[metrics.Sink] = ()) -> None:
         self._cfg, self._start, self._directory = cfg, start, files.path(cfg.run)
         self._writes = jax.process_index() == 0
         self._pending: list[tuple[int, Mapping[str, Array], int]] = []
         self._flushed = time.perf_counter()
         self._held_out: tuple[int, dict[str, float]] = (-1, {})
         self._rollout: list[str] = []
+        self._given = sinks
         self.clock = metrics.Clock()
         self._session = lineage.Session(lineage.now(), start, start)
         peak = machine.peak_flops(jax.devices()[0])
@@ -51,7 +53,8 @@ class RunLog:
             self._log = metrics.MetricsLog(self._directory / "metrics.jsonl", self._start)
             settings = dataclasses.asdict(self._cfg)
             self._progress = metrics.Progress(self._cfg.train.steps, self._start)
-            self._sinks = [self._log, *metrics.open_sinks(self._cfg.log, self._directory, settings)]
+            opened = metrics.open_sinks(self._cfg.log, self._directory, settings)
+            self._sinks = [self._log, *opened, *self._given]
         return self
 
     def __exit__(self, *_: Any) -> None:

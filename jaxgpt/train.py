@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import math
 import queue
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import RunConfig
 from jaxgpt.kernels.platform import compiler_options
 from jaxgpt.machine import processes
+from jaxgpt.machine.stopping import Stopping
 from jaxgpt.runlog import Diverged, RunLog
 from jaxgpt.types import (
     Array,
@@ -34,6 +34,7 @@ from jaxgpt.types import (
     LossFn,
     Metrics,
     Params,
+    Sink,
 )
 
 PREFETCHED = 2  # batches made ahead of the step that needs them
@@ -160,13 +161,23 @@ def jit_step(
     )
 
 
-def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, watch: Callable[[], None] = lambda: None) -> None:
+def fit(
+    stage: Stage,
+    cfg: RunConfig,
+    mesh: Mesh,
+    watch: Callable[[], None] = lambda: None,
+    sinks: Sequence[Sink] = (),
+    asked: threading.Event | None = None,
+) -> None:
     """Restores, then steps, logs, evaluates, samples and saves up to `train.steps`.
 
-    `watch` is called after each evaluation and save.
+    SIGTERM, Ctrl-C and `asked` end it early, with everything saved; a stage that samples first
+    makes the updates that its rollout is for, so that a resumed run needs no rollout of old
+    parameters. An evaluation, a sample or a rollout under way is left to the resumed run.
 
-    SIGTERM and Ctrl-C end it early, with everything saved; a stage that samples first makes the
-    updates that its rollout is for, so that a resumed run needs no rollout of old parameters.
+    Args:
+        watch: is called after each evaluation and save.
+        sinks: are given the lines of metrics.jsonl.
 
     Raises:
         Diverged: naming the step and the last good checkpoint.
@@ -186,67 +197,101 @@ def fit(stage: Stage, cfg: RunConfig, mesh: Mesh, watch: Callable[[], None] = la
         "frozen": fingerprint(frozen),
         "schedule": [cfg.train.steps, cfg.optim.decay_steps],
     }
-    state = _resume(checkpoints, state, meta, cfg)
+    state, left = _resume(checkpoints, state, meta, cfg)
     start = int(state.step)
     step_fn = jit_step(stage, cfg, mesh, optimizer, state)
+    stopping = Stopping(asked or threading.Event(), cfg.checkpoint.grace)
 
-    def between_steps(done: int, state: TrainState, stopping: bool = False) -> None:
+    def between_steps(done: int, state: TrainState, ends: bool = False, again: str = "") -> bool:
+        """Whether a part of it was left, since the run shall end; `again`: that part, of a run
+        that was resumed here."""
         last = done == cfg.train.steps
         due = lambda every: last or (done > 0 and every > 0 and done % every == 0)
         evaluates = stage.evaluate if due(cfg.eval.every) or done == 0 else None
+        evaluates = None if again == "sampling" else evaluates
         samples = done > 0 and due(cfg.sample.every) and (stage.sample or stage.updates_per_rollout)
-        saves = done > 0 and (stopping or due(cfg.checkpoint.every) or done == stable)
+        saves = done > 0 and (ends or again or due(cfg.checkpoint.every) or done == stable)
         if not (evaluates or samples or saves):
-            return
+            return False
         log.flush()  # refuses to save, or to go on from, a state that has diverged
         average = state.params if state.ema is None else state.ema
         params = everything(average, frozen, state.carry)
-        with machine.between_steps():
+        to_do = [name for name, due in (("evaluation", evaluates), ("sampling", samples)) if due]
+
+        def look() -> None:
             if evaluates:
                 with log.clock("evaluation"):
                     log.held_out(done, evaluates(params))
+                to_do.remove("evaluation")
             if samples:
                 with log.clock("sampling"):
                     log.samples(done, stage.sample(params) if stage.sample else [])
-            if saves:
-                with log.clock("saving"):
-                    log.keep()
-                    checkpoints.save(done, state, meta, log.held_out_loss(done))
-                    log.note(done)
+                to_do.remove("sampling")
+
+        def save() -> None:
+            if done == 0:
+                return
+            with log.clock("saving"):
+                log.keep()
+                own = meta | {"left": "".join(to_do[:1])}
+                checkpoints.save(done, state, own, log.held_out_loss(done))
+                log.note(done)
+
+        with machine.between_steps():
+            leaves = bool(to_do) and stopping.attempt(look, partial(ended, save))[0]
+            if (saves or leaves) and again != "sampling":
+                save()
             if evaluates or saves:
                 with log.clock("report"):
                     watch()
+        return leaves
+
+    def ended(save: Callable[[], None]) -> None:
+        save()
+        checkpoints.wait()
+        log.write("stopped and saved after the grace period; the same command goes on")
 
     try:
         with (
-            RunLog(cfg, start) as log,
-            _stop_signals() as stop,
+            RunLog(cfg, start, sinks) as log,
+            stopping.signals(),
             _batches(stage, mesh, cfg, start) as next_batch,
             _profiler(cfg) as trace,
         ):
             vote = processes.make_vote(mesh)
-            if start == 0:
-                between_steps(0, state)
+            leaves, done = False, start
+            if start == 0 or left:
+                leaves = between_steps(start, state, again=left)
             for step in range(start, cfg.train.steps):
+                if leaves:
+                    break
                 trace(step)
                 begins = stage.updates_per_rollout and step % updates == 0
                 if begins:
                     log.flush()  # so that the time of a rollout is its own
                 paused = log.throughput.paused() if begins else contextlib.nullcontext()
+                make = partial(next_batch, state, frozen, step)
                 with paused, log.clock("rollout" if begins else "data"):
-                    batch = next_batch(state, frozen, step)
+                    save = partial(_save_once, checkpoints, step, state, meta)
+                    leaves, batch = (
+                        stopping.attempt(make, partial(ended, save)) if begins else (False, make())
+                    )
+                if leaves:
+                    save()
+                    break
                 if report := batch.pop("report", None):
                     log.rollout(step + 1, report)  # of the first update, lest a resume repeat it
                 with log.clock("compile" if step == start else "step"):
                     state, measures = step_fn(state, frozen, batch)
                     # All processes save the same step, at which a rollout is used up.
-                    stopping = vote(stop.is_set()) and (step + 1) % updates == 0
+                    leaves = vote(stopping.asked.is_set()) and (step + 1) % updates == 0
                     log.step(step + 1, measures, math.prod(batch["tokens"].shape))
+                done = step + 1
                 with log.throughput.paused():
-                    between_steps(step + 1, state, stopping)
-                if stopping:
-                    log.write(f"stopped and saved at step {step + 1}; the same command goes on")
-                    break
+                    leaves = between_steps(done, state, leaves) or leaves
+            if leaves:
+                said = f"stopped and saved at step {done}" if done else "stopped before a step"
+                log.write(f"{said}; the same command goes on")
             with log.clock("saving"):
                 checkpoints.wait()
     except Diverged as error:
@@ -321,9 +366,10 @@ def _place(
 
 def _resume(
     checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], cfg: RunConfig
-) -> TrainState:
+) -> tuple[TrainState, str]:
     """The newest intact checkpoint whose updates are the first ones of this run, or the state as
-    it is. A cosine that was told where to end goes on from wherever it is."""
+    it is; and what was left there to be done, as the run was stopped. A cosine that was told where
+    to end goes on from wherever it is."""
     told = cfg.optim.schedule == "cosine" and cfg.optim.decay_steps is not None
 
     def accept(step: int, saved: dict[str, Any]) -> bool:
@@ -337,7 +383,7 @@ def _resume(
                 f"train.steps={cfg.train.steps}: no checkpoint is left from before the learning "
                 f"rate began to fall; start another --run with --init {cfg.run}"
             )
-        return state
+        return state, ""
     if latest < max(checkpoints.steps()):
         print(f"going on from step {latest}, before the learning rate fell", file=sys.stderr)
     saved = checkpoints.meta(latest)
@@ -346,28 +392,16 @@ def _resume(
     for change in machine.environment_changes(saved["environment"], meta["environment"]):
         print(f"warning: the resumed run may differ in the last bits: {change}", file=sys.stderr)
     with machine.between_steps():
-        return checkpoints.restore(latest, state)
+        return checkpoints.restore(latest, state), saved.get("left", "")
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or the first Ctrl-C sets; the second Ctrl-C interrupts."""
-    stop = threading.Event()
-
-    def ask(number: int, _: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _save_once(
+    checkpoints: Checkpoints, step: int, state: TrainState, meta: dict[str, Any]
+) -> None:
+    """Saves the state before a rollout, unless that was done when the steps before it were."""
+    checkpoints.wait()
+    if step > 0 and step not in checkpoints.steps():
+        checkpoints.save(step, state, meta | {"left": ""})
 
 
 @contextlib.contextmanager

@@ -53,3 +53,4 @@ LossFn = Callable[[Params, Batch, Array], tuple[Array, Array, Metrics]]
 BatchFn = Callable[[Params, Carry, int], Batch]  # (params, carry, step) -> batch
 EvalFn = Callable[[Params], dict[str, float]]  # held-out metrics
 CarryFn = Callable[[Carry, Mapping[str, Any]], Carry]  # (carry, metrics) -> carry, traced
+Sink = Callable[[int, Mapping[str, Any]], None]  # (step, metrics): takes a line of the log

@@ -26,7 +26,9 @@ LAYERS = (
     {"language_model", "rollouts", "plan"},
     # jaxgpt is the front door, jaxgpt/__init__.py
     {"stages", "evals", "serve"},
-    {"run", "notes", "life", "jaxgpt"},
+    {"run", "notes", "life"},
+    {"launching"},
+    {"jaxgpt"},
     {"commands"},
     {"scripts", "__main__"},
 )

@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "jaxgpt"
 # Lines that hold code (no blanks, comments or docstrings), by folder or file of jaxgpt/.
 # A room that outgrows its line gives lines back elsewhere, or says in its commit why not.
 BUDGET = {
-    "__init__.py": 31,
+    "__init__.py": 42,
     "__main__.py": 3,
     "checkpoint.py": 335,
-    "config": 1210,
+    "config": 1330,
     "convert": 2820,
     "data": 3270,
     "episodes.py": 130,
@@ -23,16 +23,16 @@ BUDGET = {
     "kernels": 1475,
     "language_model.py": 350,
     "losses.py": 70,
-    "machine": 480,
+    "machine": 635,
     "metrics.py": 250,
     "model": 745,
-    "optim.py": 80,
+    "optim.py": 90,
     "peft.py": 175,
     "plan": 775,  # with what a server needs
     "policy_losses.py": 90,
     "report.py": 300,
     "rollouts.py": 230,
-    "run.py": 230,
+    "run.py": 240,
     "rundir.py": 165,
     "runlog.py": 110,
     "sampling": 620,
@@ -40,19 +40,20 @@ BUDGET = {
     "shapes.py": 35,
     "sharding.py": 230,
     "stages": 820,
-    "tasks": 330,
-    "train.py": 340,
+    "tasks": 390,
+    "train.py": 360,
     "tree.py": 40,
-    "types.py": 30,
+    "types.py": 31,
     "weights.py": 160,
 }
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
-TOTAL = 16_990  # 85 of them for configs by name and completion in the shell
+TOTAL = 17_390  # 590 of them: configs by name, own functions, stopping, the lock, ending together
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
     "commands": 650,  # what was scripts/ (480), the list of commands, the doctor
     "inspect.py": 180,
     "judge.py": 60,
+    "launching.py": 130,
     "life": 1350,  # with lineage.py: life, compare, sweep 840; list, card, page, check the rest
     "lineage.py": 305,
     "notes": 310,

@@ -3,7 +3,15 @@
 A default lives here and nowhere else; the text under a field is what `--help` prints.
 """
 
-from jaxgpt.config.command_line import complete, exit_cleanly, extras, join_lists, parse, to_yaml
+from jaxgpt.config.command_line import (
+    as_args,
+    complete,
+    exit_cleanly,
+    extras,
+    join_lists,
+    parse,
+    to_yaml,
+)
 from jaxgpt.config.commands import (
     ChatConfig,
     ConvertConfig,
@@ -49,7 +57,8 @@ __all__ = [
     "PeftConfig", "PlanSettings", "PolicyConfig", "PpoConfig", "PrepareConfig", "PretrainConfig",
     "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig", "SampleConfig", "Sampling",
     "ServeConfig", "SftConfig", "TaskConfig", "TokenizerConfig", "TrainConfig", "WriteConfig",
-    "complete", "exit_cleanly", "extras", "join_lists", "parse", "planned", "sampling", "to_yaml",
+    "as_args", "complete", "exit_cleanly", "extras", "join_lists", "parse", "planned", "sampling",
+    "to_yaml",
 ]  # fmt: skip
 
 # Of the training commands, by the name of their stage.

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,6 +57,20 @@ def parse(kind: type[C], description: str | None, args: Sequence[str] | None = N
     except jsonargparse.ArgumentError as error:
         raise ValueError(_reworded(str(error), list(_keys(kind)))) from error
     return kind(**{f.name: fields[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+def as_args(kind: type, settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Settings as the command line has them: {"train": {"steps": 3}} is --train.steps=3."""
+    given, sections = [], _sections(kind)
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and name in sections:
+            given += as_args(sections[name], value, f"{prefix}{name}.")
+        elif isinstance(value, str | Path):
+            given.append(f"--{prefix}{name}={value}")
+        else:
+            text = json.dumps(value, default=lambda x: x.item() if hasattr(x, "item") else str(x))
+            given.append(f"--{prefix}{name}={text}")
+    return given
 
 
 def _sections(kind: type, optional: bool = False) -> dict[str, Any]:

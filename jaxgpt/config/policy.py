@@ -80,6 +80,15 @@ class TaskConfig:
     """Embedded task (arithmetic, arithmetic-concise, arithmetic-calculator, multi-step, products,
     products-calculator), or {question, answer} in JSONL, JSON or Parquet: a file (also packed) or
     several, a folder, a glob or a Hub data set."""
+    task: str = ""
+    """Problems of your own, in place of data.path: FILE.py:NAME of a jaxgpt.tasks.Task, or of a
+    function that makes one."""
+    reward: str = ""
+    """Reward of your own, in place of the task's rule: FILE.py:NAME of a function (problem, answer)
+    -> number. Of a row of a file, problem.answer is the right answer."""
+    environment: str = ""
+    """Environment of your own, in place of a question: FILE.py:NAME of a function (problem) ->
+    object with reset() -> messages and step(text) -> jaxgpt.tasks.environment.Turn."""
     columns: dict[str, str | None] = field(default_factory=dict)
     """Columns of the data by what they hold, where their names do not say it: {"answer": "result"}
     reads the column result as the answer; {"notes": null} leaves the column notes out."""
@@ -87,7 +96,8 @@ class TaskConfig:
     """Roles in a prompt of messages, where their names do not say who speaks: {"bot":
     "assistant"}."""
     tools: list[str] = field(default_factory=list)
-    """Tools that the policy may call: [calculator]; empty: those of the embedded task."""
+    """Tools that the policy may call: calculator, or FILE.py:NAME of a function of yours; empty:
+    those of the embedded task."""
     split: str = "train"
     """Split of a Hub data set to read."""
     val_path: Paths = ""
@@ -104,6 +114,11 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         check("data", self)
+        for name, value, why in (
+            ("reward", self.reward, "an environment gives its own rewards"),
+            ("tools", self.tools, "an environment answers by itself"),
+        ):
+            require(not (value and self.environment), f"data.{name}", value, f"{why}; drop one")
 
 
 @dataclass(frozen=True)

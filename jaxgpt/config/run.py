@@ -75,6 +75,9 @@ class TrainConfig:
     """Share of the target probability that is spread over the whole vocabulary."""
     loss_chunk: Amount = 1024
     """Tokens of a device whose logits exist at one time; 0: all."""
+    loss: str = ""
+    """Loss of your own, in place of the stage's: FILE.py:NAME of a function (config, params, batch,
+    rng_B) -> (sum, weight, metrics), see docs/python.md; held-out measures stay the stage's."""
     max_loss: Positive = 1e4
     """A loss above this, or one that is not finite, stops the run."""
 
@@ -93,6 +96,9 @@ class OptimConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """muon orthogonalises the updates of the blocks' matrices and leaves the rest to AdamW."""
+    custom: str = ""
+    """Optimizer of your own, in place of name: FILE.py:NAME, or optax:lion, of a function (learning
+    rate by step) -> optax.GradientTransformation; clip_norm and ema still hold."""
     learning_rate: Weight = 1e-3
     """Largest learning rate of the run."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -143,6 +149,9 @@ class CheckpointConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep: Count = 2
     """Latest checkpoints that are kept, beside the one with the best validation loss."""
+    grace: Positive = 60.0
+    """Seconds from SIGTERM to a save, at most, while the run evaluates, samples or makes a rollout:
+    what takes longer is left, and made again when the run goes on. A step is finished."""
 
     def __post_init__(self) -> None:
         check("checkpoint", self)

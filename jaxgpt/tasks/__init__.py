@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from jaxgpt.config import TaskConfig
+from jaxgpt.config import TaskConfig, own
 from jaxgpt.data import conversations, synthetic
 from jaxgpt.data import rows as data
 from jaxgpt.data.chat import Message
@@ -29,9 +29,13 @@ class Task(NamedTuple):
     # What the share of answers with a reward of 1 is called: a reward that asks for more than the
     # right answer is no exact match.
     full: str = "exact_match"
+    # problem -> a new episode on it; None: a question, answered by the policy and its tools.
+    begins: Callable[[Any], Environment] | None = None
 
     def environment(self, problem: Any) -> Environment:
         """A new episode on the problem."""
+        if self.begins is not None:
+            return self.begins(problem)
         return Question(self.prompt(problem), partial(self.reward, problem), self.tools)
 
 
@@ -80,8 +84,27 @@ def find(
 
 
 def configured(cfg: TaskConfig) -> Task:
-    """`find` by the settings of a training command; they may ask for a reward of the form too."""
-    task = find(cfg.path, cfg.val_path, cfg.split, cfg.tools, cfg.columns, cfg.roles)
+    """The task of a run's settings, with the user's own rewards, tools and environments.
+
+    Raises:
+        ValueError: no such task, file, tool or function, or rows of another form.
+    """
+    if cfg.task:
+        task = own.find("data.task", cfg.task)
+        task = task if isinstance(task, Task) or not callable(task) else task()
+        if not isinstance(task, Task):
+            raise ValueError(
+                f"data.task={cfg.task}: is {type(task).__name__}; give a jaxgpt.tasks.Task, or a "
+                "function that makes one"
+            )
+        task = task._replace(tools=check(cfg.tools or task.tools))
+    else:
+        task = find(cfg.path, cfg.val_path, cfg.split, cfg.tools, cfg.columns, cfg.roles)
+    if cfg.reward:
+        task = task._replace(reward=own.function("data.reward", cfg.reward), full="full_reward")
+    if cfg.environment:
+        begins = own.function("data.environment", cfg.environment)
+        task = task._replace(begins=begins, full="full_reward")
     return with_format(task, cfg.format_weight) if cfg.format_weight else task
 
 
