@@ -189,7 +189,10 @@ def test_a_run_in_a_thread_can_be_asked_to_stop(tmp_path):
     begun = threading.Event()
     settings = {**TINY, "train": {"steps": 10**6, "batch_size": 16}, "run": tmp_path / "run"}
     run = jaxgpt.launch(
-        "sft", background=True, callbacks=[lambda step, _: step > 1 and begun.set()], **settings
+        "sft",
+        background=True,
+        callbacks=[lambda step, _: begun.set() if step > 1 else None],
+        **settings,
     )
     assert begun.wait(120) and run.running
     with pytest.raises(ValueError, match="trains here"):  # one run, one writer

@@ -24,6 +24,7 @@ DOORS = {
     "checkpoint": "saving and restoring",
     "runlog": "metrics.jsonl and the progress bar",
     "shapes": "lengths rounded up, rows padded",
+    "store": "files in a bucket",
     "files": "writing a file whole or not at all",
     "platform": "for which device a program is written, and what that changes",
     "data": "token files, packing, rows of conversations",
