@@ -154,7 +154,7 @@ def launch(
     elif data is not None:
         given["data.path"] = _path_of(data)
     named = {name: _named(value) for name, value in given.items() if value is not None}
-    cfg = parsed(config.RUN_CONFIGS[stage], {**settings, **named})
+    cfg = parsed(stage, {**settings, **named})
     for name, value in named.items():
         cfg = _with(cfg, name.split("."), value)
     made = Run(stage, cfg)
@@ -166,11 +166,13 @@ def launch(
     return made
 
 
-def parsed(kind: type[RunConfig], settings: Mapping[str, Any]) -> RunConfig:
-    """The config of these settings, as the command line would read them."""
+def parsed(stage: str, settings: Mapping[str, Any]) -> RunConfig:
+    """The config of these settings, as the stage's command would read them."""
+    kind = config.RUN_CONFIGS[stage]
     first = [f"--config={settings['config']}"] if "config" in settings else []
     rest = {name: value for name, value in settings.items() if name != "config"}
-    return config.parse(kind, None, [*first, *config.as_args(kind, rest)])
+    args = config.with_recipe(stage, [*first, *config.as_args(kind, rest)])
+    return config.parse(kind, None, args)
 
 
 def _path_of(data: Any) -> Any:

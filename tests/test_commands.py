@@ -10,7 +10,6 @@ import yaml
 
 import jaxgpt
 from jaxgpt import commands, config
-from jaxgpt.commands import training
 from jaxgpt.config import named
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +99,7 @@ def test_every_config_is_in_the_package():
 def test_pretraining_begins_with_the_recipe_unless_something_else_is_named():
     recipe = yaml.safe_load((ROOT / "configs/pretrain/default.yaml").read_text())
     parse = lambda *args: config.parse(
-        config.PretrainConfig, "", training.with_recipe("pretrain", args)
+        config.PretrainConfig, "", config.with_recipe("pretrain", args)
     )
     assert parse().optim.name == recipe["optim"]["name"] == "muon"
     assert parse("--optim.name=adamw").model.norm == "rmsnorm"
@@ -110,7 +109,7 @@ def test_pretraining_begins_with_the_recipe_unless_something_else_is_named():
     ):  # fmt: skip
         cfg = parse(*args)
         assert (cfg.optim.name, cfg.model.norm) == ("adamw", "layernorm"), args
-    assert training.with_recipe("sft", []) == []
+    assert config.with_recipe("sft", []) == []
 
 
 COMPLETED = {

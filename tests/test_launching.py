@@ -78,8 +78,9 @@ def test_the_settings_are_those_of_the_command_line(tmp_path):
     kind = config.SftConfig
     typed = ["--train.steps=3", '--data.columns={"prompt": "q"}', '--sample.prompts=["a"]']
     given = {"train": {"steps": 3}, "data": {"columns": {"prompt": "q"}}, "sample.prompts": ["a"]}
-    assert parsed(kind, given) == config.parse(kind, "", typed)
-    assert parsed(kind, {"config": "sft/arithmetic", "seed": 4}) == config.parse(
+    assert parsed("sft", given) == config.parse(kind, "", typed)
+    assert parsed("pretrain", {}).optim.name == "muon"  # the recipe
+    assert parsed("sft", {"config": "sft/arithmetic", "seed": 4}) == config.parse(
         kind, "", ["--config", "sft/arithmetic", "--seed=4"]
     )
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt import config
-from jaxgpt.commands import training
 
 
 def main() -> None:
@@ -28,7 +27,7 @@ def main() -> None:
         plan_server([arg for arg in sys.argv[1:] if arg != "--serve"])
         return
     stage, args = stage_of(sys.argv[1:])
-    args = training.with_recipe(stage, args)
+    args = config.with_recipe(stage, args)
     cfg: Any = config.parse(config.planned(config.RUN_CONFIGS[stage]), __doc__, args)
     if cfg.devices:
         flags = f"--xla_force_host_platform_device_count={cfg.devices}"

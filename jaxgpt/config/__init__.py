@@ -25,6 +25,7 @@ from jaxgpt.config.commands import (
     planned,
 )
 from jaxgpt.config.model import ModelConfig, RopeScaling
+from jaxgpt.config.named import with_recipe
 from jaxgpt.config.policy import GrpoConfig, PolicyConfig, PpoConfig, RolloutConfig, TaskConfig
 from jaxgpt.config.run import (
     CheckpointConfig,
@@ -58,7 +59,7 @@ __all__ = [
     "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig", "SampleConfig", "Sampling",
     "ServeConfig", "SftConfig", "TaskConfig", "TokenizerConfig", "TrainConfig", "WriteConfig",
     "as_args", "complete", "exit_cleanly", "extras", "join_lists", "parse", "planned", "sampling",
-    "to_yaml",
+    "to_yaml", "with_recipe",
 ]  # fmt: skip
 
 # Of the training commands, by the name of their stage.

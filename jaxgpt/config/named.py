@@ -5,6 +5,7 @@ unless there is such a file where the command runs.
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 # In the repository a link to configs/; in an installed package a folder.
@@ -48,3 +49,15 @@ def _nearest(name: str) -> list[str]:
     last = {key: key.rpartition("/")[2] for key in known}
     words = difflib.get_close_matches(name.rpartition("/")[2], set(last.values()), 3, 0.6)
     return list(dict.fromkeys([*near, *(key for key in known if last[key] in words)]))[:3]
+
+
+def with_recipe(stage: str, args: Sequence[str]) -> list[str]:
+    """Pretraining begins with our measured recipe, configs/pretrain/default.yaml.
+
+    Not with --config, with the preset of a --model, or with --init, which brings a model: what
+    they leave out has the default of its setting.
+    """
+    named = {arg.partition("=")[0] for arg in args}
+    if stage != "pretrain" or named & {"--config", "--init", "--model"}:
+        return list(args)
+    return ["--config", "pretrain/default", *args]
