@@ -246,7 +246,8 @@ def _require_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     before, after = tree.flatten(old), tree.flatten(new)
     if not after["model/vocab_size"]:  # resolved from the tokenizer, then as now
         after["model/vocab_size"] = before.get("model/vocab_size")
-    given = lambda name: new["init"] and name.startswith("model/") and name not in OWN
+    brought = new["init"] or new.get("layers")  # by other weights, as those of a teacher's layers
+    given = lambda name: brought and name.startswith("model/") and name not in OWN
     differing = [
         f"{name.replace('/', '.')}: {before.get(name)} -> {after.get(name)}"
         for name in {**before, **after}

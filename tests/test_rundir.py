@@ -10,6 +10,7 @@ import yaml
 from jaxgpt import checkpoint, files, rundir
 from jaxgpt.config import (
     CheckpointConfig,
+    DistillConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,
@@ -81,6 +82,16 @@ def test_a_run_from_other_weights_takes_their_shape_and_enters_again(tmp_path):
         rundir.enter(replace(cfg, model=ModelConfig(dropout=0.5)))
     with pytest.raises(ValueError, match="init: somewhere -> elsewhere"):
         rundir.enter(replace(cfg, init="elsewhere"))
+
+
+def test_a_student_of_its_teachers_layers_enters_again(tmp_path):
+    cfg = DistillConfig(run=str(tmp_path), teacher="somewhere", layers=2)
+    rundir.enter(cfg)
+    rundir.write_config(replace(cfg, model=replace(cfg.model, mlp="gated", num_layers=2)))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    rundir.enter(cfg)
+    with pytest.raises(ValueError, match="layers: 2 -> 1"):
+        rundir.enter(replace(cfg, layers=1))
 
 
 def test_a_mistake_before_training_may_be_mended(tmp_path):
