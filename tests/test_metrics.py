@@ -217,7 +217,7 @@ def test_no_sink_is_opened_unasked(tmp_path):
 )
 def test_a_missing_package_is_named_with_its_installation(tmp_path, monkeypatch, cfg, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf'{package}: pip install -e "\.\[log\]"'):
+    with pytest.raises(ValueError, match=rf'{package}: pip install "jaxgpt\[log\]"'):
         metrics.open_sinks(cfg, tmp_path, {})
 
 
