@@ -106,7 +106,7 @@ def test_text_becomes_a_model_that_writes(command, tmp_path):
     assert (code, again) == (0, out) and (run / "metrics.jsonl").read_text() == before
 
     code, _, err = command(*train, "--optim.learning_rate", "0.5", "--seed", "3")
-    assert code == 2 and "optim.learning_rate: 0.001 -> 0.5" in err and "seed: 0 -> 3" in err
+    assert code == 2 and "optim.learning_rate: 0.02 -> 0.5" in err and "seed: 0 -> 3" in err
 
     sample = ("sample.py", "--checkpoint", "run", "--max_new_tokens", "5")
     one = command(*sample, "--prompt", "the cat", "--temperature", "0")
@@ -141,7 +141,7 @@ def test_steps_that_cannot_be_right_are_named(command, tmp_path):
     """A pretrained run that is to chat, settings without effect, and a reward model that writes."""
     write(tmp_path)
     code, _, err = command("pretrain.py", *TINY, *GOOD, "--run", "pre", *WIDE, "--peft.rank", "3")
-    assert code == 0 and "warning: optim.warmup_steps=100: is no shorter than train.steps=4" in err
+    assert code == 0 and "warning: optim.warmup_steps=40: is no shorter than train.steps=4" in err
     assert "warning: peft.rank=3: has no effect; is for peft.kind=lora and qlora" in err
     assert "warning: checkpoint.every=9: is beyond train.steps=4; it saves only the last" in err
 
