@@ -13,9 +13,9 @@ if __name__ == "inspect":
     assert found is not None and found.loader is not None
     sys.modules["inspect"] = module = util.module_from_spec(found)
     found.loader.exec_module(module)
-
-if __name__ == "__main__":
+else:
     from jaxgpt import config
     from jaxgpt.commands.inspect import main
 
-    config.exit_cleanly(main)
+    if __name__ == "__main__":
+        config.exit_cleanly(main)
