@@ -119,7 +119,7 @@ def test_a_flipped_bit_is_found_and_named(two_runs, command):
 def test_changed_settings_and_lost_texts_are_found(two_runs, command):
     file = two_runs / "first" / "config.yaml"
     before = file.read_text()
-    file.write_text(before.replace("learning_rate: 0.001", "learning_rate: 0.002"))
+    file.write_text(before.replace("learning_rate: 0.02", "learning_rate: 0.03"))
     code, out, _ = command("lineage.py", "second")
     assert code == 1 and "first/config.yaml" in out.splitlines()[-1]
     file.write_text(before)
