@@ -292,6 +292,7 @@ def with_adapters(lm, tmp_path_factory):
     return base, theirs, ours
 
 
+@pytest.mark.slow
 def test_every_prompt_may_choose_its_adapter(with_adapters):
     base, theirs, ours = with_adapters
     lm = jaxgpt.load(base, adapters={"a": theirs, "b": ours})

@@ -176,6 +176,7 @@ def test_a_loss_of_ones_own(base, tmp_path):
     assert two.series("val/loss")[0] == one.series("val/loss")[0]
 
 
+@pytest.mark.slow
 def test_a_callback_that_says_false_ends_the_run_saved(tmp_path):
     settings = {**TINY, "train": {"steps": 6, "batch_size": 16}, "run": tmp_path / "run"}
     stopped = jaxgpt.launch("sft", callbacks=lambda step, measures: step < 3, **settings)

@@ -217,6 +217,7 @@ def test_int8_for_decoding_covers_the_head(tie):
     assert 0 < np.abs(got - expected).max() < 0.05 * np.abs(expected).max()  # x is rounded too
 
 
+@pytest.mark.slow
 def test_int8_writes_what_it_scores_highest_for_one_row_or_several():
     """The cached pass rounds a token's activations as the pass over the whole text does."""
     int8 = peft.quantize_int8(init(CFG))

@@ -239,10 +239,18 @@ def test_ordinary_errors_and_logs_pass_unchanged():
     assert done.stderr == text
 
 
-def test_only_the_loss_of_a_process_ends_a_process_at_once(monkeypatch):
+def test_a_process_that_fails_tells_the_others_why_and_ends(monkeypatch):
+    told = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="mine"), processes.end_together():
+    monkeypatch.setattr(processes, "_end_with_others", lambda ended: None)
+    for name in ("_tell", "_leave"):
+        monkeypatch.setattr(processes, name, lambda *given: told.append(given))
+    with processes.end_together():
         raise ValueError("data.path=mine: is not there")
+    assert told == [
+        ("data.path=mine: is not there", 2),
+        ("error: data.path=mine: is not there", 2),
+    ]
 
 
 def test_alone_a_vote_is_ones_own():

@@ -163,6 +163,7 @@ def test_token_logprobs_sum_to_the_loss(arrays):
     np.testing.assert_allclose(-(arrays[3] * logprob_N).sum(), nll, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 11])
 def test_a_gpu_fills_the_head_up_and_finds_the_same(arrays, chunk):
     with use("gpu"):

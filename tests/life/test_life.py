@@ -232,6 +232,7 @@ def test_a_small_life_has_a_card_that_holds(smoke):
     assert done.returncode == 0 and "as the card says" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_flipped_bit_anywhere_is_found(smoke, tmp_path):
     life = lives.read(ROOT / "configs" / "life" / "smoke.yaml")

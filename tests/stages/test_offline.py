@@ -213,6 +213,7 @@ def test_a_reference_on_disk_of_another_network_is_refused(tmp_path: Path) -> No
         first_update(Run(run.cfg, other), "precomputed")
 
 
+@pytest.mark.slow
 def test_the_likeliest_tokens_on_disk_stand_for_a_live_teacher(tmp_path: Path) -> None:
     live = make("top_k", tmp_path / "live", top_k=0)
     stored = make("top_k", tmp_path / "stored", top_k=259)  # all of them but one
