@@ -52,7 +52,7 @@ def _nearest(name: str) -> list[str]:
 
 
 def with_recipe(stage: str, args: Sequence[str]) -> list[str]:
-    """Pretraining begins with our measured recipe, configs/pretrain/default.yaml.
+    """Pretraining begins with our recipe, configs/pretrain/default.yaml.
 
     Not with --config, with the preset of a --model, or with --init, which brings a model: what
     they leave out has the default of its setting.
