@@ -102,10 +102,9 @@ def test_pretraining_begins_with_the_recipe_unless_something_else_is_named():
         config.PretrainConfig, "", config.with_recipe("pretrain", args)
     )
     assert parse().optim.name == recipe["optim"]["name"] == "muon"
-    assert parse("--optim.name=adamw").model.norm == "rmsnorm"
     for args in (
         ["--config=pretrain/shakespeare-char-cpu"], ["--model", "model/gpt2-tiny"],
-        ["--init", "run"],
+        ["--init", "run"], ["--optim.name", "adamw"], ["--optim.custom=my.py:lion"],
     ):  # fmt: skip
         cfg = parse(*args)
         assert (cfg.optim.name, cfg.model.norm) == ("adamw", "layernorm"), args

@@ -293,3 +293,22 @@ def test_a_models_mistake_is_told_to_the_model(mine):
     names = tools.check([own.Own(jnp.sqrt), f"{mine}:lookup"])
     assert "unexpected keyword" in (tools.observe('lookup({"town": "Oslo"})', names) or "")
     assert own.called(names[0]) == "sqrt" and own.called(names[1]) == "lookup"
+
+
+@pytest.mark.parametrize(
+    ("typed", "tools"),
+    [
+        (["--data.tools", "calculator"], ["calculator"]),
+        (["--data.tools=my.py:lookup"], ["my.py:lookup"]),
+        (["--data.tools", "my.py:lookup", "calculator"], ["my.py:lookup", "calculator"]),
+        (["--data.tools", "[calculator]"], ["calculator"]),
+    ],
+)
+def test_one_tool_is_typed_as_several_are(typed, tools):
+    assert config.parse(config.GrpoConfig, "", ["--init=x", *typed]).data.tools == tools
+
+
+def test_a_name_without_a_file_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"optim\.custom=plain: must be FILE\.py:NAME"):
+        jaxgpt.launch("sft", run=tmp_path / "run", **{"optim.custom": "plain"})
+    assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ BUDGET = {
     "__init__.py": 42,
     "__main__.py": 3,
     "checkpoint.py": 335,
-    "config": 1340,
+    "config": 1350,
     "convert": 2820,
     "data": 3270,
     "episodes.py": 130,
@@ -47,7 +47,7 @@ BUDGET = {
     "weights.py": 160,
 }
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
-TOTAL = 17_400  # 590 of them: configs by name, own functions, stopping, the lock, ending together
+TOTAL = 17_410  # 590 of them: configs by name, own functions, stopping, the lock, ending together
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
     "commands": 650,  # what was scripts/ (480), the list of commands, the doctor

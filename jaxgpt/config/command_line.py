@@ -147,14 +147,17 @@ def _reworded(message: str, keys: Sequence[str]) -> str:
 
 
 def _several_paths(args: Sequence[str]) -> list[str]:
-    """`--data.path a b`, as a shell makes of `--data.path *.jsonl`, as a list; one path stays."""
-    flags = [flag for flag in ("--data.path", "--data.val_path") if flag in args]
+    """`--data.path a b`, as a shell makes of `--data.path *.jsonl`, as a list; one path stays, and
+    so does a list in brackets. Tools are a list also if there is one."""
+    given = {arg.partition("=")[0] for arg in args}
+    flags = [flag for flag in ("--data.path", "--data.val_path", "--data.tools") if flag in given]
     joined = []
     for arg in join_lists(args, *flags):
         name, _, value = arg.partition("=")
         if name in flags:
             paths = json.loads(value)
-            arg = f"{name}={paths[0]}" if len(paths) == 1 else arg if paths else name
+            alone = len(paths) == 1 and (name != "--data.tools" or paths[0].startswith("["))
+            arg = f"{name}={paths[0]}" if alone else arg if paths else name
         joined.append(arg)
     return joined
 

@@ -54,10 +54,17 @@ def _nearest(name: str) -> list[str]:
 def with_recipe(stage: str, args: Sequence[str]) -> list[str]:
     """Pretraining begins with our recipe, configs/pretrain/default.yaml.
 
-    Not with --config, with the preset of a --model, or with --init, which brings a model: what
-    they leave out has the default of its setting.
+    Not with --config, with the preset of a --model, with --init, which brings a model, or with
+    another optimizer, for which its learning rate is too high: what these leave out has the
+    default of its setting.
     """
     named = {arg.partition("=")[0] for arg in args}
-    if stage != "pretrain" or named & {"--config", "--init", "--model"}:
+    if stage != "pretrain" or named & {
+        "--config",
+        "--init",
+        "--model",
+        "--optim.name",
+        "--optim.custom",
+    }:
         return list(args)
     return ["--config", "pretrain/default", *args]

@@ -70,7 +70,8 @@ def of_run(cfg: Any) -> Iterator[tuple[str, str]]:
         ("optim.custom", [cfg.optim.custom]),
         ("train.loss", [cfg.train.loss]),
     ):
-        yield from ((setting, name) for name in names if is_named(name))
+        tools = setting == "data.tools"  # of which some are ours, and have no colon
+        yield from ((setting, name) for name in names if name and (is_named(name) or not tools))
 
 
 def find(setting: str, name: str) -> Any:
