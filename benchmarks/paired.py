@@ -42,9 +42,9 @@ def timed(run: Callable[[], Any], repeats: int) -> float:
 class Side:
     """A process that measures itself when asked, and sleeps in between."""
 
-    def __init__(self, script: str, *args: str) -> None:
+    def __init__(self, script: str, *args: str, python: str = sys.executable) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, script, *args],
+            [python, script, *args],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

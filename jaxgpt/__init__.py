@@ -23,7 +23,7 @@ def load(
     *,
     dtype: Literal["float32", "bfloat16"] | None = None,
     adapters: Mapping[str, str | Path] = MappingProxyType({}),
-    quantize: Literal["int8"] | None = None,
+    quantize: Literal["stored", "int8"] | None = None,
 ) -> "LanguageModel":
     """Opens a run directory, a Hugging Face directory, a GGUF file or a llama2.c file.
 
@@ -31,8 +31,9 @@ def load(
         dtype: compute type; default: the one that the model was trained with here, or float32.
         adapters: name -> run with --peft.kind lora or qlora on `path`, or a PEFT directory; every
             request chooses one by name: lm.generate(prompts, adapter=["formal", None, "short"]).
-        quantize: int8 halves or quarters the bytes that a decoded token reads (CPUs round
-            activations too); such a model writes and scores, but is not saved.
+        quantize: stored: a GGUF file's kernels stay in its blocks on a CPU, which reads a token's
+            weights several times faster; int8: eight bits a weight, of any model. Such a model
+            writes and scores, but is not saved. None: plain arrays.
 
     Raises:
         ValueError: nothing we know, damaged files, or settings that our model does not have.

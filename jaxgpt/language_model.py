@@ -37,23 +37,24 @@ def load(
     dtype: Literal["float32", "bfloat16"] | None = None,
     merged: bool = False,
     adapters: Mapping[str, str | Path] = MappingProxyType({}),
-    quantize: Literal["int8"] | None = None,
+    quantize: Literal["stored", "int8"] | None = None,
 ) -> "LanguageModel":
     """See `jaxgpt.load`; `merged` folds adapters into the weights they adapt."""
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize={quantize}: must be int8 or None")
+    if quantize not in (None, "stored", "int8"):
+        raise ValueError(f"quantize={quantize}: must be stored, int8 or None")
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype={dtype}: must be float32 or bfloat16")
-    if quantize and adapters:
+    if quantize == "int8" and adapters:
         raise ValueError(
             f"quantize={quantize}: not beside adapters; merge one (--merge_lora) first"
         )
     networks: list[Params] = []
     if adapters:
-        parts, networks = load_with_adapters(path, adapters.values())
+        parts, networks = load_with_adapters(path, adapters.values(), quantize == "stored")
     else:
-        parts = load_parts(path, merged=merged or quantize is not None)
-    if quantize:
+        merged, stored = merged or quantize == "int8", quantize == "stored"
+        parts = load_parts(path, merged=merged, stored=stored)
+    if quantize == "int8":
         whole = jax.tree.map(jnp.asarray, parts.params)
         parts = parts._replace(params=jax.jit(peft.quantize_int8)(whole))
     cfg = replace(parts.config, dtype=dtype or parts.config.dtype)

@@ -17,7 +17,8 @@ import numpy as np
 
 from jaxgpt import tree, weights
 from jaxgpt.config import ModelConfig, PeftConfig
-from jaxgpt.kernels import int8
+from jaxgpt.kernels import blocks, compiled, int8
+from jaxgpt.kernels.blocks import Blocks
 from jaxgpt.kernels.int8 import Int8Rows
 from jaxgpt.kernels.platform import platform
 from jaxgpt.types import Array, Batch, LossFn, Metrics, Params
@@ -137,7 +138,12 @@ def has_changes(params: Params) -> bool:
 
 def merge(params: Params) -> Params:
     """Plain float32 kernels that compute the same: changes added, codes decoded."""
-    plain = lambda _, k: weights.dense(k) if isinstance(k, Lora | Int8 | Int8Rows | Nf4) else k
+
+    def plain(name: str, kernel: Kernel) -> Array:
+        if name.endswith("embedding"):
+            return weights.table(kernel)  # type: ignore[arg-type]
+        return weights.dense(kernel) if isinstance(kernel, (*weights.QUANTIZED, Lora)) else kernel
+
     return weights.map_kernels(plain, params)
 
 
@@ -185,7 +191,7 @@ def for_rows(networks: Sequence[Params], choice: Sequence[int]) -> Params:
     return jax.tree.map_with_path(
         lambda path, *kernels: stacked(tree.name_of(path), *kernels),
         *networks,
-        is_leaf=lambda leaf: isinstance(leaf, Int8 | Int8Rows | Nf4 | Lora),
+        is_leaf=lambda leaf: isinstance(leaf, (*weights.QUANTIZED, Lora)),
     )
 
 
@@ -207,7 +213,8 @@ def quantize_int8(params: Params) -> Params:
     """int8 kernels for decoding: all of the blocks' but the router's, and the head's.
 
     A tied head becomes a kernel of its own, since the embedding is still looked up in float32.
-    On a CPU activations are rounded, too, but those of experts (`kernels.int8`).
+    A CPU takes blocks of 32 numbers that share a scale (`kernels.blocks`). Without a program for
+    these it rounds activations, too, but those of experts (`kernels.int8`).
     """
     if "head" not in params:
         params = {**params, "head": {"kernel": weights.transpose(params["embed"]["embedding"])}}
@@ -216,9 +223,11 @@ def quantize_int8(params: Params) -> Params:
     def quantize(name: str, kernel: Kernel) -> Kernel | Int8Rows:
         if not chosen(name):
             return kernel
-        rounds_rows = platform() == "cpu" and "moe/" not in name
         plain = weights.dense(kernel)
-        return int8.quantize(plain) if rounds_rows else weights.quantize(plain, "int8")
+        if platform() != "cpu" or "moe/" in name:
+            return weights.quantize(plain, "int8")
+        as_blocks = plain.shape[-2] % 32 == 0 and compiled.load()
+        return blocks.quantize(plain) if as_blocks else int8.quantize(plain)
 
     return weights.map_kernels(quantize, params)
 
@@ -237,6 +246,8 @@ def shape_of(kernel: Kernel) -> tuple[int, ...]:
     if isinstance(kernel, Nf4):
         *stack, F, C = kernel.packed.shape
         return (*stack, 2 * C, F)
+    if isinstance(kernel, Blocks):
+        return (*kernel.rows.shape[:-2], kernel.width, kernel.rows.shape[-2])
     return (kernel.codes if isinstance(kernel, Int8) else kernel).shape
 
 

@@ -1,8 +1,8 @@
 """What a kernel leaf may be, and the only place where a weight meets an activation.
 
-A kernel is a plain array, `Int8`, `Nf4`, or `Lora` around one of these. Layers hand over whatever
-the parameter tree holds; no layer knows of quantisation or adapters. Every leaf may have leading
-axes (layers, experts), which the scan over layers takes off as it does an array's.
+A kernel is a plain array, `Int8`, `Nf4`, `Blocks`, or `Lora` around one of these. Layers
+hand over whatever the parameter tree holds; no layer knows of quantisation or adapters. Every leaf
+may have leading axes (layers, experts), which the scan over layers takes off as it does an array's.
 
 Axes of this file: C slots of one expert; R the rank of an adapter, or rows sorted by expert.
 
@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt import kernels, tree
-from jaxgpt.kernels import grouped, int8, nf4
+from jaxgpt.kernels import blocks, grouped, int8, nf4
+from jaxgpt.kernels.blocks import Blocks
 from jaxgpt.kernels.int8 import Int8Rows
 from jaxgpt.kernels.nf4 import Nf4
 from jaxgpt.kernels.platform import accumulator_dtype, dot
@@ -41,7 +42,7 @@ class Lora:
     With DoRA (arXiv:2402.09353) every column of the sum is then given the length `magnitude`.
     """
 
-    w: Any  # [D, F]: a plain array, Int8 or Nf4
+    w: Any  # [D, F]: a plain array, Int8, Nf4 or Blocks
     a: Array  # [D, R]; or [B, D, R], an adapter for every row of the batch, as is b
     b: Array  # [R, F]
     magnitude: Array | None = None  # [F], DoRA's
@@ -64,7 +65,8 @@ class Transposed:
     rows: Array  # [F, D]
 
 
-Kernel = Array | Int8 | Nf4 | Lora
+Kernel = Array | Int8 | Nf4 | Blocks | Lora
+QUANTIZED = (Int8, Int8Rows, Nf4, Blocks)
 
 
 def matmul(x: Array, kernel: Kernel | Int8Rows | Transposed) -> Array:
@@ -107,6 +109,8 @@ def dense(kernel: Kernel | Int8Rows) -> Array:
         return int8.dequantize(kernel)
     if isinstance(kernel, Nf4):
         return nf4.dequantize(kernel)
+    if isinstance(kernel, Blocks):
+        return blocks.dequantize(kernel)
     if isinstance(kernel, Lora):
         change = jnp.matmul(kernel.a, kernel.b, precision="highest") * kernel.strength
         merged = dense(kernel.w) + change
@@ -116,13 +120,22 @@ def dense(kernel: Kernel | Int8Rows) -> Array:
     return kernel
 
 
-def transpose(kernel: Kernel) -> Array:
-    """The kernel [F, D] as a plain [D, F]."""
-    return dense(kernel).T
+def table(embedding_VD: Array | Blocks) -> Array:
+    """An embedding table as one plain array."""
+    if isinstance(embedding_VD, Blocks):
+        return blocks.decode(embedding_VD.rows, embedding_VD.kind)
+    return embedding_VD
 
 
-def take(embedding_VD: Array, tokens_BT: Array) -> Array:
+def transpose(embedding_VD: Array | Blocks) -> Kernel:
+    """An embedding table as a kernel [D, V]; rows of blocks serve as both."""
+    return embedding_VD if isinstance(embedding_VD, Blocks) else embedding_VD.T
+
+
+def take(embedding_VD: Array | Blocks, tokens_BT: Array) -> Array:
     """Rows of an embedding table, in float32."""
+    if isinstance(embedding_VD, Blocks):
+        return blocks.decode(embedding_VD.rows[tokens_BT], embedding_VD.kind)
     return embedding_VD[tokens_BT].astype(jnp.float32)
 
 
@@ -136,7 +149,7 @@ def quantize(kernel: Array, kind: str) -> Int8 | Nf4:
 
 def is_quantized(params: Params) -> bool:
     """Whether any kernel is stored in fewer bits."""
-    found = lambda leaf: isinstance(leaf, (Int8, Int8Rows, Nf4))
+    found = lambda leaf: isinstance(leaf, QUANTIZED)
     return any(map(found, jax.tree.leaves(params, is_leaf=found)))
 
 
@@ -145,7 +158,7 @@ def map_kernels(fn: Callable[[str, Kernel], Any], params: Params) -> Params:
     return jax.tree.map_with_path(
         lambda path, leaf: fn(tree.name_of(path), leaf),
         params,
-        is_leaf=lambda leaf: isinstance(leaf, (Int8, Int8Rows, Nf4, Lora)),
+        is_leaf=lambda leaf: isinstance(leaf, (*QUANTIZED, Lora)),
     )
 
 
@@ -182,7 +195,7 @@ def cast_kernels(params: Params, dtype: str) -> Params:
         if isinstance(kernel, Lora):
             a, b = kernel.a.astype(dtype), kernel.b.astype(dtype)
             return replace(kernel, w=cast(kernel.w), a=a, b=b)
-        return kernel if isinstance(kernel, (Int8, Int8Rows, Nf4)) else kernel.astype(dtype)
+        return kernel if isinstance(kernel, QUANTIZED) else kernel.astype(dtype)
 
     chosen = lambda name: name.endswith("kernel") and "router/" not in name
     return map_kernels(lambda name, k: cast(k) if chosen(name) else k, params)
@@ -208,6 +221,11 @@ def _apply(
         return (y * spread(kernel.scale, y)).astype(y.dtype)
     if isinstance(kernel, Nf4):
         return jax.checkpoint(lambda x, codes: product(x, nf4.dequantize(codes)))(x, kernel)
+    if isinstance(kernel, Blocks):
+        if product is kernels.linear:
+            return kernels.linear_by_blocks(x, kernel.rows, kernel.kind)
+        decoded = lambda x, rows: product(x, blocks.dequantize(Blocks(rows, kernel.kind)))
+        return jax.checkpoint(decoded)(x, kernel.rows)
     if isinstance(kernel, Lora):
         y = _apply(product, spread, x, kernel.w)
         y = y + (_low_rank(product, x, kernel) * kernel.strength).astype(y.dtype)

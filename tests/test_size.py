@@ -15,7 +15,7 @@ BUDGET = {
     "__main__.py": 3,
     "checkpoint.py": 335,
     "config": 1350,
-    "convert": 2820,
+    "convert": 2855,
     "data": 3270,
     "episodes.py": 130,
     "evals": 960,
@@ -27,7 +27,7 @@ BUDGET = {
     "metrics.py": 250,
     "model": 745,
     "optim.py": 90,
-    "peft.py": 175,
+    "peft.py": 180,
     "plan": 775,  # with what a server needs
     "policy_losses.py": 90,
     "report.py": 300,
@@ -44,15 +44,19 @@ BUDGET = {
     "train.py": 360,
     "tree.py": 40,
     "types.py": 31,
-    "weights.py": 160,
+    "weights.py": 170,
 }
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
-TOTAL = 17_410  # 590 of them: configs by name, own functions, stopping, the lock, ending together
+# 590 of them: configs by name, own functions, stopping, the lock, ending together; 65: kernels that
+# stay in a file's blocks, which were decoded before.
+TOTAL = 17_475
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
     "commands": 650,  # what was scripts/ (480), the list of commands, the doctor
     "inspect.py": 180,
     "judge.py": 60,
+    "kernels/blocks.py": 95,
+    "kernels/compiled.py": 60,
     "launching.py": 130,
     "life": 1350,  # with lineage.py: life, compare, sweep 840; list, card, page, check the rest
     "lineage.py": 305,
@@ -84,7 +88,9 @@ def by_room() -> Counter[str]:
     """Code lines of every folder and file of the package."""
     found: Counter[str] = Counter()
     for file in PACKAGE.rglob("*.py"):
-        found[file.relative_to(PACKAGE).parts[0]] += code_lines(file.read_text())
+        path = file.relative_to(PACKAGE)
+        room = path.as_posix() if path.as_posix() in NEW else path.parts[0]
+        found[room] += code_lines(file.read_text())
     return found
 
 

@@ -60,9 +60,10 @@ class Weights:
     """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; null: the one that the model was trained with."""
-    quantize: Literal["int8"] | None = None
-    """int8: hold the weights in a quarter of float32's bytes, so that a token reads less memory;
-    null: hold them as they are."""
+    quantize: Literal["stored", "int8"] | None = "stored"
+    """How the weights are held: stored: in the quantised blocks of a GGUF file, on a CPU, and
+    otherwise as with null; int8: in a quarter of float32's bytes; null: as numbers of dtype. Fewer
+    bytes are read faster, once for every token."""
 
 
 @dataclass(frozen=True)

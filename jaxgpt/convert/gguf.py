@@ -2,15 +2,21 @@
 
 import json
 import math
+import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxgpt.config import ModelConfig, RopeScaling
 from jaxgpt.convert import gguf_file, table, tokenizer_files, words
 from jaxgpt.convert.gguf_file import Source
+from jaxgpt.kernels import compiled
+from jaxgpt.kernels.blocks import FORMATS, Blocks
+from jaxgpt.kernels.platform import platform
 from jaxgpt.types import Params
 
 # Settings that change the function in ways the model does not have, with what does not.
@@ -112,10 +118,21 @@ ARCHITECTURES: dict[str, tuple[tuple[table.Row, ...], dict[str, Any]]] = {
 MIXTURES = ("llama", "qwen2moe", "qwen3moe")  # architectures that may have experts
 
 
+# What `stored` leaves in blocks: dense kernels, and the table of embeddings.
+BLOCKS = re.compile(r"^embed/embedding$|^head/kernel$|^blocks/(attention|mlp)/\w+/kernel$")
+
+
 def load(
-    path: str | Path, *, place: table.Place | None = None, dtype: str = "float32"
+    path: str | Path,
+    *,
+    place: table.Place | None = None,
+    dtype: str = "float32",
+    stored: bool = False,
 ) -> tuple[ModelConfig, Params, dict[str, bytes]]:
     """The model, and the tokenizer as the files that Hugging Face would have for it.
+
+    Args:
+        stored: kernels stay in the file's blocks, where a program here reads these.
 
     Raises:
         ValueError: not a whole GGUF file, or one of an architecture, a setting, a quantisation or
@@ -135,7 +152,8 @@ def load(
         if unknown := _Settings(metadata, architecture).unknown():
             print(f"warning: {path}: {', '.join(unknown)}: not read", file=sys.stderr)
         files = _tokenizer(metadata)
-        return cfg, table.read(rows, cfg, source, place, dtype), files
+        keep = partial(_blocks, cfg, source) if stored and platform() == "cpu" else None
+        return cfg, table.read(rows, cfg, source, place, dtype, keep), files
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -187,6 +205,23 @@ def config(metadata: dict[str, Any], architecture: str, source: Source) -> Model
         tie_embeddings="output.weight" not in source.shapes,
         **fixed,
     )  # fmt: skip
+
+
+def _blocks(cfg: ModelConfig, source: Source, row: table.Row) -> Blocks | None:
+    """A parameter as the file has it; None, if it has no blocks of one kind for it."""
+    (name, *more), theirs = table.parameters(row), list(table.pieces(row, cfg))
+    kinds = {source.kind(tensor) for tensor, _ in theirs}
+    kind, pattern = kinds.pop(), table.by_row(row[2], "byte")
+    known = not more and not kinds and kind in FORMATS and BLOCKS.search(name)
+    if not known or pattern is None or not compiled.load():
+        return None
+    num_rows, C = source.rows(theirs[0][0]).shape
+    lead = (cfg.num_layers,) if "{layer}" in row[1] else ()
+    rows = table.aligned((*lead, num_rows, C), "uint8")
+    for tensor, index in theirs:
+        found = source.rows(tensor)
+        rows[index] = table.rearrange(found, pattern, table.sizes(cfg) | {"byte": C})
+    return Blocks(jax.device_put(rows), kind)
 
 
 class _Settings:

@@ -104,6 +104,11 @@ class Source:
         """How a tensor is stored, such as Q8_0."""
         return self._stored[name][0].name
 
+    def rows(self, name: str) -> np.ndarray:
+        """The bytes of a tensor as they are stored, row by row."""
+        shape = self.shapes[name]
+        return np.asarray(self._stored[name][1]).reshape(*shape[:-1], -1)
+
     def read(self, name: str) -> np.ndarray:
         from gguf import quants
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -39,12 +40,15 @@ class Loaded(NamedTuple):
     files: Mapping[str, bytes] = MappingProxyType({})  # the tokenizer's, as Hugging Face names them
 
 
-def load(path: str | Path, *, place: Place | None = None, merged: bool = False) -> Loaded:
+def load(
+    path: str | Path, *, place: Place | None = None, merged: bool = False, stored: bool = False
+) -> Loaded:
     """Opens a model by what its path is.
 
     Args:
         place: see hf.load; what other formats hold is passed through it too.
         merged: adapters become part of their base; otherwise they stand beside it.
+        stored: a GGUF file's kernels stay in its blocks (`kernels.blocks`).
 
     Raises:
         ValueError: nothing we know, damaged files, or settings that our model does not have.
@@ -53,7 +57,7 @@ def load(path: str | Path, *, place: Place | None = None, merged: bool = False) 
     if not path.exists():
         raise ValueError(f"checkpoint={path}: does not exist")
     if not paths.is_local(path) and not rundir.is_run(path):
-        return _load_stored(path, place, merged)
+        return _load_copy(path, place, merged, stored)
     if rundir.is_run(path):
         files = own_files(tokenizer_files.read(path))
         params = _placed(_read_run(path, merged), place)
@@ -67,11 +71,14 @@ def load(path: str | Path, *, place: Place | None = None, merged: bool = False) 
         cfg, params = hf.load(path, place=place)
         settings = tensors.read_json(path / "config.json")
         return _with_tokenizer(cfg, params, tokenizer_files.read(path), path, settings)
-    cfg, params, files = _reader(path)(path, place=place)
+    reader = _reader(path)
+    if stored and reader is gguf.load:
+        reader = partial(gguf.load, stored=True)
+    cfg, params, files = reader(path, place=place)
     return _with_tokenizer(cfg, params, files, path)
 
 
-def _load_stored(path: Path, place: Place | None, merged: bool) -> Loaded:
+def _load_copy(path: Path, place: Place | None, merged: bool, stored: bool) -> Loaded:
     """`load` by way of a copy: weights are mapped into memory, which may outlive their file."""
     parts = re.sub(r"-\d{5}-of-", "-*-of-", path.name)  # a GGUF file may come in several
     with paths.here(path) as copy:
@@ -80,7 +87,7 @@ def _load_stored(path: Path, place: Place | None, merged: bool) -> Loaded:
                 with paths.here(file) as beside:
                     beside.replace(copy.with_name(file.name))
         try:
-            return load(copy, place=place, merged=merged)
+            return load(copy, place=place, merged=merged, stored=stored)
         except ValueError as error:
             raise ValueError(str(error).replace(str(copy), str(path))) from None
 
@@ -129,7 +136,7 @@ def source_of(path: str | Path) -> Path | None:
 
 
 def load_with_adapters(
-    path: str | Path, adapters: Iterable[str | Path]
+    path: str | Path, adapters: Iterable[str | Path], stored: bool = False
 ) -> tuple[Loaded, list[Params]]:
     """A base, and the network of each adapter on it; all of them share the base's arrays.
 
@@ -147,7 +154,8 @@ def load_with_adapters(
     if len(quantized) > 1:
         raise ValueError(f"adapter: {', '.join(map(str, runs))} store their base differently")
     place = peft.place(next(iter(runs.values()))) if runs else None
-    base = load(path, place=place, merged=True)
+    # An adapter that was trained on a quantised base wants that one.
+    base = load(path, place=place, merged=True, stored=stored and place is None)
     base = base._replace(params=jax.tree.map(jnp.asarray, base.params))
     if runs:  # its conversations have the form that the first of them was taught
         files = own_files(tokenizer_files.read(next(iter(runs))))

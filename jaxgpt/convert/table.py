@@ -135,11 +135,15 @@ def read(
     source: Source,
     place: Place | None = None,
     dtype: str = "float32",
+    stored: Callable[[Row], Any] | None = None,
 ) -> Params:
     """Our parameters from their tensors; all names and shapes are checked before any is read.
 
     The memory needed is that of the model and of one tensor: every parameter is allocated once,
     filled tensor by tensor and placed before the next one begins.
+
+    Args:
+        stored: what takes the place of a row's parameter as it is; None: it is read and placed.
 
     Raises:
         ValueError: tensors are missing, left over, or of another shape.
@@ -151,8 +155,11 @@ def read(
     placed: dict[str, Any] = {}
     for row in rows:
         names, _, pattern = parameters(row), *row[1:]
+        if stored is not None and (kept := stored(row)) is not None:
+            placed[names[0]] = kept
+            continue
         axes = sizes(cfg, len(names))
-        arrays = [_aligned(ours[name], dtype) for name in names]
+        arrays = [aligned(ours[name], dtype) for name in names]
         for theirs, index in pieces(row, cfg):
             _fill(arrays, index, rearrange(source.read(theirs), pattern, axes))
         placed |= {name: place(name, a) for name, a in zip(names, arrays, strict=True)}
@@ -207,6 +214,18 @@ def _check(rows: list[Row], cfg: ModelConfig, source: Source) -> None:
             raise ValueError(f"{problem}: {', '.join(names[:8])}{more}")
 
 
+def by_row(pattern: str, inward: str) -> str | None:
+    """The pattern of rows that are taken whole, their inner axis renamed, of "F D -> D F"; "F D".
+
+    None, where the pattern does something else with them.
+    """
+    old, new = map(list, _sides(pattern))
+    if len(old) != 2 or ((len(new) != 2 or new[0] != old[1]) and " -> " in pattern):
+        return None
+    outward = old[0] if " -> " not in pattern else new[1]
+    return f"({' '.join(old[0])}) {inward} -> ({' '.join(outward)}) {inward}"
+
+
 def _sides(pattern: str) -> tuple[list[list[str]], list[list[str]]]:
     """Both sides as groups of axes; a pattern without an arrow changes nothing."""
     left, _, right = pattern.partition(" -> ")
@@ -218,7 +237,8 @@ def _shape(groups: list[list[str]], sizes: Mapping[str, int]) -> Shape:
     return tuple(math.prod(sizes[axis] for axis in group) for group in groups)
 
 
-def _aligned(shape: Shape, dtype: str) -> np.ndarray:
+def aligned(shape: Shape, dtype: str) -> np.ndarray:
+    """An empty array that JAX takes without a copy."""
     size = math.prod(shape) * jax.numpy.dtype(dtype).itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT

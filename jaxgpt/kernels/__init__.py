@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxgpt.kernels import (
+    blocks,
     chunked_cross_entropy,
     fast_activation,
     fast_attention,
@@ -107,6 +108,12 @@ def linear_by_rows(x: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
     """x @ rows^T in `dtype`, of a kernel whose output channels come first."""
     product = jnp.einsum("...D,FD->...F", x.astype(jnp.float32), rows_FD.astype(jnp.float32))
     return product.astype(dtype)
+
+
+@operation
+def linear_by_blocks(x: Array, rows_FC: Array, kind: str) -> Array:
+    """x @ kernel in float32, of a kernel whose output channels are quantised blocks."""
+    return blocks.linear(x, rows_FC, kind)
 
 
 @operation
@@ -255,6 +262,8 @@ FAST: dict[str, dict[str, Callable[..., Any]]] = {
         "gpu": fast_linear.by_rows_on_gpu,  # one pass over the kernel where there is one row
         "tpu": fast_linear.by_rows,
     },
+    # Blocks are decoded where they are multiplied, never written down in float32 (blocks.cc).
+    "linear_by_blocks": {"cpu": blocks.on_cpu},
     "scores": {
         "cpu": fast_linear.on_cpu,
         "gpu": fast_linear.in_float32,

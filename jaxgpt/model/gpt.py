@@ -226,7 +226,7 @@ def head(params: Params) -> Array:
     """The output matrix [V, D]: its own kernel, or the embedding table when tied."""
     if "head" in params:
         return weights.dense(params["head"]["kernel"]).T
-    return weights.dense(params["embed"]["embedding"])
+    return weights.table(params["embed"]["embedding"])
 
 
 def logits(params: Params, hidden_BTD: Array) -> Array:

@@ -45,7 +45,7 @@ def serving(cfg: ServeConfig, model: ModelConfig, devices: dict[str, int]) -> Se
 
     def weights(rng: jax.Array) -> Params:
         params = gpt.init(model, rng)
-        params = peft.quantize_int8(params) if cfg.quantize else params
+        params = peft.quantize_int8(params) if cfg.quantize == "int8" else params
         return for_decoding(model, params, cfg.slots)
 
     ways = devices.get("data", 1), devices.get("tensor", 1)
@@ -87,7 +87,7 @@ def describe(cfg: ServeConfig, plan: Serving, model: ModelConfig, context: int) 
     fits = "fits" if total <= plan.available else "does not fit"
     cache = cfg.slots * (plan.slot + context * plan.token)
     rows = [
-        ("weights", plan.weights, f"{model.dtype}{', int8' if cfg.quantize else ''}"),
+        ("weights", plan.weights, f"{model.dtype}{', int8' if cfg.quantize == 'int8' else ''}"),
         ("slots", cache, f"{cfg.slots} of {context:,} tokens, {short(plan.token)}B a token"),
         ("beginnings", plan.kept, "of prompts that are kept, at most (--prefix_cache)"),
         ("process", plan.process, "Python, JAX and compiled programs, about"),

@@ -160,8 +160,8 @@ def _begin(
 def for_decoding(cfg: ModelConfig, params: Params, num_rows: int | None = None) -> Params:
     """The same function in the layout that decodes fastest: a step reads every weight once.
 
-    Layers stand apart, and kernels have the compute type. The embedding stays float32 for the
-    lookup, so a tied head becomes a kernel of its own.
+    Layers stand apart, and kernels have the compute type. The embedding stays as it is for the
+    lookup, so a tied head becomes a kernel of its own where it shall be narrower.
 
     Args:
         num_rows: how many prompts will be continued at a time, if that is known.
@@ -187,7 +187,7 @@ def _decoding_layer(dtype: str, outputs_first: bool, blocks: Params, layer: Arra
 
 @partial(jax.jit, static_argnames=("dtype", "outputs_first"))
 def _decoding_ends(dtype: str, outputs_first: bool, params: Params) -> Params:
-    if dtype != "float32":
+    if dtype != "float32" and not weights.is_quantized({"embed": params["embed"]}):
         params = {"head": {"kernel": gpt.head(params).T}} | params
     return _stored(dtype, outputs_first, params)
 

@@ -42,9 +42,9 @@ def serve(cfg: ServeConfig, show: Callable[[str], None]) -> int:
 def open_engine(cfg: ServeConfig, show: Callable[[str], None]) -> tuple[LanguageModel, Engine]:
     """Loads the model and compiles every program; the engine's thread is not started yet."""
     adapters = dict(named.split("=", 1) for named in cfg.adapter)
-    lm = language_model.load(
-        cfg.checkpoint, dtype=cfg.dtype, adapters=adapters, quantize=cfg.quantize
-    )
+    one = cfg.quantize != "stored" or sharding.make_mesh(cfg.mesh).size == 1
+    quantize = cfg.quantize if one else None  # blocks are not cut over devices
+    lm = language_model.load(cfg.checkpoint, cfg.dtype, adapters=adapters, quantize=quantize)
     mesh = mesh_of(cfg, lm.config)
     capacity = capacity_of(cfg, lm.config)
     show(f"{lm}: {cfg.slots} slots of {capacity:,} tokens")

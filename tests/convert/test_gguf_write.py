@@ -13,12 +13,14 @@ import regex
 import tokenizers
 from gguf import quants
 
-from jaxgpt import tree
+import jaxgpt
+from jaxgpt import peft, tree
 from jaxgpt.config import ModelConfig, RopeScaling
 from jaxgpt.convert import gguf, gguf_file, gguf_write, table, tokenizer_files, words
 from jaxgpt.convert.family import resolve
 from jaxgpt.convert.load import load
 from jaxgpt.data import tokenizer
+from jaxgpt.kernels import compiled
 from jaxgpt.sampling import sample
 
 LLAMA = ModelConfig(
@@ -275,3 +277,22 @@ def test_llama_cpp_writes_the_same_greedy_tokens(name, kind, files, tmp_path):
     (found,) = sample.generate(parts.config, parts.params, [prompt], settings)
     assert len(set(expected)) > 3
     assert found.tokens == expected
+
+
+@pytest.mark.parametrize("kind", ["q4_1", "q5_0"])
+def test_a_model_kept_in_its_blocks_computes_what_the_decoded_one_does(kind, files, tmp_path):
+    cfg = dataclasses.replace(LLAMA, dtype="float32")
+    path = tmp_path / "model.gguf"
+    gguf_write.save(path, cfg, random_params(cfg), files, kind)
+    plain, kept = jaxgpt.load(path), jaxgpt.load(path, quantize="stored")
+    held = tree.flatten(kept.params)
+    if kind != "q5_0" and compiled.load():  # which no program reads: plain arrays, the table apart
+        assert held["blocks/attention/query/kernel/rows"].dtype == np.uint8
+    tokens = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+    np.testing.assert_allclose(kept.logits(tokens), plain.logits(tokens), atol=2e-4)
+    same = {"max_new_tokens": 8, "stop": "\0"}
+    prompts = ["the cat", "12 dogs", "on"]
+    assert kept.generate(prompts, **same) == plain.generate(prompts, **same)
+    merged = peft.merge(kept.params)
+    for name, leaf in tree.flatten(plain.params).items():
+        np.testing.assert_allclose(tree.flatten(merged)[name], leaf, atol=1e-6, err_msg=name)
