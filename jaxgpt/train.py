@@ -73,6 +73,7 @@ class TrainState(NamedTuple):
 
 
 StepFn = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]
+_NextBatch = Callable[[TrainState, Params, int], Batch]
 
 
 def spec(kinds: Mapping[str, Any], *shape: int) -> BatchSpec:
@@ -161,6 +162,20 @@ def jit_step(
     )
 
 
+class _Run(NamedTuple):
+    """What stays the same from the first step of `fit` to its last."""
+
+    stage: Stage
+    cfg: RunConfig
+    frozen: Params
+    checkpoints: Checkpoints
+    stable: int  # under wsd: the step that a run with more steps goes on from
+    meta: dict[str, Any]  # is kept in every checkpoint
+    log: RunLog
+    stopping: Stopping
+    watch: Callable[[], None]
+
+
 def fit(
     stage: Stage,
     cfg: RunConfig,
@@ -185,7 +200,6 @@ def fit(
     """
     updates = max(stage.updates_per_rollout, 1)
     _require_whole_rollouts(cfg, updates)
-    # Where wsd's decay begins is what more steps go on from.
     stable = optim.open_until(cfg.optim, cfg.train.steps) if cfg.optim.schedule == "wsd" else 0
     stable = int(stable) // updates * updates
     checkpoints = Checkpoints(files.path(cfg.run) / "checkpoints", cfg.checkpoint.keep, stable)
@@ -201,56 +215,6 @@ def fit(
     start = int(state.step)
     step_fn = jit_step(stage, cfg, mesh, optimizer, state)
     stopping = Stopping(asked or threading.Event(), cfg.checkpoint.grace)
-
-    def between_steps(done: int, state: TrainState, ends: bool = False, again: str = "") -> bool:
-        """Whether a part of it was left, since the run shall end; `again`: that part, of a run
-        that was resumed here."""
-        last = done == cfg.train.steps
-        due = lambda every: last or (done > 0 and every > 0 and done % every == 0)
-        evaluates = stage.evaluate if due(cfg.eval.every) or done == 0 else None
-        evaluates = None if again == "sampling" else evaluates
-        samples = done > 0 and due(cfg.sample.every) and (stage.sample or stage.updates_per_rollout)
-        saves = done > 0 and (ends or again or due(cfg.checkpoint.every) or done == stable)
-        if not (evaluates or samples or saves):
-            return False
-        log.flush()  # refuses to save, or to go on from, a state that has diverged
-        average = state.params if state.ema is None else state.ema
-        params = everything(average, frozen, state.carry)
-        to_do = [name for name, due in (("evaluation", evaluates), ("sampling", samples)) if due]
-
-        def look() -> None:
-            if evaluates:
-                with log.clock("evaluation"):
-                    log.held_out(done, evaluates(params))
-                to_do.remove("evaluation")
-            if samples:
-                with log.clock("sampling"):
-                    log.samples(done, stage.sample(params) if stage.sample else [])
-                to_do.remove("sampling")
-
-        def save() -> None:
-            if done == 0:
-                return
-            with log.clock("saving"):
-                log.keep()
-                own = meta | {"left": "".join(to_do[:1])}
-                checkpoints.save(done, state, own, log.held_out_loss(done))
-                log.note(done)
-
-        with machine.between_steps():
-            leaves = bool(to_do) and stopping.attempt(look, partial(ended, save))[0]
-            if (saves or leaves) and again != "sampling":
-                save()
-            if evaluates or saves:
-                with log.clock("report"):
-                    watch()
-        return leaves
-
-    def ended(save: Callable[[], None]) -> None:
-        save()
-        checkpoints.wait()
-        log.write("stopped and saved after the grace period; the same command goes on")
-
     try:
         with (
             RunLog(cfg, start, sinks) as log,
@@ -258,38 +222,25 @@ def fit(
             _batches(stage, mesh, cfg, start) as next_batch,
             _profiler(cfg) as trace,
         ):
+            run = _Run(stage, cfg, frozen, checkpoints, stable, meta, log, stopping, watch)
             vote = processes.make_vote(mesh)
-            leaves, done = False, start
-            if start == 0 or left:
-                leaves = between_steps(start, state, again=left)
-            for step in range(start, cfg.train.steps):
-                if leaves:
+            ends = (start == 0 or bool(left)) and _between_steps(run, start, state, again=left)
+            done = start
+            while done < cfg.train.steps and not ends:
+                trace(done)
+                batch = _take(run, next_batch, state, done)
+                if batch is None:
+                    ends = True
                     break
-                trace(step)
-                begins = stage.updates_per_rollout and step % updates == 0
-                if begins:
-                    log.flush()  # so that the time of a rollout is its own
-                paused = log.throughput.paused() if begins else contextlib.nullcontext()
-                make = partial(next_batch, state, frozen, step)
-                with paused, log.clock("rollout" if begins else "data"):
-                    save = partial(_save_once, checkpoints, step, state, meta)
-                    leaves, batch = (
-                        stopping.attempt(make, partial(ended, save)) if begins else (False, make())
-                    )
-                if leaves:
-                    save()
-                    break
-                if report := batch.pop("report", None):
-                    log.rollout(step + 1, report)  # of the first update, lest a resume repeat it
-                with log.clock("compile" if step == start else "step"):
+                with log.clock("compile" if done == start else "step"):
                     state, measures = step_fn(state, frozen, batch)
+                    done += 1
                     # All processes save the same step, at which a rollout is used up.
-                    leaves = vote(stopping.asked.is_set()) and (step + 1) % updates == 0
-                    log.step(step + 1, measures, math.prod(batch["tokens"].shape))
-                done = step + 1
+                    ends = vote(stopping.asked.is_set()) and done % updates == 0
+                    log.step(done, measures, math.prod(batch["tokens"].shape))
                 with log.throughput.paused():
-                    leaves = between_steps(done, state, leaves) or leaves
-            if leaves:
+                    ends = _between_steps(run, done, state, ends) or ends
+            if ends:
                 said = f"stopped and saved at step {done}" if done else "stopped before a step"
                 log.write(f"{said}; the same command goes on")
             with log.clock("saving"):
@@ -301,6 +252,106 @@ def fit(
             f"{error}; the last good checkpoint is {good[0]}; try a lower "
             "optim.learning_rate, more optim.warmup_steps or a smaller optim.clip_norm"
         ) from None
+
+
+def _take(run: _Run, next_batch: _NextBatch, state: TrainState, done: int) -> Batch | None:
+    """The batch of the step after `done`; None if its rollout was left, since the run shall end."""
+    updates, log = run.stage.updates_per_rollout, run.log
+    if not updates or done % updates:
+        with log.clock("data"):
+            batch = next_batch(state, run.frozen, done)
+    else:
+        log.flush()  # so that the time of a rollout is its own
+        make = partial(next_batch, state, run.frozen, done)
+        save = partial(_save_once, run, done, state)
+        with log.throughput.paused(), log.clock("rollout"):
+            left, batch = run.stopping.attempt(make, partial(_out_of_time, run, save))
+        if left:
+            save()
+            return None
+    if report := batch.pop("report", None):
+        log.rollout(done + 1, report)  # of the first update, lest a resume repeat it
+    return batch
+
+
+def _between_steps(
+    run: _Run, done: int, state: TrainState, ends: bool = False, again: str = ""
+) -> bool:
+    """Evaluates, samples and saves what is due after `done` steps.
+
+    Args:
+        ends: the run was asked to end, so it is saved whatever is due.
+        again: what was left here as the run was stopped: "evaluation", "sampling" or nothing.
+
+    Returns:
+        Whether an evaluation or a sample was left, since the run shall end.
+    """
+    looks, saves = _due(run, done, ends, again)
+    if not looks and not saves:
+        return False
+    run.log.flush()  # refuses to save, or to go on from, a state that has diverged
+    shows = saves or "evaluation" in looks
+    save = partial(_save, run, done, state, looks)
+    look = partial(_look, run, done, state, looks)
+    with machine.between_steps():
+        left = bool(looks) and run.stopping.attempt(look, partial(_out_of_time, run, save))[0]
+        if (saves or left) and again != "sampling":
+            save()
+        if shows:
+            with run.log.clock("report"):
+                run.watch()
+    return left
+
+
+def _due(run: _Run, done: int, ends: bool, again: str) -> tuple[list[str], bool]:
+    """What to look at after `done` steps ("evaluation", "sampling"), and whether to save."""
+    stage, cfg = run.stage, run.cfg
+    now = lambda every: done == cfg.train.steps or (done > 0 and every > 0 and done % every == 0)
+    evaluates = stage.evaluate and again != "sampling" and (done == 0 or now(cfg.eval.every))
+    samples = (stage.sample or stage.updates_per_rollout) and done > 0 and now(cfg.sample.every)
+    looks = [name for name, due in (("evaluation", evaluates), ("sampling", samples)) if due]
+    saves = ends or again or now(cfg.checkpoint.every) or done == run.stable
+    return looks, done > 0 and bool(saves)
+
+
+def _look(run: _Run, done: int, state: TrainState, looks: list[str]) -> None:
+    """Evaluates and samples; what is done leaves `looks`."""
+    average = state.params if state.ema is None else state.ema
+    params = everything(average, run.frozen, state.carry)
+    stage, log = run.stage, run.log
+    while looks:
+        with log.clock(looks[0]):
+            if looks[0] == "evaluation":
+                assert stage.evaluate is not None
+                log.held_out(done, stage.evaluate(params))
+            else:
+                log.samples(done, stage.sample(params) if stage.sample else [])
+        looks.pop(0)
+
+
+def _save(run: _Run, done: int, state: TrainState, looks: list[str]) -> None:
+    """Saves the state after `done` steps, and the first of what is still to be looked at."""
+    if done == 0:
+        return
+    with run.log.clock("saving"):
+        run.log.keep()
+        meta = run.meta | {"left": "".join(looks[:1])}
+        run.checkpoints.save(done, state, meta, run.log.held_out_loss(done))
+        run.log.note(done)
+
+
+def _save_once(run: _Run, done: int, state: TrainState) -> None:
+    """Saves the state before a rollout, unless that was done when the steps before it were."""
+    run.checkpoints.wait()
+    if done > 0 and done not in run.checkpoints.steps():
+        run.checkpoints.save(done, state, run.meta | {"left": ""})
+
+
+def _out_of_time(run: _Run, save: Callable[[], None]) -> None:
+    """Saves as the grace period is over; the process ends after it."""
+    save()
+    run.checkpoints.wait()
+    run.log.write("stopped and saved after the grace period; the same command goes on")
 
 
 def everything(params: Params, frozen: Params, carry: Carry) -> Params:
@@ -395,19 +446,8 @@ def _resume(
         return checkpoints.restore(latest, state), saved.get("left", "")
 
 
-def _save_once(
-    checkpoints: Checkpoints, step: int, state: TrainState, meta: dict[str, Any]
-) -> None:
-    """Saves the state before a rollout, unless that was done when the steps before it were."""
-    checkpoints.wait()
-    if step > 0 and step not in checkpoints.steps():
-        checkpoints.save(step, state, meta | {"left": ""})
-
-
 @contextlib.contextmanager
-def _batches(
-    stage: Stage, mesh: Mesh, cfg: RunConfig, start: int
-) -> Iterator[Callable[[TrainState, Params, int], Batch]]:
+def _batches(stage: Stage, mesh: Mesh, cfg: RunConfig, start: int) -> Iterator[_NextBatch]:
     """The function that gives each step its batch, made ahead by a thread where possible."""
     make = stage.next_batch
     assert make is not None, "a stage without data cannot be trained"

@@ -9,6 +9,7 @@ normalised copy of it. The last step, the product with the head, is a function o
 Notes: chapters 5 and 12.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -212,6 +213,7 @@ class ScalarHead(nn.Module):
         return score_BT1[..., 0].astype(jnp.float32)
 
 
+@partial(jax.jit, static_argnums=0)  # one program: some hundred small ones take seconds to compile
 def init(cfg: ModelConfig, rng: Array) -> Params:
     """Random parameters; the layout is the one in `sharding.RULES`."""
     return GPT(cfg).init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
