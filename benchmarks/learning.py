@@ -168,7 +168,7 @@ def base(folder: Path, seed: int) -> Path:
         lines = synthetic.lines() * PASSES
         random.Random(seed).shuffle(lines)
         text.write_text("".join(lines))
-    return train(folder, seed, "pretrain", "sums", **{"data.path": text})
+    return train(folder, seed, "pretrain", "sums", "pretrain-sums", **{"data.path": text})
 
 
 def tuned(folder: Path, seed: int) -> Path:
@@ -257,11 +257,7 @@ def answered(run: Path, temperature: float) -> list[tuple[Any, str]]:
     problems = list(itertools.islice(synthetic.problems(held_out=True), ASKED))
     form = chatting.chat_format(load(run))
     asked = [
-        chat.encode(
-            form,
-            [{"role": "user", "content": synthetic.question(problem)}],
-            add_generation_prompt=True,
-        ).tokens_T.tolist()
+        chat.prompt(form, [{"role": "user", "content": synthetic.question(problem)}])
         for problem in problems
     ]
     answers = jaxgpt.load(str(run)).complete(asked, Sampling(144, temperature, top_p=1.0))

@@ -92,7 +92,7 @@ def sample(name: str, topology: str, _: list[str]) -> str:
     from jaxgpt.sampling.sample import SCAN_STEPS, Sampling
 
     chips = devices.topology(topology)
-    context, *_, most = MODELS[name]
+    context, most = MODELS[name][0], MODELS[name][-1]
     model = config.parse(config.PretrainConfig, "", [
         "--model", f"configs/model/{name}.yaml", "--model.context_length", str(context)
     ]).model  # fmt: skip

@@ -141,6 +141,7 @@ def jaxgpt_side(dtype: str, name: str) -> None:
 
     def run() -> None:
         nonlocal state
+        measures: Any = None
         for _ in range(work.steps):  # as in a run, an accelerator is waited for at the last only
             state, measures = step(state, frozen, batch)
         float(measures["loss"])
@@ -176,6 +177,7 @@ def torch_side(variant: str, name: str) -> None:
     bf16 = variant.startswith("bf16")
 
     def run() -> None:
+        loss: Any = None
         for _ in range(work.steps):
             with torch.autocast(device, torch.bfloat16, enabled=bf16):
                 loss = forward(input_ids=ids, labels=ids).loss
