@@ -94,7 +94,8 @@ class Inspection:
         """The weights [N, T, S] of one layer."""
         T = len(self.tokens_T)
         q_1TNH, k_1SKH = (self._padded(x[layer])[None] for x in (self.q_LTNH, self.k_LSKH))
-        return np.asarray(_attention(self.config, q_1TNH, k_1SKH))[0, :, :T, :T]
+        cfg = self.config.of_layer(layer)
+        return np.asarray(_attention(cfg, q_1TNH, k_1SKH))[0, :, :T, :T]
 
     @cached_property
     def lens_ATV(self) -> np.ndarray:

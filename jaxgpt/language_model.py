@@ -350,7 +350,8 @@ class LanguageModel:
 
         Nothing else's directory or file is replaced.
 
-        Low-rank changes beside their base are written as PEFT's, which opens them on that base.
+        Low-rank changes beside their base are written as PEFT's, which opens them on that base, or
+        as a GGUF adapter.
         A run's lineage goes along, with a model card (README.md).
 
         Args:
@@ -375,6 +376,9 @@ class LanguageModel:
         if format == "huggingface" and peft.has_changes(self.params):
             base = base_name or str(source_of(self.name) or "")
             peft_hf.save(path, self.config, self.params, base)
+            return
+        if format == "gguf" and peft.has_changes(self.params):
+            gguf_write.save_adapter(path, self.config, self.params)
             return
         if base_name:
             raise ValueError(
@@ -478,4 +482,4 @@ def _ready(text: str, stop: Sequence[str]) -> str:
 @partial(jax.jit, static_argnames="cfg")
 def _logits(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Array:
     output = gpt.apply(likelihood.rolled(cfg), params, tokens_BT)
-    return gpt.logits(params, output.hidden_BTD)
+    return gpt.logits(params, output.hidden_BTD, cfg.logit_softcap)

@@ -57,8 +57,9 @@ def next_token_loss(
     output = run(cfg, params, batch, rng_B, carry)
     mask_BT = batch["mask"].astype(jnp.float32)
     result = kernels.cross_entropy(
-        output.hidden_BTD, gpt.head(params), batch["targets"], mask_BT, **options
-    )
+        output.hidden_BTD, gpt.head(params), batch["targets"], mask_BT,
+        softcap=cfg.logit_softcap, **options,
+    )  # fmt: skip
     # A sum and its weight, not a mean: train.make_step adds both over micro-batches and devices,
     # and divides once. A mean of means would weigh a short batch as much as a long one.
     weight = mask_BT.sum()
@@ -106,7 +107,7 @@ def answer_logprobs(
     """log p of the targets of every row where `mask` is set, and how many those are."""
     hidden_BTD = run(cfg, params, batch).hidden_BTD
     logprobs_BT, _ = kernels.logprobs_and_entropy(
-        hidden_BTD, gpt.head(params), batch["targets"], chunk=chunk
+        hidden_BTD, gpt.head(params), batch["targets"], chunk=chunk, softcap=cfg.logit_softcap
     )
     return losses.sequence_logprobs(logprobs_BT, batch["mask"])
 
@@ -123,7 +124,7 @@ def token_scores(
     targets_BT = batch["targets"]
     scores = kernels.logprobs_and_entropy(
         hidden_BTD.reshape(-1, cfg.model_dim), gpt.head(params), targets_BT.reshape(-1),
-        chunk=chunk, temperature=temperature,
+        chunk=chunk, temperature=temperature, softcap=cfg.logit_softcap,
     )  # fmt: skip
     logprobs_BT, entropy_BT = (x_A.reshape(targets_BT.shape) for x_A in scores)
     return logprobs_BT, entropy_BT

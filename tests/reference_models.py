@@ -104,6 +104,122 @@ CONFIGS |= {
 }  # fmt: skip
 
 
+WINDOW = dict(sliding_window=7)  # shorter than the texts
+HALF = dict(rope_type="default", rope_theta=1e3, partial_rotary_factor=0.5)
+LONG = HALF | dict(rope_type="longrope", short_factor=[1.0, 1.3], long_factor=[1.5, 4.0])
+DEEP = SHAPE | {"num_hidden_layers": 5}
+PATTERN = ["sliding_attention", "sliding_attention", "full_attention"]
+BY_LAYER = {
+    "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+}  # fmt: skip
+# Layers that differ, norms on both sides, projections in one tensor, neighbours that rotate.
+NEWEST = {
+    "gemma3_text": lambda t: t.Gemma3TextConfig(
+        **SHAPE | {"num_hidden_layers": 7}, **PLAIN, **WINDOW, head_dim=8, query_pre_attn_scalar=11
+    ),
+    "gemma3_text-scaled": lambda t: t.Gemma3TextConfig(
+        **DEEP, **PLAIN, **WINDOW, head_dim=8, layer_types=(PATTERN * 2)[:5],
+        rope_parameters=BY_LAYER, attention_bias=True,
+    ),
+    "gemma3_text-untied": lambda t: t.Gemma3TextConfig(
+        **SHAPE | {"num_key_value_heads": 1}, **PLAIN, **WINDOW, head_dim=10,
+        layer_types=["full_attention", "sliding_attention"], tie_word_embeddings=False,
+    ),
+    "gemma2": lambda t: t.Gemma2Config(**DEEP, **PLAIN, **WINDOW, head_dim=8),
+    "gemma2-capped": lambda t: t.Gemma2Config(
+        **SHAPE, **PLAIN, **WINDOW, head_dim=10, query_pre_attn_scalar=3,
+        attn_logit_softcapping=2.0, final_logit_softcapping=5.0, attention_bias=True,
+    ),
+    "gemma2-untied": lambda t: t.Gemma2Config(
+        **SHAPE | {"num_key_value_heads": 1}, **PLAIN, **WINDOW, head_dim=8,
+        attn_logit_softcapping=None, final_logit_softcapping=None, tie_word_embeddings=False,
+        layer_types=PATTERN[1:][::-1],
+    ),
+    "olmo3": lambda t: t.Olmo3Config(**DEEP, **PLAIN, **WINDOW),
+    "olmo3-yarn": lambda t: t.Olmo3Config(
+        **SHAPE, **PLAIN, **WINDOW, layer_types=PATTERN[1:], tie_word_embeddings=True,
+        rope_parameters={"full_attention": YARN},
+    ),
+    "olmo3-local": lambda t: t.Olmo3Config(
+        **SHAPE, **PLAIN, **WINDOW, layer_types=PATTERN[:2], rope_parameters=BY_LAYER
+    ),
+    "exaone4": lambda t: t.Exaone4Config(**DEEP, **WINDOW),
+    "exaone4-full": lambda t: t.Exaone4Config(
+        **SHAPE, sliding_window=None, layer_types=["full_attention"] * 2, rope_parameters=LLAMA3
+    ),
+    "exaone4-tied": lambda t: t.Exaone4Config(
+        **SHAPE, **WINDOW, layer_types=PATTERN[1:], tie_word_embeddings=True
+    ),
+    "ministral": lambda t: t.MinistralConfig(
+        **DEEP, **WINDOW, head_dim=8, layer_types=(PATTERN * 2)[:5]
+    ),
+    "ministral-wide": lambda t: t.MinistralConfig(
+        **SHAPE, **WINDOW, head_dim=10, layer_types=["full_attention", "sliding_attention"],
+        rope_parameters=YARN,
+    ),
+    "ministral-tied": lambda t: t.MinistralConfig(
+        **DEEP, **WINDOW, head_dim=6, layer_types=PATTERN[1:] * 2 + PATTERN[:1],
+        tie_word_embeddings=True,
+    ),
+    "ministral3": lambda t: t.Ministral3Config(
+        **SHAPE, **PLAIN, head_dim=8, rope_parameters=YARN | {"llama_4_scaling_beta": 0.4}
+    ),
+    "ministral3-window": lambda t: t.Ministral3Config(
+        **SHAPE, **PLAIN, **WINDOW, head_dim=8,
+        rope_parameters=YARN | {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
+    "ministral3-tied": lambda t: t.Ministral3Config(
+        **SHAPE, **PLAIN, head_dim=6, tie_word_embeddings=True,
+        rope_parameters=YARN | {"llama_4_scaling_beta": 0.3, "factor": 2.0},
+    ),
+    "qwen2-windows": lambda t: t.Qwen2Config(
+        **DEEP, **WINDOW, use_sliding_window=True, max_window_layers=2
+    ),
+    "qwen3-windows": lambda t: t.Qwen3Config(
+        **DEEP, **WINDOW, use_sliding_window=True, head_dim=8, layer_types=(PATTERN * 2)[:5]
+    ),
+    "phi3": lambda t: t.Phi3Config(
+        **SHAPE | {"hidden_size": 32}, **PLAIN, **WINDOW, rope_parameters=HALF
+    ),
+    "phi3-long": lambda t: t.Phi3Config(
+        **SHAPE | {"hidden_size": 32}, **PLAIN, tie_word_embeddings=True,
+        original_max_position_embeddings=32, rope_parameters=LONG,
+    ),
+    "phi3-whole": lambda t: t.Phi3Config(**SHAPE, **PLAIN),
+    "glm": lambda t: t.GlmConfig(**SHAPE, **PLAIN, head_dim=8),
+    "glm-tied": lambda t: t.GlmConfig(
+        **SHAPE, **PLAIN, head_dim=8, attention_bias=False, tie_word_embeddings=True
+    ),
+    "glm-whole": lambda t: t.GlmConfig(
+        **SHAPE, **PLAIN, head_dim=6, rope_parameters=YARN | {"partial_rotary_factor": 1.0}
+    ),
+    "glm4": lambda t: t.Glm4Config(**SHAPE, **PLAIN, head_dim=8),
+    "glm4-tied": lambda t: t.Glm4Config(
+        **SHAPE, **PLAIN, head_dim=12, attention_bias=False, tie_word_embeddings=True
+    ),
+    "glm4-whole": lambda t: t.Glm4Config(
+        **SHAPE, **PLAIN, head_dim=6, rope_parameters=HALF | {"partial_rotary_factor": 1.0}
+    ),
+    "ernie4_5": lambda t: t.Ernie4_5Config(**SHAPE, **PLAIN, head_dim=8),
+    "ernie4_5-biases": lambda t: t.Ernie4_5Config(
+        **SHAPE, **PLAIN, head_dim=6, use_bias=True, tie_word_embeddings=False
+    ),
+    "ernie4_5-one": lambda t: t.Ernie4_5Config(
+        **SHAPE | {"num_key_value_heads": 1}, **PLAIN, head_dim=10, rope_parameters=LLAMA3
+    ),
+    "seed_oss": lambda t: t.SeedOssConfig(**SHAPE, **PLAIN, head_dim=8),
+    "seed_oss-biases": lambda t: t.SeedOssConfig(
+        **SHAPE, **PLAIN, head_dim=6, attention_out_bias=True, mlp_bias=True
+    ),
+    "seed_oss-tied": lambda t: t.SeedOssConfig(
+        **SHAPE, **PLAIN, head_dim=8, attention_bias=False, tie_word_embeddings=True,
+        rope_parameters=YARN,
+    ),
+}  # fmt: skip
+CONFIGS |= NEWEST
+
+
 def build(name: str) -> Any:
     """The model with every parameter random: fresh norms and biases would hide mistakes."""
     model = transformers.AutoModelForCausalLM.from_config(
@@ -119,7 +235,8 @@ def randomize(model: Any) -> Any:
         for key, parameter in model.named_parameters():
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
             around_one = ("norm" in key or "ln_" in key) and key.endswith("weight")
-            around_one = around_one and model.config.model_type != "gemma"  # whose norms add it
+            added = "gemma" in model.config.model_type  # whose norms add it
+            around_one = around_one and not added
             parameter.copy_(noise + around_one)
     return model
 

@@ -14,18 +14,18 @@ BUDGET = {
     "__init__.py": 42,
     "__main__.py": 3,
     "checkpoint.py": 335,
-    "config": 1350,
-    "convert": 2855,
+    "config": 1387,  # 37 of them: models
+    "convert": 3536,  # 681 of them: models
     "data": 3270,
     "episodes.py": 130,
     "evals": 960,
     "files.py": 110,
-    "kernels": 1475,
+    "kernels": 1521,  # 46 of them: models
     "language_model.py": 350,
     "losses.py": 70,
     "machine": 635,
     "metrics.py": 250,
-    "model": 745,
+    "model": 831,  # 86 of them: models
     "optim.py": 90,
     "peft.py": 180,
     "plan": 775,  # with what a server needs
@@ -49,7 +49,8 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 590 of them: configs by name, own functions, stopping, the lock, ending together; 65: kernels that
 # stay in a file's blocks, which were decoded before.
-TOTAL = 17_475
+TOTAL = 18_325
+# 850 of the total are "models": families, windows by layer, capped scores, fused projections.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
     "commands": 650,  # what was scripts/ (480), the list of commands, the doctor

@@ -1,7 +1,8 @@
 """The shape of a network."""
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from jaxgpt.config.checks import at_least, require
 
@@ -33,13 +34,16 @@ class RopeScaling:
     truncate: bool = True
     """yarn: true: the two borders between frequencies are rounded to whole pairs of a head's
     entries."""
+    query_growth: float = 0.0
+    """Queries grow by the factor 1 + query_growth * log(1 + floor(position / original_context))
+    (Ministral 3); 0: they do not."""
     short_factors: tuple[float, ...] = ()
     """longrope: what divides each frequency in texts up to original_context."""
     long_factors: tuple[float, ...] = ()
     """longrope: what divides each frequency in longer texts."""
 
     def __post_init__(self) -> None:
-        at_least("model.rope_scaling", self, factor=1, original_context=1)
+        at_least("model.rope_scaling", self, factor=1, original_context=1, query_growth=0)
         for name in ("short_factors", "long_factors"):  # a YAML file has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -74,8 +78,9 @@ class ModelConfig:
     """Added to the variance that a norm divides by."""
     norm_offset: float = 0.0
     """Added to the scale of RMSNorm (Gemma: 1)."""
-    norm_place: Literal["before", "after"] = "before"
-    """before: x + f(norm(x)); after: x + norm(f(x)) (OLMo 2)."""
+    norm_place: Literal["before", "after", "both"] = "before"
+    """before: x + f(norm(x)); after: x + norm(f(x)) (OLMo 2); both: x + norm(f(norm(x))) with two
+    norms (Gemma 3, GLM-4)."""
     qk_norm: bool = False
     """true: normalise queries and keys by RMSNorm (Qwen3)."""
     qk_norm_over: Literal["head", "width"] = "head"
@@ -90,19 +95,32 @@ class ModelConfig:
     """Factor of what attention and MLP add to the residual stream (Granite)."""
     attention_scale: float | None = None
     """Factor of the products of queries and keys; null: 1 / sqrt(head_dim)."""
+    attention_softcap: float = 0.0
+    """Scores of attention become softcap * tanh(score / softcap) (Gemma 2); 0: they stay."""
+    logit_softcap: float = 0.0
+    """As attention_softcap, for the logits."""
     logit_divisor: float = 1.0
     """Divisor of the logits (Granite)."""
-    position: Literal["learned", "rope"] = "learned"
+    position: Literal["learned", "rope", "none"] = "learned"
     """How positions are told apart: learned: by a trained vector each; rope: by rotating queries
-    and keys."""
+    and keys; none: by the causal mask alone."""
     sliding_window: int | None = None
     """Tokens that attention sees, the present one included (Mistral); null: all before it."""
+    layer_pattern: str = ""
+    """A letter for each layer, and again from the first: L, local, has sliding_window; G, global,
+    sees all tokens before (Gemma 3: LLLLLG). Empty: all layers are alike."""
     rope_base: float = 10000.0
     """RoPE's theta, from which the frequencies of the rotations follow."""
+    rope_local_base: float | None = None
+    """RoPE's theta in the local layers of layer_pattern, which rope_scaling then leaves alone
+    (Gemma 3, OLMo 3); null: they are as the global ones."""
     rope_scaling: RopeScaling | None = None
     """How RoPE is stretched to a longer context; null: it is not."""
     rope_share: float = 1.0
     """Share of each head that is rotated, from its beginning; the rest stays."""
+    rope_pairs: Literal["halves", "neighbours"] = "halves"
+    """Which entries of a head turn together: halves: the first of each half, and so on (Llama as
+    Hugging Face has it); neighbours: the first and the second, and so on (GLM-4, ERNIE 4.5)."""
     rope_skip: int = 0
     """Every rope_skip-th layer has no rotary positions (SmolLM3: 4); 0: all layers have them."""
     bias: Literal["none", "qkv", "attention", "mlp", "all"] = "none"
@@ -145,6 +163,7 @@ class ModelConfig:
             "model", self, context_length=1, num_layers=1, model_dim=1, num_heads=1,
             num_kv_heads=1, head_dim=1, mlp_dim=1, vocab_size=0, num_experts=0, expert_capacity=0,
             shared_mlp_dim=0, adapter_dim=0, norm_eps=0, sliding_window=1, rope_skip=0,
+            attention_softcap=0, logit_softcap=0,
         )  # fmt: skip
         if self.head_dim is None:
             require(
@@ -159,6 +178,19 @@ class ModelConfig:
         for name in ("embedding_scale", "residual_scale", "attention_scale", "logit_divisor"):
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name}", value, "must be above 0")
+        require(
+            set(self.layer_pattern) <= {"L", "G"}, "model.layer_pattern", self.layer_pattern,
+            "must be letters L and G",
+        )  # fmt: skip
+        local = "L" in self.layer_pattern
+        require(
+            self.sliding_window is not None or not local, "model.layer_pattern", self.layer_pattern,
+            "has local layers; set model.sliding_window",
+        )  # fmt: skip
+        require(
+            local or self.rope_local_base is None, "model.rope_local_base", self.rope_local_base,
+            "is for the local layers of model.layer_pattern",
+        )  # fmt: skip
         require(0 < self.rope_share <= 1, "model.rope_share", self.rope_share, "must be in (0, 1]")
         require(
             self.position != "rope" or self.rotary_width % 2 == 0, "model.head_dim",
@@ -195,6 +227,26 @@ class ModelConfig:
     def rotary_width(self) -> int:
         """Entries of a head that RoPE rotates."""
         return int(self.head_width * self.rope_share)
+
+    @property
+    def period(self) -> tuple["ModelConfig", ...]:
+        """The layers, as configs of models that have only such; they begin again after the last."""
+        length = math.lcm(len(self.layer_pattern) or 1, self.rope_skip or 1)
+        kinds = tuple(self.of_layer(layer) for layer in range(min(length, self.num_layers)))
+        return kinds if len(set(kinds)) > 1 else kinds[:1]
+
+    def of_layer(self, layer: int) -> "ModelConfig":
+        """The config of a model in which all layers are like this one."""
+        if not self.layer_pattern and not self.rope_skip:
+            return self
+        own: dict[str, Any] = {"layer_pattern": "", "rope_skip": 0, "rope_local_base": None}
+        if self.layer_pattern and self.layer_pattern[layer % len(self.layer_pattern)] == "G":
+            own["sliding_window"] = None
+        elif self.rope_local_base is not None:
+            own |= {"rope_base": self.rope_local_base, "rope_scaling": None}
+        if self.rope_skip and (layer + 1) % self.rope_skip == 0 and self.position == "rope":
+            own["position"] = "none"
+        return replace(self, **own)
 
     @property
     def mlp_width(self) -> int:

@@ -12,6 +12,8 @@ from jaxgpt.convert.table import Row
 
 REQUIRED = object()  # a setting that config.json must state
 LARGEST = 2**31 - 1
+MOST_LAYERS = 10_000  # of a pattern
+LETTERS = {"sliding_attention": "L", "full_attention": "G"}  # of ModelConfig.layer_pattern
 
 ACTIVATIONS = {  # ours -> theirs, the first of which is written
     "gelu": ("gelu",),
@@ -73,10 +75,17 @@ class Family:
     defaults: dict[str, Any] = field(default_factory=dict)  # of what `settings` does not hold
     inert: tuple[str, ...] = ()  # as INERT, for this family
     rope_share: float | None = None  # rotated share of a head, if unsaid; None: it is always whole
+    rope_kinds: dict[str, str] = field(default_factory=dict)  # a type of RoPE that means another
     activations: dict[str, str] = field(default_factory=dict)  # a name that means another one
     written: dict[str, str] = field(default_factory=dict)  # our activation -> theirs, if another
     derived: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] | None = None
     """Fields of ModelConfig that follow from config.json and the other fields."""
+    stated: Callable[[ModelConfig, dict[str, Any]], dict[str, Any]] | None = None
+    """The inverse: what config.json says besides, by the ModelConfig and the rest of it."""
+    layers: Callable[[Mapping[str, Any], int], str] | None = None
+    """The layers' letters, or a period of them, where config.json has no layer_types, by it and
+    their number; None: the family has no windows by layer."""
+    rope_local: tuple[str, float] | None = None  # see rope.read_by_layer
     buffers: str = r"rotary_emb\.inv_freq$"  # tensors that are no parameters
 
 
@@ -95,22 +104,29 @@ def read(family: Family, theirs: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: a setting that the model does not have, by its name.
     """
-    theirs = family.defaults | _renamed(family, theirs)
+    theirs = _renamed(family, theirs)
+    unsaid = {key: value for key, value in family.defaults.items() if theirs.get(key) is None}
+    theirs = theirs | unsaid
+    own = {key for _, key, _ in family.settings}
     for key, value in (NEUTRAL | family.neutral).items():
+        if key in own:
+            continue
         if theirs.get(key) not in (None, value):
             refuse(key, theirs[key], f"jaxgpt's model has only {value}")
-    kinds = theirs.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        refuse("layer_types", kinds, "jaxgpt's model has only full_attention")
-
     ours = dict(family.fixed)
     for name, key, default in family.settings:
         ours[name] = _typed(name, key, theirs.get(key, default))
     ours["activation"] = _activation(family, theirs)
     if family.biases:
         ours["bias"] = _bias(family, theirs)
-    if family.rope_base is not None:
-        ours |= rope.read(theirs, family.rope_base, family.rope_share, ours["context_length"])
+    context = ours["context_length"]
+    if family.rope_local is not None:
+        assert family.rope_base is not None
+        ours |= rope.read_by_layer(theirs, family.rope_base, family.rope_local, context)
+    elif family.rope_base is not None:
+        share, kinds = family.rope_share, family.rope_kinds
+        ours |= rope.read(theirs, family.rope_base, share, context, kinds)
+    ours |= _layers(family, theirs, ours)
     if family.derived is not None:
         ours |= family.derived(theirs, ours)
     return ModelConfig(**ours)
@@ -136,12 +152,19 @@ def write(family: Family, cfg: ModelConfig) -> dict[str, Any]:
         family.activation: family.written.get(cfg.activation, ACTIVATIONS[cfg.activation][0]),
     }
     theirs |= {key: getattr(resolved, name) for name, key, _ in family.settings}
+    theirs |= {
+        key: theirs[key] or None for name, key, _ in family.settings if name.endswith("softcap")
+    }
     for key in sorted(set().union(*family.biases.values())):
         theirs[key] = key in family.biases.get(cfg.bias, ())
     theirs |= family.neutral
     if family.rope_base is not None:
-        theirs |= rope.write(cfg, family.rope_share is not None)
-    return theirs
+        by_layer = family.rope_local is not None
+        theirs |= rope.write(resolved, family.rope_share is not None, by_layer)
+    if family.layers is not None:
+        windows = [cfg.of_layer(layer).sliding_window for layer in range(cfg.num_layers)]
+        theirs["layer_types"] = [rope.LOCAL if window else rope.FULL for window in windows]
+    return theirs if family.stated is None else theirs | family.stated(resolved, theirs)
 
 
 def differences(family: Family, cfg: ModelConfig) -> list[str]:
@@ -170,7 +193,9 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
     }  # fmt: skip
     idle = [] if cfg.qk_norm else ["qk_norm_over"]
     if cfg.position != "rope":
-        idle += ["rope_base", "rope_scaling", "rope_share", "rope_skip"]
+        idle += ["rope_base", "rope_scaling", "rope_share", "rope_skip", "rope_pairs"]
+    elif cfg.rope_skip > cfg.num_layers:
+        idle += ["rope_skip"]
     if not cfg.num_experts:
         idle += ["experts_per_token", "normalize_expert_weights", "expert_capacity", "balance"]
     elif cfg.balance == "none":
@@ -178,6 +203,10 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
     if not cfg.adapter_dim:
         idle += ["adapter_parallel"]
     default = ModelConfig()
+    if cfg.layer_pattern:
+        times = -(-cfg.num_layers // len(cfg.layer_pattern))
+        letters = (cfg.layer_pattern * times)[: cfg.num_layers]
+        stated |= _patterned(letters, vars(cfg))
     return dataclasses.replace(cfg, **stated, **{name: getattr(default, name) for name in idle})
 
 
@@ -191,6 +220,50 @@ def _renamed(family: Family, theirs: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _layers(family: Family, theirs: Mapping[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """The fields about layers that differ, by layer_types or the family's rule."""
+    kinds, count = theirs.get("layer_types"), ours["num_layers"]
+    if family.layers is None:
+        if not isinstance(kinds or [], list) or any(kind != rope.FULL for kind in kinds or []):
+            refuse("layer_types", kinds, "jaxgpt has only full_attention for this model_type")
+        return {}
+    if count > MOST_LAYERS:
+        refuse("num_hidden_layers", count, f"must be {MOST_LAYERS:,} or less")
+    if kinds is None:
+        period = family.layers(theirs, count)
+        letters = (period * count)[:count]
+    else:
+        known = isinstance(kinds, list) and all(
+            isinstance(kind, str) and kind in LETTERS for kind in kinds
+        )
+        if not known or len(kinds) != count:
+            refuse("layer_types", kinds, f"must name {' or '.join(LETTERS)} for {count} layers")
+        letters = "".join(LETTERS[kind] for kind in kinds)
+    if "L" in letters and ours["sliding_window"] is None:
+        refuse("sliding_window", None, "must be a number, since there are layers with a window")
+    return _patterned(letters, ours)
+
+
+def _patterned(letters: str, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Windows by layer in the shortest form, for layers with these letters."""
+    found: dict[str, Any] = {"layer_pattern": "", "rope_local_base": None}
+    local, base = ours["sliding_window"], ours.get("rope_local_base")
+    if "L" not in letters:
+        return found | {"sliding_window": None}
+    if "G" not in letters:
+        own = {} if base is None else {"rope_base": base, "rope_scaling": None}
+        return found | own
+    count = len(letters)
+    repeats = lambda length: (letters[:length] * -(-count // length))[:count]
+    length = next(n for n in range(1, count + 1) if repeats(n) == letters)
+    alike = base is None or (base == ours["rope_base"] and ours["rope_scaling"] is None)
+    return {
+        "layer_pattern": letters[:length],
+        "rope_local_base": None if alike else base,
+        "sliding_window": local,
+    }
+
+
 def _typed(name: str, key: str, value: Any) -> Any:
     """The value, if it is of the field's type and of a sensible size."""
     if value is REQUIRED:
@@ -198,6 +271,8 @@ def _typed(name: str, key: str, value: Any) -> Any:
     default = getattr(ModelConfig(), name)
     if value is None and default is None:
         return None
+    if value is None and name.endswith("softcap"):
+        return 0.0
     if name == "attention_scale":
         value = number(key, value)
     elif isinstance(default, bool):

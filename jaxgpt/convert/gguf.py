@@ -44,6 +44,7 @@ END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 LAYER = "blk.{layer}."
 ROPE_FACTORS = "rope_freqs.weight"
+LONG_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 
 AROUND = table.rows("""
     embed/embedding      token_embd.weight     vocab dim
@@ -102,10 +103,27 @@ def _rows(half: str) -> tuple[table.Row, ...]:
     """, LAYER)  # fmt: skip
 
 
+POST_NORMS = table.rows("""
+    attention_post_norm/scale  post_attention_norm.weight  dim
+    mlp_post_norm/scale        post_ffw_norm.weight        dim
+""", LAYER)  # fmt: skip
 # Llama's query and key rows stand in RoPE's interleaved order, the others' in the half-split one.
 INTERLEAVED, SPLIT = _rows("half two"), _rows("width")
+OLMO2 = tuple(row for row in SPLIT if not re.search(r"(attention|mlp|query|key)_norm", str(row[0])))
+OLMO2 += table.rows("""
+    attention_norm/scale        post_attention_norm.weight  dim
+    mlp_norm/scale              post_ffw_norm.weight        dim
+    attention/query_norm/scale  attn_q_norm.weight          (heads width)
+    attention/key_norm/scale    attn_k_norm.weight          (kv_heads width)
+""", LAYER)  # fmt: skip
+PHI3 = AROUND + tuple(row for row in BLOCK if "/up/" not in row[0]) + table.rows("""
+    attention/{query,key,value}/kernel  attn_qkv.weight  \
+        (heads+kv_heads+kv_heads width) dim -> dim (heads+kv_heads+kv_heads width)
+    mlp/{gate,up}/kernel  ffn_up.weight  (part mlp) dim -> part dim mlp
+""", LAYER)  # fmt: skip
 LIKE_LLAMA = {"mlp": "gated", "activation": "silu", "norm": "rmsnorm", "position": "rope"}
 LIKE_GPT2 = {"activation": "gelu_tanh", "norm": "layernorm", "position": "learned", "bias": "all"}
+LIKE_GEMMA = LIKE_LLAMA | {"activation": "gelu_tanh", "norm_offset": 1.0}
 # The rows, and the fields of ModelConfig that all models of an architecture share.
 ARCHITECTURES: dict[str, tuple[tuple[table.Row, ...], dict[str, Any]]] = {
     "gpt2": (GPT2, LIKE_GPT2),
@@ -114,7 +132,34 @@ ARCHITECTURES: dict[str, tuple[tuple[table.Row, ...], dict[str, Any]]] = {
     "qwen2moe": (SPLIT, LIKE_LLAMA | {"bias": "qkv", "normalize_expert_weights": False}),
     "qwen3": (SPLIT, LIKE_LLAMA | {"qk_norm": True}),
     "qwen3moe": (SPLIT, LIKE_LLAMA | {"qk_norm": True}),
-}
+    "granite": (INTERLEAVED, LIKE_LLAMA),
+    "smollm3": (INTERLEAVED, LIKE_LLAMA | {"rope_skip": 4}),
+    "olmo2": (OLMO2, LIKE_LLAMA | {
+        "norm_place": "after", "qk_norm": True, "qk_norm_over": "width",
+    }),
+    "phi3": (PHI3, LIKE_LLAMA),
+    "gemma": (SPLIT, LIKE_GEMMA),
+    "gemma2": (SPLIT + POST_NORMS, LIKE_GEMMA | {"norm_place": "both", "layer_pattern": "LG"}),
+    "gemma3": (SPLIT + POST_NORMS, LIKE_GEMMA | {
+        "norm_place": "both", "qk_norm": True, "layer_pattern": "LLLLLG", "rope_local_base": 1e4,
+    }),
+}  # fmt: skip
+# Settings that an architecture reads where others have them neutral, and ours.
+OWN: dict[str, dict[str, str]] = {
+    "granite": {
+        "embedding_scale": "embedding_scale", "residual_scale": "residual_scale",
+        "logit_scale": "logit_divisor", "attention.scale": "attention_scale",
+    },
+    "phi3": {"attention.sliding_window": "sliding_window"},
+    "gemma2": {
+        "attention.sliding_window": "sliding_window",
+        "attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logit_softcap",
+    },
+    "gemma3": {
+        "attention.sliding_window": "sliding_window", "final_logit_softcapping": "logit_softcap",
+    },
+}  # fmt: skip
+LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of those that scale scores in another way
 MIXTURES = ("llama", "qwen2moe", "qwen3moe")  # architectures that may have experts
 
 
@@ -153,7 +198,8 @@ def load(
             print(f"warning: {path}: {', '.join(unknown)}: not read", file=sys.stderr)
         files = _tokenizer(metadata)
         keep = partial(_blocks, cfg, source) if stored and platform() == "cpu" else None
-        return cfg, table.read(rows, cfg, source, place, dtype, keep), files
+        shifted = Shifted(source) if cfg.norm_offset else source
+        return cfg, table.read(rows, cfg, shifted, place, dtype, keep), files
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -166,7 +212,10 @@ def config(metadata: dict[str, Any], architecture: str, source: Source) -> Model
     """
     fixed = ARCHITECTURES[architecture][1]
     get = _Settings(metadata, architecture)
+    own = OWN.get(architecture, {})
     for key, neutral in NEUTRAL.items():
+        if key in own:
+            continue
         value = metadata.get(f"{architecture}.{key}", neutral)
         if value != neutral:
             raise ValueError(f"{architecture}.{key}={value!r:.80}: jaxgpt reads only {neutral}")
@@ -191,6 +240,15 @@ def config(metadata: dict[str, Any], architecture: str, source: Source) -> Model
         base = get("rope.freq_base", float, 10000.0)
         scaling = _rope_scaling(get, source, base, rotary)
         fixed = fixed | {"rope_base": base, "rope_scaling": scaling, "rope_share": rotary / width}
+    for key, field in own.items():
+        if metadata.get(f"{architecture}.{key}"):
+            fixed = fixed | {field: get(key, int if field == "sliding_window" else float)}
+    if "layer_pattern" in fixed and "sliding_window" not in fixed:
+        fixed = fixed | {"layer_pattern": "", "rope_local_base": None}
+    if architecture.startswith("gemma"):
+        fixed = fixed | {"embedding_scale": float(dim) ** 0.5}
+    if LARGEST_GEMMA.get(architecture) == get("block_count", int):
+        fixed = fixed | {"attention_scale": (dim / heads) ** -0.5}
     eps = "epsilon" if fixed["norm"] == "layernorm" else "rms_epsilon"
     return ModelConfig(
         vocab_size=source.shapes["token_embd.weight"][0],
@@ -224,6 +282,17 @@ def _blocks(cfg: ModelConfig, source: Source, row: table.Row) -> Blocks | None:
     return Blocks(jax.device_put(rows), kind)
 
 
+class Shifted:
+    """A source whose norms are stored with the 1 that our model adds to them."""
+
+    def __init__(self, source: Source):
+        self.source, self.shapes = source, source.shapes
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self.source.read(name)
+        return tensor - 1 if name.endswith("norm.weight") else tensor
+
+
 class _Settings:
     """The metadata of one architecture, each value of the asked kind and positive."""
 
@@ -250,6 +319,8 @@ def _rope_scaling(get: _Settings, source: Source, base: float, rotary: int) -> R
     """What the settings say, or what the factors that are stored as a tensor stand for."""
     state = lambda key: get.metadata.get(f"{get.architecture}.rope.{key}")
     kind = state("scaling.type")
+    if LONG_FACTORS[0] in source.shapes:
+        return _longrope(get, source)
     factor_key = "scaling.factor" if state("scaling.factor") is not None else "scale_linear"
     if kind is None and state(factor_key) not in (None, 0, 1):
         kind = "linear"  # as llama.cpp reads a factor alone
@@ -272,6 +343,22 @@ def _rope_scaling(get: _Settings, source: Source, base: float, rotary: int) -> R
         attention_factor=get("rope.scaling.attn_factor", float, 1.0) * strength,
         beta_fast=get("rope.scaling.yarn_beta_fast", float, 32.0),
         beta_slow=get("rope.scaling.yarn_beta_slow", float, 1.0),
+    )
+
+
+def _longrope(get: _Settings, source: Source) -> RopeScaling:
+    """Phi-3's stretching, whose factors are two tensors."""
+    short_H, long_H = (source.read(name).astype(np.float64) for name in LONG_FACTORS)
+    for name in LONG_FACTORS:
+        del source.shapes[name]
+    original = get("rope.scaling.original_context_length", int)
+    return RopeScaling(
+        kind="longrope",
+        factor=max(get("context_length", int) / original, 1.0),
+        original_context=original,
+        attention_factor=get("rope.scaling.attn_factor", float, 1.0),
+        short_factors=tuple(float(str(np.float32(x))) for x in short_H),
+        long_factors=tuple(float(str(np.float32(x))) for x in long_H),
     )
 
 

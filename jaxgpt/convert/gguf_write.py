@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.config import ModelConfig, RopeScaling
-from jaxgpt.convert import gguf, spm, table, tokenizer_files, words
+from jaxgpt.convert import gguf, peft_hf, spm, table, tokenizer_files, words
 from jaxgpt.convert.family import resolve, unlike
 from jaxgpt.convert.gguf_file import Source, open_file
 from jaxgpt.files import PARTIAL
@@ -44,16 +44,12 @@ def save(
     """
     import gguf as library
 
-    path = Path(path)
     if kind not in TYPES:
         raise ValueError(
             f"type={kind}: must be one of {', '.join(TYPES)}; for others, write f16 and run "
             "llama.cpp's llama-quantize on it"
         )
-    if path.suffix != ".gguf":
-        raise ValueError(f"output={path}: give the name of a file that ends in .gguf")
-    if path.exists() and open_file(path)[0].get("general.quantized_by") != OURS:
-        raise ValueError(f"output={path}: is not a file that jaxgpt wrote; give another name")
+    path = _writable(path)
     architecture, settings = _express(cfg)
     named = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
     metadata = {
@@ -74,6 +70,54 @@ def save(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_adapter(path: str | Path, cfg: ModelConfig, params: Params) -> None:
+    """Writes low-rank changes as llama.cpp's --lora takes them, in float32; whole, or not at all.
+
+    Raises:
+        ValueError: there are none, or llama.cpp has no place for one of them.
+    """
+    import gguf as library
+
+    path = _writable(path)
+    architecture, _ = _express(cfg)
+    names = [n for n in table.parameter_shapes(cfg) if n.endswith("kernel") and "moe/" not in n]
+    rows = table.select(gguf.ARCHITECTURES[architecture][0], dict.fromkeys(names))
+    changes = list(peft_hf.changes(rows, cfg, params))
+    if any(change.length is not None for change in changes):
+        raise ValueError("GGUF has no DoRA adapters; merge it (--merge_lora)")
+    alpha = max(change.strength * len(change.a_RD) for change in changes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    writer = library.GGUFWriter(partial, architecture)
+    for key, value in {
+        "general.type": "adapter", "general.name": path.stem, "general.quantized_by": OURS,
+        "adapter.type": "lora", "adapter.lora.alpha": float(alpha),
+    }.items():  # fmt: skip
+        _add(writer, key, value)
+    try:
+        for change in changes:  # a tensor's factor is alpha / rank: what is left of it goes into b
+            rest = change.strength * len(change.a_RD) / alpha
+            writer.add_tensor(f"{change.theirs}.lora_a", change.a_RD.astype(np.float32))
+            writer.add_tensor(f"{change.theirs}.lora_b", (change.b_FR * rest).astype(np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _writable(path: str | Path) -> Path:
+    """The path of a GGUF file that is new, or ours to replace."""
+    path = Path(path)
+    if path.suffix != ".gguf":
+        raise ValueError(f"output={path}: give the name of a file that ends in .gguf")
+    if path.exists() and open_file(path)[0].get("general.quantized_by") != OURS:
+        raise ValueError(f"output={path}: is not a file that jaxgpt wrote; give another name")
+    return path
 
 
 def _write(
@@ -107,7 +151,9 @@ def _write(
 def _tensors(
     rows: tuple[table.Row, ...], cfg: ModelConfig, params: Params, factors: dict[str, np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    yield from table.write(rows, cfg, params)
+    for name, tensor in table.write(rows, cfg, params):
+        # Gemma's norms are stored with the 1 that is added to them.
+        yield name, tensor + 1 if cfg.norm_offset and name.endswith("norm.weight") else tensor
     yield from factors.items()
 
 
@@ -134,6 +180,9 @@ def _express(cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
         if cfg.num_experts and name not in gguf.MIXTURES:
             continue
         settings = _settings(cfg, fixed["norm"])
+        for key, field in gguf.OWN.get(name, {}).items():
+            if value := getattr(asked, field):
+                settings[key] = value if field == "sliding_window" else float(value)
         try:
             table.select(rows, table.parameter_shapes(cfg))
             told = resolve(_read_back(name, settings, cfg))
@@ -152,10 +201,15 @@ def _express(cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
 def _near(field: str, told: ModelConfig, asked: ModelConfig) -> bool:
     """Whether a field is the same but for the float32 in which GGUF holds numbers."""
     one, other = getattr(told, field), getattr(asked, field)
-    if field != "rope_scaling" or None in (one, other) or one.kind != other.kind:
-        return False
-    numbers = [dataclasses.astuple(scaling) for scaling in (one, other)]
-    return all(a == b or math.isclose(a, b, rel_tol=1e-6) for a, b in zip(*numbers, strict=True))
+    if isinstance(one, RopeScaling) and isinstance(other, RopeScaling):
+        both = [np.hstack(dataclasses.astuple(scaling)[1:]) for scaling in (one, other)]
+        alike = one.kind == other.kind and len(both[0]) == len(both[1])
+        return alike and np.allclose(*both, rtol=1e-6, atol=0)
+    return (
+        isinstance(one, float)
+        and isinstance(other, float)
+        and math.isclose(one, other, rel_tol=1e-6)
+    )
 
 
 def _read_back(architecture: str, settings: dict[str, Any], cfg: ModelConfig) -> ModelConfig:
@@ -202,6 +256,11 @@ def _settings(cfg: ModelConfig, norm: str) -> dict[str, Any]:
 
 
 def _scaling(scaling: RopeScaling | None) -> dict[str, Any]:
+    if scaling is not None and scaling.kind == "longrope":
+        return {
+            "rope.scaling.original_context_length": scaling.original_context,
+            "rope.scaling.attn_factor": scaling.attention_factor,
+        }
     if scaling is None or scaling.kind not in ("linear", "yarn"):
         return {}  # Llama 3's is a tensor; others are found missing when the settings are read back
     found = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
@@ -217,8 +276,14 @@ def _scaling(scaling: RopeScaling | None) -> dict[str, Any]:
 
 
 def _rope_tensor(cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """Llama 3's stretching, which GGUF holds as what divides each frequency."""
+    """Llama 3's and Phi-3's stretching, which GGUF holds as what divides each frequency."""
     scaling = cfg.rope_scaling
+    if cfg.position == "rope" and scaling is not None and scaling.kind == "longrope":
+        both = (scaling.short_factors, scaling.long_factors)
+        return {
+            name: np.array(factors, np.float32)
+            for name, factors in zip(gguf.LONG_FACTORS, both, strict=True)
+        }
     if cfg.position != "rope" or scaling is None or scaling.kind != "llama3":
         return {}
     half = cfg.rotary_width // 2

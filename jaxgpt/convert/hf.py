@@ -17,22 +17,43 @@ import numpy as np
 from jaxgpt import tree
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert import family as families
-from jaxgpt.convert import table, tensors
+from jaxgpt.convert import rope, table, tensors
 from jaxgpt.convert import tokenizer_files as side_files
 from jaxgpt.convert.family import Family
-from jaxgpt.convert.gemma import GEMMA
+from jaxgpt.convert.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxgpt.convert.gpt2 import GPT2
-from jaxgpt.convert.llama import GRANITE, LLAMA, MISTRAL, SMOLLM3
+from jaxgpt.convert.llama import (
+    ERNIE45,
+    GRANITE,
+    LLAMA,
+    MINISTRAL,
+    MINISTRAL3,
+    MISTRAL,
+    SEED_OSS,
+    SMOLLM3,
+)
 from jaxgpt.convert.mixtral import MIXTRAL
 from jaxgpt.convert.neox import NEOX, STARCODER2
-from jaxgpt.convert.olmo import OLMO2
-from jaxgpt.convert.qwen3 import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from jaxgpt.convert.olmo import EXAONE4, OLMO2, OLMO3
+from jaxgpt.convert.phi import GLM, GLM4, PHI3
+from jaxgpt.convert.qwen3 import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, VISION_TEXTS
 from jaxgpt.types import Params
 
 FAMILIES = (
     GPT2, LLAMA, MISTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, MIXTRAL, GRANITE, SMOLLM3, GEMMA,
-    OLMO2, NEOX, STARCODER2,
+    GEMMA2, GEMMA3, OLMO2, OLMO3, EXAONE4, NEOX, STARCODER2, MINISTRAL, MINISTRAL3, PHI3,
+    ERNIE45, GLM, GLM4, SEED_OSS,
 )  # fmt: skip
+# Directories that hold more than a language model, and the type of that model, if it is unsaid.
+COMPOSITE = {
+    "gemma3": "gemma3_text", "mistral3": "mistral", "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text",
+}  # fmt: skip
+SEEING = r"^(model\.)?(visual|vision_tower|vision_model|multi_modal_projector)\."  # their tensors
+WITHIN = (  # names of the language model in such a directory -> their own
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(model\.language_model|language_model\.model|language_model)\.", "model."),
+)
 PRODUCER = {"exported_by": "jaxgpt"}  # in config.json: this directory is ours to replace
 
 
@@ -51,8 +72,10 @@ def load(
             damaged file.
     """
     path = Path(path)
-    settings = tensors.read_json(path / "config.json")
-    cfg, family = config_from_hf(settings), _family(settings)
+    whole = tensors.read_json(path / "config.json")
+    settings = _text(whole)
+    family = _family(settings)
+    cfg = families.read(family, settings)
     if unknown := families.unknown(family, settings):
         print(
             f"warning: {path / 'config.json'}: {', '.join(unknown)}: no settings of a "
@@ -60,6 +83,15 @@ def load(
             file=sys.stderr,
         )
     with tensors.Tensors(path) as files:
+        if settings is not whole:
+            _pick_text(files)
+            if "tie_word_embeddings" not in settings:
+                cfg = dataclasses.replace(cfg, tie_embeddings="lm_head.weight" not in files.shapes)
+            print(
+                f"note: {path}: is a {whole['model_type']}; its language model "
+                f"({family.model_type}) is read, and what sees is left out",
+                file=sys.stderr,
+            )
         return cfg, table.read(family.table, cfg, _Canonical(files, family, cfg), place, dtype)
 
 
@@ -109,6 +141,7 @@ def save(
 
 def config_from_hf(settings: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of a config.json; refuses by name what the model does not have."""
+    settings = _text(settings)
     return families.read(_family(settings), settings)
 
 
@@ -117,12 +150,46 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     return families.write(_express(cfg), cfg)
 
 
+def _text(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the language model, where config.json is about more than that."""
+    usual = COMPOSITE.get(str(settings.get("model_type")))
+    if usual is None:
+        return settings
+    inner = settings.get("text_config")
+    if inner is None:  # the first Qwen-VL have all in one table
+        inner = {key: value for key, value in settings.items() if not key.startswith("vision")}
+        inner["model_type"] = usual
+    if not isinstance(inner, dict):
+        raise ValueError(f"config.json: text_config={inner!r:.80}: must be a table of settings")
+    text = {"model_type": usual} | inner
+    if "tie_word_embeddings" in settings and not text.get("tie_word_embeddings"):
+        text["tie_word_embeddings"] = settings["tie_word_embeddings"]
+    for key in rope.TABLES:  # three positions a token, which are one where all is text
+        if isinstance(told := text.get(key), dict) and "mrope_section" in told:
+            kind = told.get("rope_type", told.get("type", "default"))
+            kept = {k: v for k, v in told.items() if k != "type" and not k.startswith("mrope_")}
+            text[key] = kept | {"rope_type": "default" if kind == "mrope" else kind}
+    return text
+
+
+def _pick_text(files: tensors.Tensors) -> None:
+    """Leaves the tensors of the language model, under the names that they have alone."""
+    names: dict[str, str] = {}
+    for name in files.shapes:
+        if not re.search(SEEING, name):
+            own = name
+            for pattern, begin in WITHIN:
+                own = re.sub(pattern, begin, own)
+            names[own] = name
+    files.rename(names)
+
+
 def _family(settings: Mapping[str, Any]) -> Family:
     kind = settings.get("model_type")
-    for family in FAMILIES:
+    for family in FAMILIES + VISION_TEXTS:
         if family.model_type == kind:
             return family
-    known = ", ".join(family.model_type for family in FAMILIES)
+    known = ", ".join([*(family.model_type for family in FAMILIES), *COMPOSITE])
     raise ValueError(f"config.json: model_type={kind!r:.80}: must be one of {known}")
 
 

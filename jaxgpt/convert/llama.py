@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from jaxgpt.convert import table
-from jaxgpt.convert.family import REQUIRED, Family, changed
-from jaxgpt.convert.rope import refuse
+from jaxgpt.convert.family import MOST_LAYERS, REQUIRED, Family, changed
+from jaxgpt.convert.rope import number, refuse
 
 LAYER = "model.layers.{layer}."
 
@@ -16,13 +16,20 @@ ENDS = table.rows("""
     final_norm/scale  model.norm.weight          dim
     head/kernel       lm_head.weight             vocab dim -> dim vocab
 """)
-ATTENTION = table.rows("""
-    attention_norm/scale     input_layernorm.weight  dim
+PROJECTIONS = table.rows("""
     attention/query/kernel   self_attn.q_proj.weight  (heads width) dim -> dim (heads width)
     attention/key/kernel     self_attn.k_proj.weight  (kv_heads width) dim -> dim (kv_heads width)
     attention/value/kernel   self_attn.v_proj.weight  (kv_heads width) dim -> dim (kv_heads width)
     attention/output/kernel  self_attn.o_proj.weight  dim (heads width) -> (heads width) dim
-    mlp_norm/scale           post_attention_layernorm.weight  dim
+""", LAYER)  # fmt: skip
+NORMS = table.rows("""
+    attention_norm/scale  input_layernorm.weight           dim
+    mlp_norm/scale        post_attention_layernorm.weight  dim
+""", LAYER)  # fmt: skip
+ATTENTION = NORMS + PROJECTIONS
+QK_NORM = table.rows("""
+    attention/query_norm/scale  self_attn.q_norm.weight  width
+    attention/key_norm/scale    self_attn.k_norm.weight  width
 """, LAYER)  # fmt: skip
 QKV_BIAS = table.rows("""
     attention/query/bias  self_attn.q_proj.bias  (heads width)
@@ -118,10 +125,94 @@ SMOLLM3 = replace(
     derived=_smollm3,
 )
 
+
+def every(key: str, theirs: Mapping[str, Any], usual: int) -> str:
+    """A period of layers of which the last sees all tokens, as long as config.json says."""
+    length = theirs.get(key)
+    length = usual if length is None else length
+    if type(length) is not int or not 0 < length <= MOST_LAYERS:
+        refuse(key, length, "must be a positive whole number")
+    return "L" * (length - 1) + "G"
+
+
 # Without a window it is written as Llama, which computes the same.
 MISTRAL = replace(
     UNBIASED,
     model_type="mistral",
     architecture="MistralForCausalLM",
     settings=changed(SETTINGS, num_kv_heads=(KV_HEADS, 8), sliding_window=("sliding_window", 4096)),
+)
+# Ministral 8B: Mistral with windows by layer.
+MINISTRAL = replace(
+    MISTRAL,
+    model_type="ministral",
+    architecture="MinistralForCausalLM",
+    layers=lambda theirs, count: "G" if theirs.get("sliding_window", 4096) is None else "L",
+)
+
+
+def _growing(theirs: Mapping[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Queries that grow with their position."""
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    growth, scaling = rope.get("llama_4_scaling_beta"), ours["rope_scaling"]
+    if scaling is None or scaling.kind != "yarn" or growth is None:
+        refuse("rope_parameters", rope, "must be of type yarn, with llama_4_scaling_beta")
+    growth = 0.0 if growth == 0 else number("rope_parameters.llama_4_scaling_beta", growth)
+    return {"rope_scaling": replace(scaling, query_growth=growth)}
+
+
+# The language model of Ministral 3.
+MINISTRAL3 = replace(
+    MISTRAL,
+    model_type="ministral3",
+    architecture="Ministral3ForCausalLM",
+    settings=changed(
+        MISTRAL.settings,
+        norm_eps=("rms_norm_eps", 1e-5),
+        head_dim=("head_dim", 128),
+        sliding_window=("sliding_window", None),
+    ),
+    defaults={
+        "rope_parameters": {
+            "type": "yarn", "rope_theta": 1e6, "factor": 16.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16384, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+        }
+    },
+    derived=_growing,
+    stated=lambda cfg, theirs: {
+        "rope_parameters": theirs["rope_parameters"]
+        | {"llama_4_scaling_beta": cfg.rope_scaling.query_growth if cfg.rope_scaling else None}
+    },
+)  # fmt: skip
+
+# Rotation of neighbours in place of halves; biases everywhere or nowhere.
+ERNIE45 = replace(
+    LLAMA,
+    model_type="ernie4_5",
+    architecture="Ernie4_5ForCausalLM",
+    fixed=FIXED | {"rope_pairs": "neighbours"},
+    settings=changed(
+        SETTINGS,
+        norm_eps=("rms_norm_eps", 1e-5),
+        tie_embeddings=("tie_word_embeddings", True),
+        num_kv_heads=(KV_HEADS, 2),
+        head_dim=("head_dim", 128),
+    ),
+    rope_base=5e5,
+    biases={"none": (), "all": ("use_bias",)},
+)
+SEED_OSS = replace(
+    LLAMA,
+    model_type="seed_oss",
+    architecture="SeedOssForCausalLM",
+    settings=changed(SETTINGS, num_kv_heads=(KV_HEADS, 8), head_dim=("head_dim", 128)),
+    biases={
+        "none": (),
+        "qkv": ("attention_bias",),
+        "attention": ("attention_bias", "attention_out_bias"),
+        "mlp": ("mlp_bias",),
+        "all": ("attention_bias", "attention_out_bias", "mlp_bias"),
+    },
+    defaults={"attention_bias": True},
+    inert=("residual_dropout",),
 )

@@ -9,9 +9,9 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -102,8 +102,11 @@ def load(path: str | Path, cfg: ModelConfig, base: Params) -> Params:
             modules = [_module(theirs) for theirs, _ in table.pieces(row, cfg)]
             layers = [_take(found, settings, module) for module in modules]
             if any(layers):
+                axes = table.sizes(cfg, len(names))
+                of_layers = [layer and _apart(layer, row, axes) for layer in layers]
                 for part, name in enumerate(names):
-                    kernels[name] = _stack(kernels[name], layers, part, len(names))
+                    own = [layer and layer[part] for layer in of_layers]
+                    kernels[name] = _stack(kernels[name], own)
         if found:
             odd = ", ".join(sorted(found)[:4])
             raise ValueError(f"holds tensors that fit nowhere: {odd}; {MERGE}")
@@ -121,32 +124,20 @@ def save(path: str | Path, cfg: ModelConfig, params: Params, base: str = "") -> 
     Raises:
         ValueError: there are none, or PEFT has no place for one of them.
     """
-    kernels = peft.leaves(params)
-    adapted = {name: kernel for name, kernel in kernels.items() if isinstance(kernel, Lora)}
-    left = set(adapted)
-    if not left:
-        raise ValueError("the network has no low-rank changes to export; see --peft.kind lora")
-    lengths = {kernel.magnitude is not None for kernel in adapted.values()}
+    found = list(changes(_rows(cfg), cfg, params))
+    lengths = {change.length is not None for change in found}
     if len(lengths) > 1:
         raise ValueError("PEFT has no adapter that is DoRA for some kernels only")
     tensors: dict[str, np.ndarray] = {}
     scales: dict[str, tuple[int, float]] = {}
-    for row in _rows(cfg):
-        names = table.parameters(row)
-        if not left & set(names):
-            continue
-        left -= set(names)
-        target = row[1].split("{layer}.")[-1].removesuffix(".weight")
-        a, b, magnitude, strength = _join([kernels[name] for name in names])
-        scales[target] = a.shape[-1], strength
-        for theirs, index in table.pieces(row, cfg):
-            module = PREFIX + _module(theirs)
-            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[index].T)
-            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b[index].T)
-            if magnitude is not None:
-                tensors[f"{module}.lora_magnitude_vector"] = magnitude[index]
-    if left:
-        raise ValueError(f"PEFT has no place for the change of {', '.join(sorted(left)[:4])}")
+    for change in found:
+        module = PREFIX + _module(change.theirs)
+        target = change.row[1].split("{layer}.")[-1].removesuffix(".weight")
+        scales[target] = len(change.a_RD), change.strength
+        tensors[f"{module}.lora_A.weight"] = change.a_RD
+        tensors[f"{module}.lora_B.weight"] = change.b_FR
+        if change.length is not None:
+            tensors[f"{module}.lora_magnitude_vector"] = change.length
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path}: holds something already; give another directory")
@@ -154,6 +145,48 @@ def save(path: str | Path, cfg: ModelConfig, params: Params, base: str = "") -> 
     settings = _settings(scales, True in lengths, base, _conv1d(cfg))
     (path / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     save_file(path / WEIGHTS, tensors)
+
+
+class Change(NamedTuple):
+    """What a low-rank change makes of one tensor of theirs: + strength * b @ a."""
+
+    row: Row
+    theirs: str  # the tensor's name
+    a_RD: np.ndarray
+    b_FR: np.ndarray
+    length: np.ndarray | None  # [F], DoRA's
+    strength: float
+
+
+def changes(rows: list[Row], cfg: ModelConfig, params: Params) -> Iterator[Change]:
+    """The low-rank changes of a network, by the tensors of these rows.
+
+    Raises:
+        ValueError: there are none, or no row holds one of them.
+    """
+    kernels = peft.leaves(params)
+    left = {name for name, kernel in kernels.items() if isinstance(kernel, Lora)}
+    if not left:
+        raise ValueError("the network has no low-rank changes to export; see --peft.kind lora")
+    for row in rows:
+        names = table.parameters(row)
+        if not left & set(names):
+            continue
+        left -= set(names)
+        a, b, magnitude, strength = _join([kernels[name] for name in names])
+        axes = table.sizes(cfg, len(names)) | {"rank": a.shape[-1]}
+        ends = np.cumsum([peft.shape_of(kernels[name])[-1] for name in names])[:-1]
+
+        def outward(array: np.ndarray, more: str = "") -> np.ndarray:
+            of_row = (row[0], row[1], _outward(row, more))  # noqa: B023
+            return np.ascontiguousarray(table.join(np.split(array, ends), of_row, axes))  # noqa: B023
+
+        for theirs, index in table.pieces(row, cfg):
+            length = None if magnitude is None else outward(magnitude[index])
+            a_RD = np.ascontiguousarray(a[index].T)
+            yield Change(row, theirs, a_RD, outward(b[index].T, " rank"), length, strength)
+    if left:
+        raise ValueError(f"there is no place for the change of {', '.join(sorted(left)[:4])}")
 
 
 def _rows(cfg: ModelConfig) -> list[Row]:
@@ -209,8 +242,7 @@ def _with_whole(
             if new.shape != table.their_shape(row[2], axes):
                 wanted = list(table.their_shape(row[2], axes))
                 raise ValueError(f"{theirs} is {list(new.shape)} instead of {wanted}; {MERGE}")
-            parts = table.rearrange(new, row[2], axes)
-            for name, part in zip(names, parts if len(names) > 1 else [parts], strict=True):
+            for name, part in zip(names, table.split(new, row, axes), strict=True):
                 changed.setdefault(name, np.array(weights.dense(kernels[name])))[index] = part
         for name, array in changed.items():
             same = np.array_equal(array, weights.dense(kernels[name]))
@@ -227,8 +259,7 @@ def _their_tensor(
     kernels: list[Kernel], row: Row, index: tuple[int, ...], axes: Mapping[str, int]
 ) -> np.ndarray:
     block = [np.asarray(weights.dense(kernel))[index] for kernel in kernels]
-    whole = np.stack(block) if len(kernels) > 1 else block[0]
-    return table.rearrange(whole, table.inverse(row[2]), axes)
+    return table.join(block, row, axes)
 
 
 def _whole(
@@ -279,6 +310,32 @@ def _take(
     return a_RD, b_FR * _strength(settings, module, len(a_RD)), magnitude
 
 
+def _outward(row: Row, more: str = "") -> str:
+    """The pattern of a kernel's outputs alone, such as of its bias.
+
+    Args:
+        more: an axis behind them, such as " rank".
+    """
+    left, _, right = row[2].partition(" -> ")
+    groups = lambda side: re.findall(r"\(.*?\)|\w+", side)
+    *part, inward, outward = groups(right or left)
+    (theirs,) = (group for group in groups(left) if group != inward)
+    return f"{theirs}{more} -> {' '.join([*part, outward])}{more}"
+
+
+def _apart(
+    change: tuple[np.ndarray, np.ndarray, np.ndarray | None], row: Row, axes: Mapping[str, int]
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """The changes of our kernels from that of the module that holds them."""
+    a_RD, b_FR, length = change
+    vector, matrix = ((row[0], row[1], _outward(row, more)) for more in ("", " rank"))
+    if (len(b_FR),) != table.their_shape(vector[2], axes):
+        raise ValueError(f"lora_A {a_RD.shape} and lora_B {b_FR.shape} do not fit {row[1]}")
+    parts = table.split(b_FR, matrix, {**axes, "rank": len(a_RD)})
+    lengths = [None] * len(parts) if length is None else table.split(length, vector, axes)
+    return [(a_RD, b, own) for b, own in zip(parts, lengths, strict=True)]
+
+
 def _strength(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """What the low-rank change of a module is multiplied by; its first pattern decides."""
 
@@ -312,7 +369,7 @@ def _is_target(settings: Mapping[str, Any], module: str) -> bool:
     return layer is not None and int(layer[1]) in (layers if isinstance(layers, list) else [layers])
 
 
-def _stack(kernel: Kernel, layers: list[Any], part: int, num_parts: int) -> Lora:
+def _stack(kernel: Kernel, layers: list[Any]) -> Lora:
     """One leaf from the modules of all layers; layers without one, and short ranks, get zeros."""
     *stack, D, F = peft.shape_of(kernel)
     if isinstance(kernel, Lora):
@@ -329,12 +386,12 @@ def _stack(kernel: Kernel, layers: list[Any], part: int, num_parts: int) -> Lora
         if layer is None:
             continue
         a_RD, b_FR, length = layer
-        if a_RD.shape[1] != D or len(b_FR) != num_parts * F:
+        if a_RD.shape[1] != D or len(b_FR) != F:
             raise ValueError(f"lora_A {a_RD.shape} and lora_B {b_FR.shape} do not fit [{D}, {F}]")
         a[index, :, : len(a_RD)] = a_RD.T
-        b[index, : len(a_RD)] = b_FR[part * F : (part + 1) * F].T
+        b[index, : len(a_RD)] = b_FR.T
         if magnitude is not None and length is not None:
-            magnitude[index] = length[part * F : (part + 1) * F]
+            magnitude[index] = length
     shaped = lambda x: jnp.asarray(x.reshape(*stack, *x.shape[1:]))
     return Lora(
         kernel, shaped(a), shaped(b), None if magnitude is None else shaped(magnitude), norm

@@ -1,7 +1,10 @@
 """Qwen2 (biases on query, key and value) and Qwen3 (query and key norms), dense or MoE."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+from jaxgpt.config import ModelConfig
 from jaxgpt.convert import table
 from jaxgpt.convert.family import changed
 from jaxgpt.convert.llama import (
@@ -11,15 +14,13 @@ from jaxgpt.convert.llama import (
     GATED_MLP,
     KV_HEADS,
     LAYER,
+    QK_NORM,
     QKV_BIAS,
     SETTINGS,
     UNBIASED,
 )
+from jaxgpt.convert.rope import refuse
 
-QK_NORM = table.rows("""
-    attention/query_norm/scale  self_attn.q_norm.weight  width
-    attention/key_norm/scale    self_attn.k_norm.weight  width
-""", LAYER)  # fmt: skip
 # A fused form of the experts is what transformers 5 keeps in memory.
 FUSED_EXPERTS = table.rows("""
     moe/{gate,up}/kernel  mlp.experts.gate_up_proj  expert (part mlp) dim -> part expert dim mlp
@@ -42,15 +43,42 @@ EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # has a mixture
 WINDOW = ("sliding_window", "max_window_layers")  # read only with use_sliding_window
 NO_WINDOW = {"use_sliding_window": False}
 
+
+def _windows(theirs: Mapping[str, Any], count: int) -> str:
+    """All layers behind the first max_window_layers have the window, if it is used."""
+    full = theirs.get("max_window_layers", 28)
+    if type(full) is not int or full < 0:
+        refuse("max_window_layers", full, "must be a whole number")
+    full = min(full, count) if theirs.get("use_sliding_window") else count
+    return "G" * full + "L" * (count - full)
+
+
+def _used(theirs: Mapping[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    if ours["sliding_window"] and not theirs.get("use_sliding_window"):
+        kinds = theirs.get("layer_types")
+        refuse("layer_types", kinds, "has windows, but use_sliding_window is not true")
+    return {}
+
+
+def _stated(cfg: ModelConfig, theirs: dict[str, Any]) -> dict[str, Any]:
+    return {"use_sliding_window": cfg.sliding_window is not None}
+
+
+BY_LAYER: dict[str, Any] = {
+    "layers": _windows, "derived": _used, "stated": _stated,
+    "inert": ("max_window_layers", "use_sliding_window"),
+}  # fmt: skip
+
 QWEN2 = replace(
     UNBIASED,
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     fixed=FIXED | {"bias": "qkv"},
-    settings=changed(SETTINGS, num_kv_heads=(KV_HEADS, 32)),
+    settings=changed(
+        SETTINGS, num_kv_heads=(KV_HEADS, 32), sliding_window=("sliding_window", 4096)
+    ),
     table=ENDS + ATTENTION + QKV_BIAS + GATED_MLP,
-    inert=WINDOW,
-    neutral=NO_WINDOW,
+    **BY_LAYER,
 )
 
 QWEN2_MOE = replace(
@@ -78,14 +106,36 @@ QWEN3 = replace(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     fixed=FIXED | {"qk_norm": True},
-    settings=changed(SETTINGS, num_kv_heads=(KV_HEADS, 32), head_dim=("head_dim", 128)),
+    settings=changed(
+        SETTINGS,
+        num_kv_heads=(KV_HEADS, 32),
+        head_dim=("head_dim", 128),
+        sliding_window=("sliding_window", 4096),
+    ),
     table=ENDS + ATTENTION + QK_NORM + GATED_MLP,
-    inert=WINDOW,
-    neutral=NO_WINDOW | {"attention_bias": False},
+    neutral={"attention_bias": False},
+    **BY_LAYER,
 )
 
+# The text models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: where all is text, the three positions of
+# their RoPE are one.
+VISION_TEXTS = (
+    *(
+        replace(QWEN2, model_type=f"{name}_text", rope_base=1e6, settings=changed(
+            QWEN2.settings, norm_eps=("rms_norm_eps", 1e-5), num_kv_heads=(KV_HEADS, 8),
+        ))
+        for name in ("qwen2_vl", "qwen2_5_vl")
+    ),
+    replace(
+        QWEN3, model_type="qwen3_vl_text", rope_base=5e5,
+        settings=changed(QWEN3.settings, sliding_window=None), layers=None, derived=None,
+        stated=None, inert=(), neutral=QWEN3.neutral | NO_WINDOW,
+    ),
+)  # fmt: skip
+
 QWEN3_MOE = replace(
-    QWEN3,
+    UNBIASED,
+    fixed=QWEN3.fixed,
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     settings=changed(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from jaxgpt.config import ModelConfig, RopeScaling
@@ -12,8 +13,9 @@ KEYS = (*TABLES, "rope_theta", "partial_rotary_factor", "original_max_position_e
 SETTINGS = """
     rope_type type rope_theta partial_rotary_factor factor original_max_position_embeddings
     attention_factor beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor
-    high_freq_factor short_factor long_factor
+    high_freq_factor short_factor long_factor llama_4_scaling_beta max_position_embeddings
 """
+FULL, LOCAL = "full_attention", "sliding_attention"  # tables of their own, where layers differ
 # What each kind states: theirs -> ours.
 ORIGINAL = {"factor": "factor", "original_max_position_embeddings": "original_context"}
 KINDS = {
@@ -29,7 +31,11 @@ KINDS = {
 
 
 def read(
-    theirs: Mapping[str, Any], base: float, share: float | None, context: int
+    theirs: Mapping[str, Any],
+    base: float,
+    share: float | None,
+    context: int,
+    kinds: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The fields of ModelConfig about RoPE.
 
@@ -39,6 +45,7 @@ def read(
         base: theta where nothing states it.
         share: of each head that is rotated where nothing states it; None: always the whole.
         context: max_position_embeddings.
+        kinds: a rope_type that means another one.
 
     Raises:
         ValueError: a kind of scaling that the model does not have, or two tables that differ.
@@ -49,6 +56,9 @@ def read(
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
             refuse(key, rope, "must be one table of settings, for all layers")
         if rope:
+            kind = rope.get("rope_type", rope.get("type"))
+            if isinstance(kind, str) and kind in kinds:
+                rope = rope | {"rope_type": kinds[kind]}
             found.append(_Table(theirs, rope, key, context).fields(base, share))
     if not found:
         return _Table(theirs, {}, TABLES[1], context).fields(base, share)
@@ -61,8 +71,42 @@ def read(
     return found[0]
 
 
-def write(cfg: ModelConfig, partial: bool) -> dict[str, Any]:
-    """What transformers 5 writes."""
+def read_by_layer(
+    theirs: Mapping[str, Any], base: float, local: tuple[str, float], context: int
+) -> dict[str, Any]:
+    """`read` for families whose local layers have a table of their own.
+
+    Args:
+        local: an older name of the local layers' theta, and its value where nothing states it.
+    """
+    tables, scaling = theirs.get(TABLES[1]) or {}, theirs.get(TABLES[0]) or {}
+    if not isinstance(tables, dict) or set(tables) - {FULL, LOCAL}:
+        refuse(TABLES[1], tables, f"must be two tables, {FULL} and {LOCAL}")
+    full, own = tables.get(FULL) or {}, tables.get(LOCAL) or {}
+    for key, rope in ((TABLES[0], scaling), (TABLES[1], full), (TABLES[1], own)):
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            refuse(key, rope, "must be a table of settings")
+    found = _Table(theirs, full | scaling, TABLES[1], context).fields(base, None)
+    without = {key: value for key, value in theirs.items() if key != "rope_theta"}
+    usual = theirs.get(local[0], local[1])
+    of_local = _Table(without, own, f"{TABLES[1]}.{LOCAL}", context).fields(usual, None)
+    if of_local == found:
+        return found
+    if of_local["rope_scaling"] is not None:
+        refuse(f"{TABLES[1]}.{LOCAL}", own, f"must be of the default type, or as {FULL}")
+    return found | {"rope_local_base": of_local["rope_base"]}
+
+
+def write(cfg: ModelConfig, partial: bool, by_layer: bool) -> dict[str, Any]:
+    """What transformers 5 writes.
+
+    Args:
+        by_layer: local layers have a table of their own.
+    """
+    if by_layer:
+        plain = {"rope_type": "default", "rope_theta": cfg.rope_local_base}
+        full = write(cfg, partial, False)["rope_parameters"]
+        return {TABLES[1]: {FULL: full, LOCAL: full if cfg.rope_local_base is None else plain}}
     scaling, rope = cfg.rope_scaling, {"rope_type": "default", "rope_theta": cfg.rope_base}
     if partial:
         rope["partial_rotary_factor"] = cfg.rope_share
@@ -78,7 +122,9 @@ def write(cfg: ModelConfig, partial: bool) -> dict[str, Any]:
 
 def unknown(theirs: Mapping[str, Any]) -> list[str]:
     """Entries of the tables that no kind of scaling has."""
-    found = [(key, theirs[key]) for key in TABLES if theirs.get(key)]
+    found = [(key, dict(theirs[key])) for key in TABLES if theirs.get(key)]
+    for key, rope in found[:]:
+        found += [(f"{key}.{kind}", rope.pop(kind) or {}) for kind in (FULL, LOCAL) if kind in rope]
     return [f"{key}.{name}" for key, rope in found for name in rope if name not in SETTINGS.split()]
 
 

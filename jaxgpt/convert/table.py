@@ -8,7 +8,8 @@ A row pairs a parameter of ours with a tensor of theirs, and says how their axes
 The pattern is einops' language. Every axis has a size that follows from ModelConfig, so that a row
 knows their tensor's shape and serves both directions. `{layer}` and `{expert}` are the leading
 axes of our stacked arrays. Where one tensor of theirs holds several parameters of ours, the row
-names them all and the pattern has a `part` axis.
+names them all, and the pattern has a `part` axis; or, where they are not alike, an axis that
+is their sum, as in "(heads+kv_heads+kv_heads width) dim".
 """
 
 import itertools
@@ -154,14 +155,14 @@ def read(
     _check(rows, cfg, source)
     placed: dict[str, Any] = {}
     for row in rows:
-        names, _, pattern = parameters(row), *row[1:]
+        names = parameters(row)
         if stored is not None and (kept := stored(row)) is not None:
             placed[names[0]] = kept
             continue
         axes = sizes(cfg, len(names))
         arrays = [aligned(ours[name], dtype) for name in names]
         for theirs, index in pieces(row, cfg):
-            _fill(arrays, index, rearrange(source.read(theirs), pattern, axes))
+            _fill(arrays, index, split(source.read(theirs), row, axes))
         placed |= {name: place(name, a) for name, a in zip(names, arrays, strict=True)}
         del arrays  # where `place` has copied them, they make room for the next
     return tree.nest(placed)
@@ -173,18 +174,44 @@ def write(
     """Their tensors from our parameters, one at a time."""
     leaves = tree.flatten(params)
     for row in select(table, leaves):
-        names, _, pattern = parameters(row), *row[1:]
+        names = parameters(row)
         axes = sizes(cfg, len(names))
         arrays = [np.asarray(leaves[name]) for name in names]
         for theirs, index in pieces(row, cfg):
             block = [array[index] for array in arrays]
-            whole = np.stack(block) if len(names) > 1 else block[0]
-            yield theirs, np.ascontiguousarray(rearrange(whole, inverse(pattern), axes))
+            yield theirs, np.ascontiguousarray(join(block, row, axes))
 
 
-def _fill(arrays: list[np.ndarray], index: tuple[int, ...], block: np.ndarray) -> None:
+def split(tensor: np.ndarray, row: Row, sizes: Mapping[str, int]) -> list[np.ndarray]:
+    """Our parameters, of one layer and expert, from their one tensor."""
+    count, pattern = len(parameters(row)), row[2]
+    if "+" not in pattern:
+        found = rearrange(tensor, pattern, sizes)
+        return list(found) if count > 1 else [found]
+    own = [_of_part(pattern, part) for part in range(count)]
+    ends = np.cumsum([their_shape(pattern, sizes)[0] for pattern in own])
+    cut = np.split(tensor, ends[:-1])
+    return [rearrange(part, pattern, sizes) for part, pattern in zip(cut, own, strict=True)]
+
+
+def join(parts: list[np.ndarray], row: Row, sizes: Mapping[str, int]) -> np.ndarray:
+    """The inverse of `split`."""
+    pattern = row[2]
+    if "+" not in pattern:
+        whole = np.stack(parts) if len(parts) > 1 else parts[0]
+        return rearrange(whole, inverse(pattern), sizes)
+    back = [inverse(_of_part(pattern, part)) for part in range(len(parts))]
+    return np.concatenate([rearrange(x, p, sizes) for x, p in zip(parts, back, strict=True)])
+
+
+def _of_part(pattern: str, part: int) -> str:
+    """The pattern of one of several parameters that lie behind each other in their first axis."""
+    return re.sub(r"\w+\+[\w+]+", lambda axis: axis[0].split("+")[part], pattern)
+
+
+def _fill(arrays: list[np.ndarray], index: tuple[int, ...], parts: list[np.ndarray]) -> None:
     """A function of its own, so that a tensor is gone before the next one is read."""
-    for array, part in zip(arrays, block if len(arrays) > 1 else [block], strict=True):
+    for array, part in zip(arrays, parts, strict=True):
         array[index] = part
 
 
@@ -234,7 +261,8 @@ def _sides(pattern: str) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def _shape(groups: list[list[str]], sizes: Mapping[str, int]) -> Shape:
-    return tuple(math.prod(sizes[axis] for axis in group) for group in groups)
+    size = lambda axis: sum(sizes[part] for part in axis.split("+"))
+    return tuple(math.prod(map(size, group)) for group in groups)
 
 
 def aligned(shape: Shape, dtype: str) -> np.ndarray:

@@ -34,6 +34,7 @@ class Tensors:
     def __init__(self, path: Path):
         self.shapes: dict[str, Shape] = {}
         self._files: dict[str, Any] = {}
+        self._stored: dict[str, str] = {}  # a name -> that in the file, if it is another
         self._stack = ExitStack()
         try:
             for file, expected in _locate(path).items():
@@ -54,7 +55,13 @@ class Tensors:
         self._stack.close()
 
     def read(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
+        return self._files[name].get_tensor(self._stored.get(name, name))
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Keeps these tensors alone, under new names -> those in the files."""
+        self.shapes = {new: self.shapes[old] for new, old in names.items()}
+        self._files = {new: self._files[old] for new, old in names.items()}
+        self._stored = dict(names)
 
     def _open(self, file: Path, expected: set[str] | None) -> None:
         try:

@@ -58,13 +58,15 @@ def operation(equation: Callable[P, R]) -> Callable[P, R]:
 
 @operation
 def attention(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None = None, window: int = 0
-) -> Array:
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None = None, window: int = 0,
+    softcap: float = 0.0,
+) -> Array:  # fmt: skip
     """Causal self-attention over whole rows, softmax(q k^T / sqrt(H)) v (arXiv:1706.03762).
 
     Args:
         segments_BT: tokens see only tokens of their own segment (packed documents).
         window: tokens see only tokens fewer than this many places back; 0: all.
+        softcap: scores become softcap * tanh(score / softcap); 0: they stay.
     """
     place_T = jnp.arange(q_BTNH.shape[1])
     back_TS = place_T[:, None] - place_T[None]  # how far the key stands behind the query
@@ -73,21 +75,25 @@ def attention(
         mask_BTS = mask_BTS & (back_TS < window)[None]
     if segments_BT is not None:
         mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None])
-    return _attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), mask_BTS)
+    return _attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), mask_BTS, softcap)
 
 
 @operation
-def cached_attention(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array) -> Array:
+def cached_attention(
+    q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, softcap: float = 0.0
+) -> Array:
     """Attention of a few new queries to the slots of a cache that the mask lets each one see."""
-    return _attend(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
+    return _attend(q_BTNH, k_BKSH, v_BKSH, mask_BTS, softcap)
 
 
-def _attend(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array) -> Array:
+def _attend(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, softcap: float) -> Array:
     q, k, v = (x.astype(jnp.float32) for x in (q_BTNH, k_BKSH, v_BKSH))
     # Grouped queries (arXiv:2305.13245): G = N / K query heads in a row share a key head.
     B, T, N, H = q.shape
     q_BTKGH = q.reshape(B, T, k.shape[1], -1, H)
     scores_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k) / H**0.5
+    if softcap:
+        scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
     # A large negative number, not -inf: a row that may see nothing gives 1 / S, not NaN.
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -1e30)
     out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", jax.nn.softmax(scores_BKGTS), v)
@@ -191,7 +197,7 @@ def silu(x: Array, dtype: DTypeLike) -> Array:
 @operation
 def cross_entropy(
     hidden: Array, head_VD: Array, targets: Array, weights: Array, *, z_loss: float = 0.0,
-    label_smoothing: float = 0.0, chunk: int = 1024,
+    label_smoothing: float = 0.0, softcap: float = 0.0, chunk: int = 1024,
 ) -> CrossEntropy:  # fmt: skip
     """Weighted sums over tokens of the cross-entropy of softmax(hidden @ head^T) and targets.
 
@@ -200,9 +206,10 @@ def cross_entropy(
         targets: in [0, V); a token that has none takes any target and weight 0.
         z_loss: weight of (log normaliser)^2, which keeps the logits from drifting.
         label_smoothing: share of the target probability spread evenly over the vocabulary.
+        softcap: logits become softcap * tanh(logit / softcap); 0: they stay.
         chunk: tokens of a device whose logits a fast program holds at one time; 0: all.
     """
-    logits, norm, gold = _logits(hidden, head_VD, targets, 1.0)
+    logits, norm, gold = _logits(hidden, head_VD, targets, 1.0, softcap)
     even = norm - logits.mean(-1)  # the cross-entropy with an even distribution
     loss = (1 - label_smoothing) * (norm - gold) + label_smoothing * even + z_loss * norm**2
     said = jax.lax.stop_gradient((norm - gold, norm**2, gold >= logits.max(-1)))
@@ -211,21 +218,23 @@ def cross_entropy(
 
 @operation
 def logprobs_and_entropy(
-    hidden: Array, head_VD: Array, targets: Array, *, chunk: int = 1024, temperature: float = 1.0
-) -> tuple[Array, Array]:
+    hidden: Array, head_VD: Array, targets: Array, *, chunk: int = 1024, temperature: float = 1.0,
+    softcap: float = 0.0,
+) -> tuple[Array, Array]:  # fmt: skip
     """log p(target) under softmax(hidden @ head^T / temperature), and that softmax's entropy.
 
-    Both have the axes of `targets`, in float32; `chunk` is as in `cross_entropy`.
+    Both have the axes of `targets`, in float32; `chunk` and `softcap` as in `cross_entropy`.
     """
-    logits, norm, gold = _logits(hidden, head_VD, targets, temperature)
+    logits, norm, gold = _logits(hidden, head_VD, targets, temperature, softcap)
     return gold - norm, norm - (jax.nn.softmax(logits) * logits).sum(-1)
 
 
 def _logits(
-    hidden: Array, head_VD: Array, targets: Array, temperature: float
+    hidden: Array, head_VD: Array, targets: Array, temperature: float, softcap: float
 ) -> tuple[Array, Array, Array]:
     """All logits, the logs of their softmaxes' normalisers, and the logits of the targets."""
-    logits = _product(hidden, head_VD.T) / temperature
+    logits = _product(hidden, head_VD.T)
+    logits = (softcap * jnp.tanh(logits / softcap) if softcap else logits) / temperature
     gold = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return logits, jax.nn.logsumexp(logits, axis=-1), gold
 

@@ -27,24 +27,26 @@ class Piece(NamedTuple):
     segments_BT: Array | None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def chunked_attention(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int
-) -> Array:
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int,
+    softcap: float = 0.0,
+) -> Array:  # fmt: skip
     """Self-attention as `kernels.attention` defines it."""
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)[0]
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap)[0]
 
 
 def _forward(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int
-) -> tuple[Array, tuple]:
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int,
+    softcap: float,
+) -> tuple[Array, tuple]:  # fmt: skip
     q_BKGTH, k_BKTH, v_BKTH, piece = _whole_chunks(q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    out_BKGTH, norm_BKGT = attend(q_BKGTH, k_BKTH, v_BKTH, piece, piece, window)
+    out_BKGTH, norm_BKGT = attend(q_BKGTH, k_BKTH, v_BKTH, piece, piece, window, softcap)
     out_BTNH = tokens_first(out_BKGTH)[:, : q_BTNH.shape[1]].astype(q_BTNH.dtype)
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, norm_BKGT)
 
 
-def _backward(window: int, saved: tuple, g_BTNH: Array) -> tuple:
+def _backward(window: int, softcap: float, saved: tuple, g_BTNH: Array) -> tuple:
     q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, norm_BKGT = saved
     T, K, dtype = q_BTNH.shape[1], k_BTKH.shape[2], q_BTNH.dtype
     q_BKGTH, k_BKTH, v_BKTH, piece = _whole_chunks(q_BTNH, k_BTKH, v_BTKH, segments_BT)
@@ -52,7 +54,7 @@ def _backward(window: int, saved: tuple, g_BTNH: Array) -> tuple:
     g_BKGTH, out_BKGTH = (heads_first(jnp.pad(x, more), K) for x in (g_BTNH, out_BTNH))
     delta_BKGT = deltas(g_BKGTH, out_BKGTH)
     dq_BKGTH, dk_BKTH, dv_BKTH = pull(
-        q_BKGTH, k_BKTH, v_BKTH, piece, piece, window, g_BKGTH, norm_BKGT, delta_BKGT
+        q_BKGTH, k_BKTH, v_BKTH, piece, piece, window, g_BKGTH, norm_BKGT, delta_BKGT, softcap
     )
     dk_BTKH, dv_BTKH = (x.swapaxes(1, 2)[:, :T].astype(dtype) for x in (dk_BKTH, dv_BKTH))
     return tokens_first(dq_BKGTH)[:, :T].astype(dtype), dk_BTKH, dv_BTKH, None
@@ -62,8 +64,9 @@ chunked_attention.defvjp(_forward, _backward)
 
 
 def attend(
-    q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, queries: Piece, keys: Piece, window: int
-) -> tuple[Array, Array]:
+    q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, queries: Piece, keys: Piece, window: int,
+    softcap: float = 0.0,
+) -> tuple[Array, Array]:  # fmt: skip
     """softmax(scores) v of one piece against another, and the log of the softmax's normaliser.
 
     Results against several pieces of keys are put together by `merge`.
@@ -77,7 +80,7 @@ def attend(
         def see(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             out_BKGCH, max_BKGC, total_BKGC = state
             k_BKMH = _take(k_BKSH, j, M, 2)
-            scores_BKGCM = _scores(q_BKGCH, k_BKMH, i, j, queries, keys, window)
+            scores_BKGCM = _scores(q_BKGCH, k_BKMH, i, j, queries, keys, window, softcap)
             new_max_BKGC = jnp.maximum(max_BKGC, scores_BKGCM.max(-1))
             exp_BKGCM = jnp.exp(scores_BKGCM - new_max_BKGC[..., None])
             shrink_BKGC = jnp.exp(max_BKGC - new_max_BKGC)
@@ -126,6 +129,7 @@ def pull(
     g_BKGTH: Array,
     norm_BKGT: Array,
     delta_BKGT: Array,
+    softcap: float = 0.0,
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v from one piece against another, float32.
 
@@ -142,10 +146,13 @@ def pull(
         def see(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq_BKGCH, dk_BKSH, dv_BKSH = state
             k_BKMH, v_BKMH = _take(k_BKSH, j, M, 2), _take(v_BKSH, j, M, 2)
-            scores_BKGCM = _scores(q_BKGCH, k_BKMH, i, j, queries, keys, window)
+            scores_BKGCM = _scores(q_BKGCH, k_BKMH, i, j, queries, keys, window, softcap)
             probs_BKGCM = jnp.exp(scores_BKGCM - norm_BKGC1)
             dprobs_BKGCM = _dot("BKGCH,BKMH->BKGCM", g_BKGCH, v_BKMH)
             dscores_BKGCM = probs_BKGCM * (dprobs_BKGCM - delta_BKGC1) * q_BKGTH.shape[-1] ** -0.5
+            if softcap:  # the slope of tanh; hidden scores are far below -softcap
+                slope_BKGCM = 1 - jnp.square(jnp.clip(scores_BKGCM / softcap, -1, 1))
+                dscores_BKGCM = dscores_BKGCM * slope_BKGCM
             probs_BKGCM, dscores_BKGCM = probs_BKGCM.astype(dtype), dscores_BKGCM.astype(dtype)
             dq_BKGCH += _dot("BKGCM,BKMH->BKGCH", dscores_BKGCM, k_BKMH)
             dk_BKSH = _add(dk_BKSH, _dot("BKGCM,BKGCH->BKMH", dscores_BKGCM, q_BKGCH), j)
@@ -199,11 +206,14 @@ def _whole_chunks(
 
 
 def _scores(
-    q_BKGCH: Array, k_BKMH: Array, i: Array, j: Array, queries: Piece, keys: Piece, window: int
-) -> Array:
+    q_BKGCH: Array, k_BKMH: Array, i: Array, j: Array, queries: Piece, keys: Piece, window: int,
+    softcap: float,
+) -> Array:  # fmt: skip
     """Scaled scores of query chunk i against key chunk j, HIDDEN where masked."""
     C, M = q_BKGCH.shape[3], k_BKMH.shape[2]
     scores_BKGCM = _dot("BKGCH,BKMH->BKGCM", q_BKGCH, k_BKMH) * q_BKGCH.shape[-1] ** -0.5
+    if softcap:
+        scores_BKGCM = softcap * jnp.tanh(scores_BKGCM / softcap)
     ahead_CM = (queries.first + i * C + jnp.arange(C))[:, None] - (
         keys.first + j * M + jnp.arange(M)
     )[None]  # by how much the query is further on than the key

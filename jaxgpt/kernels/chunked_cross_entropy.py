@@ -34,19 +34,21 @@ def cross_entropy(
     *,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    softcap: float = 0.0,
     chunk: int = 1024,
 ) -> CrossEntropy:
     """`kernels.cross_entropy`, `chunk` tokens of every device at a time."""
     weights = weights.astype(jnp.float32)
-    return _cross_entropy(hidden, head_VD, targets, weights, z_loss, label_smoothing, chunk)
+    how = (z_loss, label_smoothing, softcap, chunk)
+    return _cross_entropy(hidden, head_VD, targets, weights, *how)
 
 
 def logprobs_and_entropy(
     hidden: Array, head_VD: Array, targets: Array, *, chunk: int = 1024,
-    temperature: float = 1.0,
+    temperature: float = 1.0, softcap: float = 0.0,
 ) -> tuple[Array, Array]:  # fmt: skip
     """`kernels.logprobs_and_entropy`, `chunk` tokens of every device at a time."""
-    return _logprobs_and_entropy(hidden, head_VD, targets, temperature, chunk)
+    return _logprobs_and_entropy(hidden, head_VD, targets, temperature, softcap, chunk)
 
 
 def by_chunks(fn: Callable[..., Any], arrays_A: tuple[Array, ...], chunk: int) -> Any:
@@ -99,10 +101,12 @@ class _Softmax(NamedTuple):
 
 
 def _softmax(
-    hidden_CD: Array, head_VD: Array, targets_C: Array, size: int, temperature: float = 1.0
-) -> _Softmax:
+    hidden_CD: Array, head_VD: Array, targets_C: Array, size: int, softcap: float,
+    temperature: float = 1.0,
+) -> _Softmax:  # fmt: skip
     """Of the first `size` rows of the head; the others have no probability."""
-    logits_CV = _dot("CD,VD->CV", hidden_CD, head_VD) / temperature
+    logits_CV = _dot("CD,VD->CV", hidden_CD, head_VD)
+    logits_CV = (softcap * jnp.tanh(logits_CV / softcap) if softcap else logits_CV) / temperature
     if size < len(head_VD):
         logits_CV = jnp.where(jnp.arange(len(head_VD))[None] < size, logits_CV, -1e30)
     max_C1, total_C = _max_and_total(logits_CV)
@@ -146,6 +150,13 @@ def _one_hot(targets_C: Array, V: int) -> Array:
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
+def _uncapped(dlogits_CV: Array, logits_CV: Array, softcap: float) -> Array:
+    """The gradient of the logits as they were before their softcap."""
+    if not softcap:
+        return dlogits_CV
+    return dlogits_CV * (1 - jnp.square(jnp.clip(logits_CV / softcap, -1, 1)))
+
+
 def _pull(dlogits_CV: Array, hidden_CD: Array, head_VD: Array) -> tuple[Array, Array]:
     """The head's gradient in float32 and that of hidden, from the chunk's logits'."""
     dlogits_CV = dlogits_CV.astype(hidden_CD.dtype)
@@ -170,7 +181,7 @@ def _over_chunks(one: Callable[..., tuple[Any, Any]], *chunks: Array) -> tuple[A
 # ---- cross-entropy: the gradient in the forward pass
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _cross_entropy(
     hidden: Array,
     head_VD: Array,
@@ -178,13 +189,14 @@ def _cross_entropy(
     weights: Array,
     z_loss: float,
     label_smoothing: float,
+    softcap: float,
     chunk: int,
 ) -> CrossEntropy:
     V = len(head_VD)
 
     def local(axes: Axes, hidden: Array, head_VD: Array, *tokens: Array) -> CrossEntropy:
         def one(hidden_CD: Array, targets_C: Array, weights_C: Array) -> tuple[CrossEntropy, None]:
-            softmax = _softmax(hidden_CD, head_VD, targets_C, V)
+            softmax = _softmax(hidden_CD, head_VD, targets_C, V, softcap)
             return _sums(softmax, weights_C, V, z_loss, label_smoothing), None
 
         return add_up(_over_chunks(one, *_split(chunk, hidden, *tokens))[0], axes)
@@ -214,19 +226,21 @@ def _cross_entropy_forward(
     weights: Array,
     z_loss: float,
     label_smoothing: float,
+    softcap: float,
     chunk: int,
 ) -> tuple[CrossEntropy, tuple[Array, Array]]:
     V = len(head_VD)
 
     def local(axes: Axes, hidden: Array, head_VD: Array, *tokens: Array) -> tuple[Any, ...]:
         def one(hidden_CD: Array, targets_C: Array, weights_C: Array) -> tuple[Any, Array]:
-            softmax = _softmax(hidden_CD, head_VD, targets_C, V)
+            softmax = _softmax(hidden_CD, head_VD, targets_C, V, softcap)
             sums = _sums(softmax, weights_C, V, z_loss, label_smoothing)
             scale_C = weights_C * (1 + 2 * z_loss * softmax.norm_C) / softmax.total_C
             goal_CV = (1 - label_smoothing) * _one_hot(targets_C, len(head_VD))
             if label_smoothing:
                 goal_CV = goal_CV + label_smoothing * _even(V, len(head_VD))[None]
             dlogits_CV = softmax.exp_CV * scale_C[:, None] - goal_CV * weights_C[:, None]
+            dlogits_CV = _uncapped(dlogits_CV, softmax.logits_CV, softcap)
             dhead_VD, dhidden_CD = _pull(dlogits_CV, hidden_CD, head_VD)
             return (sums, dhead_VD), dhidden_CD
 
@@ -244,6 +258,7 @@ def _cross_entropy_forward(
 def _cross_entropy_backward(
     z_loss: float,
     label_smoothing: float,
+    softcap: float,
     chunk: int,
     gradients: tuple[Array, Array],
     g: CrossEntropy,
@@ -257,15 +272,15 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 # ---- log-probabilities: the logits once more in the backward pass
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _logprobs_and_entropy(
-    hidden: Array, head_VD: Array, targets: Array, temperature: float, chunk: int
+    hidden: Array, head_VD: Array, targets: Array, temperature: float, softcap: float, chunk: int
 ) -> tuple[Array, Array]:
     V = len(head_VD)
 
     def local(_: Axes, hidden: Array, head_VD: Array, targets: Array) -> tuple[Array, Array]:
         def one(hidden_CD: Array, targets_C: Array) -> tuple[None, tuple[Array, Array]]:
-            softmax = _softmax(hidden_CD, head_VD, targets_C, V, temperature)
+            softmax = _softmax(hidden_CD, head_VD, targets_C, V, softcap, temperature)
             return None, (softmax.gold_C - softmax.norm_C, _entropy(softmax))
 
         both_MC = _over_chunks(one, *_split(chunk, hidden, targets))[1]
@@ -281,8 +296,9 @@ def _entropy(softmax: _Softmax) -> Array:
 
 
 def _logprobs_backward(
-    temperature: float, chunk: int, saved: tuple[Array, Array, Array], g: tuple[Array, Array]
-) -> tuple[Array, Array, None]:
+    temperature: float, softcap: float, chunk: int, saved: tuple[Array, Array, Array],
+    g: tuple[Array, Array],
+) -> tuple[Array, Array, None]:  # fmt: skip
     hidden, head_VD, targets = saved
     V = len(head_VD)
 
@@ -290,12 +306,13 @@ def _logprobs_backward(
         def one(
             hidden_CD: Array, targets_C: Array, g_logprob_C: Array, g_entropy_C: Array
         ) -> tuple[Array, Array]:
-            softmax = _softmax(hidden_CD, head_VD, targets_C, V, temperature)
+            softmax = _softmax(hidden_CD, head_VD, targets_C, V, softcap, temperature)
             probs_CV = softmax.exp_CV / softmax.total_C[:, None]
             mean_logit_C = softmax.norm_C - _entropy(softmax)
             toward_CV = _one_hot(targets_C, len(head_VD)) - probs_CV
             spread_CV = probs_CV * (softmax.logits_CV - mean_logit_C[:, None])
             dlogits_CV = g_logprob_C[:, None] * toward_CV - g_entropy_C[:, None] * spread_CV
+            dlogits_CV = _uncapped(dlogits_CV, softmax.logits_CV * temperature, softcap)
             return _pull(dlogits_CV / temperature, hidden_CD, head_VD)
 
         dhead_VD, dhidden_MCD = _over_chunks(one, *_split(chunk, hidden, *tokens))
@@ -308,8 +325,8 @@ def _logprobs_backward(
 
 
 _logprobs_and_entropy.defvjp(
-    lambda hidden, head_VD, targets, temperature, chunk: (
-        _logprobs_and_entropy(hidden, head_VD, targets, temperature, chunk),
+    lambda hidden, head_VD, targets, temperature, softcap, chunk: (
+        _logprobs_and_entropy(hidden, head_VD, targets, temperature, softcap, chunk),
         (hidden, head_VD, targets),
     ),
     _logprobs_backward,

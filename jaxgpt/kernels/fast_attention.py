@@ -29,27 +29,30 @@ Kernel = Callable[..., Any]  # (q, k, v, segments, window) -> out
 
 
 def on_cpu(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None = None, window: int = 0
-) -> Array:
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None = None, window: int = 0,
+    softcap: float = 0.0,
+) -> Array:  # fmt: skip
     """Unrolled blocks of queries up to LONGEST_BLOCKED tokens, then a loop over chunks."""
     kernel = blocked_attention if q_BTNH.shape[1] <= LONGEST_BLOCKED else chunked_attention
-    return _per_device(kernel, q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+    return _per_device(kernel, q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap)
 
 
 def on_tpu(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None = None, window: int = 0
-) -> Array:
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None = None, window: int = 0,
+    softcap: float = 0.0,
+) -> Array:  # fmt: skip
     """JAX's splash kernel from LANES tokens, where its blocks are whole; all scores below."""
     if q_BTNH.shape[1] < LANES:
-        return _per_device(_all_scores("xla"), q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+        return _per_device(_all_scores("xla"), q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap)
     from jaxgpt.kernels.splash_attention import splash_attention
 
-    return _per_device(splash_attention, q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+    return _per_device(splash_attention, q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap)
 
 
 def on_gpu(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None = None, window: int = 0
-) -> Array:
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None = None, window: int = 0,
+    softcap: float = 0.0,
+) -> Array:  # fmt: skip
     """cuDNN's flash attention where it has the shape; else all scores, and chunks of long rows."""
     _, T, _, H = q_BTNH.shape
     half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
@@ -59,10 +62,12 @@ def on_gpu(
         kernel = _all_scores("cudnn")
     else:
         kernel = _all_scores("xla") if T <= LONGEST_SCORES else chunked_attention
-    return _per_device(kernel, q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+    return _per_device(kernel, q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap)
 
 
-def cached(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array) -> Array:
+def cached(
+    q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, softcap: float = 0.0
+) -> Array:
     """Attention of new queries to a cache, in the type of the cache."""
     (B, T, N, H), (_, K, S, _) = q_BTNH.shape, k_BKSH.shape
     G = N // K
@@ -71,6 +76,8 @@ def cached(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array) -> Arra
     q_BKQH = q_BKGTH.reshape(B, K, G * T, H).astype(k_BKSH.dtype)
     scores_BKQS = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=jnp.float32)
     scores_BKGTS = scores_BKQS.reshape(B, K, G, T, S) * H**-0.5
+    if softcap:
+        scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
     weights_BKGTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -1e30))
     weights_BKQS = weights_BKGTS.reshape(B, K, G * T, S).astype(v_BKSH.dtype)
     out_BKQH = jnp.einsum(
@@ -87,8 +94,12 @@ def _per_device(
     v_BTKH: Array,
     segments_BT: Array | None,
     window: int,
+    softcap: float,
 ) -> Array:
-    """The kernel on the rows and heads of each device, or the ring where positions are cut."""
+    """The kernel on the rows and heads of each device, or the ring where positions are cut.
+
+    Capped scores go chunk by chunk: no other kernel has them.
+    """
     (B, T), K = q_BTNH.shape[:2], k_BTKH.shape[2]
     rows, positions = sharding.cut(B, *sharding.ROWS), sharding.cut(T, "context")
     heads = P(rows, positions, sharding.cut(K, "tensor"), None)
@@ -96,7 +107,9 @@ def _per_device(
 
     def one_device(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
         if positions:
-            return ring_attention(q, k, v, segments, window, ring)
+            return ring_attention(q, k, v, segments, window, ring, softcap)
+        if softcap:
+            return chunked_attention(q, k, v, segments, window, softcap)
         return kernel(q, k, v, segments, window)
 
     specs = (heads, heads, heads, P(rows, positions))

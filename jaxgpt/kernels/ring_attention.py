@@ -39,17 +39,19 @@ class Ring(NamedTuple):
     size: int
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def ring_attention(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int, ring: Ring
-) -> Array:
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int, ring: Ring,
+    softcap: float = 0.0,
+) -> Array:  # fmt: skip
     """Self-attention as `kernels.attention` defines it, on one device's positions."""
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, ring)[0]
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, ring, softcap)[0]
 
 
 def _forward(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int, ring: Ring
-) -> tuple[Array, tuple]:
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int, ring: Ring,
+    softcap: float,
+) -> tuple[Array, tuple]:  # fmt: skip
     _check(q_BTNH.shape[1], ring)
     q, k, v = (_pair(x, ring) for x in (q_BTNH, k_BTKH, v_BTKH))
     q = [heads_first(x, k_BTKH.shape[2]) for x in q]
@@ -62,7 +64,8 @@ def _forward(
         found = []
         for own, q_BKGTH in zip(queries, q, strict=True):
             parts = [
-                attend(q_BKGTH, k[n], v[n], own, piece, window) for n, piece in enumerate(keys)
+                attend(q_BKGTH, k[n], v[n], own, piece, window, softcap)
+                for n, piece in enumerate(keys)
             ]
             found.append(parts[0] if len(parts) == 1 else merge(*parts))
         return found
@@ -81,7 +84,7 @@ def _forward(
     return _unpair([tokens_first(out) for out in outs], ring), saved
 
 
-def _backward(window: int, ring: Ring, saved: tuple, g_BTNH: Array) -> tuple:
+def _backward(window: int, ring: Ring, softcap: float, saved: tuple, g_BTNH: Array) -> tuple:
     q, k, v, segments, outs, norms = saved
     dtype = g_BTNH.dtype
     g = [heads_first(x, k[0].shape[1]) for x in _pair(g_BTNH, ring)]
@@ -93,7 +96,9 @@ def _backward(window: int, ring: Ring, saved: tuple, g_BTNH: Array) -> tuple:
         dq, (k, v, segments, dk, dv) = state
         for n, piece in enumerate(_pieces(k, segments, distance, ring)):
             for m, own in enumerate(queries):
-                changes = pull(q[m], k[n], v[n], own, piece, window, g[m], norms[m], delta[m])
+                changes = pull(
+                    q[m], k[n], v[n], own, piece, window, g[m], norms[m], delta[m], softcap
+                )
                 places = ((dq, m), (dk, n), (dv, n))
                 dq, dk, dv = (
                     [x + change if i == index else x for i, x in enumerate(total)]

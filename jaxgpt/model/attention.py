@@ -61,6 +61,7 @@ class BlockInputs(NamedTuple):
     length: Array | None  # slots of the cache that were written before
     mask_BTS: Array | None  # slots of the cache that a token may see; None: a fresh cache
     first_row: Array | None = None  # of a SlotCache, whose rows have lengths of their own
+    growth_BT: Array | None = None  # factor of the queries by their position
 
 
 class Attention(nn.Module):
@@ -84,9 +85,8 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q_BTNH, k_BTKH = self._norm("query_norm", q_BTNH), self._norm("key_norm", k_BTKH)
         if inputs.rope is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, inputs.rope), rotate(k_BTKH, inputs.rope)
-        if cfg.attention_scale is not None:  # the kernels divide by sqrt(H)
-            q_BTNH = q_BTNH * (cfg.attention_scale * cfg.head_width**0.5)
+            q_BTNH, k_BTKH = (rotate(x, inputs.rope, cfg.rope_pairs) for x in (q_BTNH, k_BTKH))
+        q_BTNH = scale_queries(cfg, q_BTNH, inputs)
         # Rotation and norms ran in float32; the products of attention run in the compute type.
         q_BTNH, k_BTKH, v_BTKH = (a.astype(cfg.dtype) for a in (q_BTNH, k_BTKH, v_BTKH))
 
@@ -111,6 +111,15 @@ class Attention(nn.Module):
         return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
 
 
+def scale_queries(cfg: ModelConfig, q_BTNH: Array, inputs: BlockInputs) -> Array:
+    """The queries times what the config asks for; the kernels divide by sqrt(H)."""
+    if cfg.attention_scale is not None:
+        q_BTNH = q_BTNH * (cfg.attention_scale * cfg.head_width**0.5)
+    if inputs.growth_BT is not None:
+        q_BTNH = q_BTNH * inputs.growth_BT[..., None, None]
+    return q_BTNH
+
+
 def _attend(
     cfg: ModelConfig,
     q_BTNH: Array,
@@ -120,19 +129,20 @@ def _attend(
     slots: Slots | None,
 ) -> tuple[Array, Slots | None]:
     """What the queries read: each other's keys, or with a cache also those written before."""
-    window = cfg.sliding_window or 0
+    window, softcap = cfg.sliding_window or 0, cfg.attention_softcap
     if slots is not None and inputs.first_row is not None:
         assert inputs.length is not None
         new = (q_BTNH, k_BTKH, v_BTKH)
-        return attend_by_row(*new, slots, inputs.length, inputs.first_row, window)
+        return attend_by_row(*new, slots, inputs.length, inputs.first_row, window, softcap)
     if slots is not None:
         assert inputs.length is not None
         slots = (_write(slots[0], k_BTKH, inputs.length), _write(slots[1], v_BTKH, inputs.length))
     # A prompt that fills an empty cache sees only itself: the fast attention of whole rows does.
     if slots is None or inputs.mask_BTS is None:
-        return kernels.attention(q_BTNH, k_BTKH, v_BTKH, inputs.segments_BT, window), slots
+        segments_BT = inputs.segments_BT
+        return kernels.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap), slots
     k_BKSH, v_BKSH = map(rows_first, slots)
-    return kernels.cached_attention(q_BTNH, k_BKSH, v_BKSH, inputs.mask_BTS), slots
+    return kernels.cached_attention(q_BTNH, k_BKSH, v_BKSH, inputs.mask_BTS, softcap), slots
 
 
 def init_cache(

@@ -21,7 +21,15 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.kernels import by_rows
 from jaxgpt.kernels.platform import layer_unroll
 from jaxgpt.model.attention import Attention, BlockInputs, KVCache, Slots
-from jaxgpt.model.layers import INIT_STD, Linear, dropout, make_norm, parameter, rope_tables
+from jaxgpt.model.layers import (
+    INIT_STD,
+    Linear,
+    dropout,
+    make_norm,
+    parameter,
+    query_growth,
+    rope_tables,
+)
 from jaxgpt.model.mlp import Adapter, GatedMlp, Mlp
 from jaxgpt.model.moe import MoE, RouterStats
 from jaxgpt.model.slots import SlotCache
@@ -53,14 +61,13 @@ class Block(nn.Module):
 
         # The stream itself is never normalised (pre-norm): the sum of all layers' contributions
         # reaches the head, and gradients reach the embedding, without passing through a norm.
-        before = cfg.norm_place == "before"
+        before = cfg.norm_place != "after"
         read_BTD = make_norm(cfg, "attention_norm")(x_BTD) if before else x_BTD
-        inputs = _positioned(cfg, inputs, layer)
         attended_BTD, slots = Attention(cfg, name="attention")(read_BTD, inputs, slots)
         if cfg.adapter_dim and not cfg.adapter_parallel:
             attended_BTD += Adapter(cfg, name="attention_adapter")(attended_BTD)
         # Dropout numbers its places in the network: 0 the embedding, then two for each layer.
-        added_BTD = _added(cfg, "attention_norm", attended_BTD, inputs.rng_B, 2 * layer + 1)
+        added_BTD = _added(cfg, "attention", attended_BTD, inputs.rng_B, 2 * layer + 1)
         begin_BTD, x_BTD = x_BTD, by_rows(x_BTD + added_BTD)
 
         read_BTD = begin_BTD if cfg.parallel_residual else x_BTD
@@ -73,24 +80,18 @@ class Block(nn.Module):
         if cfg.adapter_dim:
             seen_BTD = read_BTD if cfg.adapter_parallel else mixed_BTD
             mixed_BTD += Adapter(cfg, name="mlp_adapter")(seen_BTD)
-        added_BTD = _added(cfg, "mlp_norm", mixed_BTD, inputs.rng_B, 2 * layer + 2)
+        added_BTD = _added(cfg, "mlp", mixed_BTD, inputs.rng_B, 2 * layer + 2)
         return by_rows(x_BTD + added_BTD), (stats, slots)
 
 
-def _positioned(cfg: ModelConfig, inputs: BlockInputs, layer: Array | int) -> BlockInputs:
-    """The inputs of one layer: those without positions rotate by nothing (SmolLM3)."""
-    if not cfg.rope_skip or inputs.rope is None:
-        return inputs
-    (cos, sin), still = inputs.rope, (layer + 1) % cfg.rope_skip == 0
-    return inputs._replace(rope=(jnp.where(still, 1, cos), jnp.where(still, 0, sin)))
-
-
 def _added(
-    cfg: ModelConfig, norm: str, out_BTD: Array, rng_B: Array | None, site: Array | int
+    cfg: ModelConfig, half: str, out_BTD: Array, rng_B: Array | None, site: Array | int
 ) -> Array:
     """What half a block adds to the residual stream, of what it computed."""
     if cfg.norm_place == "after":
-        out_BTD = make_norm(cfg, norm)(out_BTD)
+        out_BTD = make_norm(cfg, f"{half}_norm")(out_BTD)
+    elif cfg.norm_place == "both":
+        out_BTD = make_norm(cfg, f"{half}_post_norm")(out_BTD)
     out_BTD = dropout(out_BTD, rng_B, site, cfg.dropout)
     return out_BTD if cfg.residual_scale == 1 else out_BTD * cfg.residual_scale
 
@@ -132,7 +133,7 @@ class GPT(nn.Module):
         bias_LE: Array | None = None,
     ) -> Output:
         cfg = self.cfg
-        index_BT, segments_BT, mask_BTS = _look_up(cfg, tokens_BT, segments_BT, cache)
+        index_BT, segments_BT, mask_BTS = _look_up(tokens_BT, segments_BT, cache)
         # Packed documents count their positions themselves, each from 0.
         positions_BT = index_BT if positions_BT is None else positions_BT
 
@@ -143,23 +144,29 @@ class GPT(nn.Module):
             x_BTD += Table(cfg.context_length, cfg.model_dim, name="positions")(positions_BT)
         x_BTD = by_rows(dropout(x_BTD, rng_B, 0, cfg.dropout))
 
-        # What all layers share: rotary tables, segments, dropout keys, the place in the cache.
-        rope = rope_tables(cfg, positions_BT) if cfg.position == "rope" else None
+        # What layers share: rotary tables, segments, dropout keys, the place in the cache.
         slots = None if cache is None else tuple(zip(cache.keys, cache.values, strict=True))
         length = first_row = None
         if isinstance(cache, SlotCache):
             length, first_row = cache.length_B, cache.first_row
         elif cache is not None:
             length = cache.length
-        inputs = BlockInputs(rope, segments_BT, rng_B, length, mask_BTS, first_row)
+        common = BlockInputs(None, segments_BT, rng_B, length, mask_BTS, first_row)
+        kinds = cfg.period
+        inputs = {kind: _of_kind(kind, common, positions_BT) for kind in kinds}
         layers_L = jnp.arange(cfg.num_layers)
         if weights.layers_apart(self.variables.get("params", {})):
             blocks = Unstacked(cfg, name="blocks")
             x_BTD, (router, slots) = blocks(x_BTD, (layers_L, bias_LE, slots), inputs)
         else:
-            blocks = _stack(cfg, weights.is_quantized(self.variables))(cfg, name="blocks")
             own = (layers_L, bias_LE, slots and jax.tree.map(lambda *x: jnp.stack(x), *slots))
-            x_BTD, (router, written) = blocks(x_BTD, own, inputs)
+            quantized = weights.is_quantized(self.variables)
+            if len(kinds) == 1 or self.is_initializing():
+                blocks = _stack(kinds[0], quantized)(kinds[0], name="blocks")
+                x_BTD, (router, written) = blocks(x_BTD, own, inputs[kinds[0]])
+            else:
+                params = self.variables["params"]["blocks"]
+                x_BTD, (router, written) = _by_period(kinds, quantized, params, x_BTD, own, inputs)
             slots = slots and tuple(zip(*written, strict=True))  # cut again into one pair a layer
 
         if not cfg.tie_embeddings and self.is_initializing():
@@ -188,14 +195,15 @@ class Unstacked(nn.Module):
         self,
         x_BTD: Array,
         own: tuple[Array, Array | None, tuple[Slots, ...] | None],
-        inputs: BlockInputs,
+        inputs: dict[ModelConfig, BlockInputs],
     ) -> tuple[Array, tuple[RouterStats | None, tuple[Slots, ...] | None]]:
         layers_L, bias_LE, slots = own
-        found = []
+        kinds, found = self.cfg.period, []
         for layer in range(self.cfg.num_layers):
             bias_E = None if bias_LE is None else bias_LE[layer]
             of_layer = (layers_L[layer], bias_E, None if slots is None else slots[layer])
-            x_BTD, of_layer = Block(self.cfg, name=str(layer))(x_BTD, of_layer, inputs)
+            kind = kinds[layer % len(kinds)]
+            x_BTD, of_layer = Block(kind, name=str(layer))(x_BTD, of_layer, inputs[kind])
             found.append(of_layer)
         stats, written = zip(*found, strict=True)
         stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
@@ -231,22 +239,25 @@ def head(params: Params) -> Array:
     return weights.table(params["embed"]["embedding"])
 
 
-def logits(params: Params, hidden_BTD: Array) -> Array:
-    """Scores [B, T, V] in float32; apart from GPT so that the chunked loss never builds them."""
+def logits(params: Params, hidden_BTD: Array, softcap: float = 0.0) -> Array:
+    """Scores [B, T, V] in float32; apart from GPT so that the chunked loss never builds them.
+
+    Args:
+        softcap: ModelConfig.logit_softcap.
+    """
     kernel = params["head"]["kernel"] if "head" in params else None
     if kernel is None:
         kernel = weights.transpose(params["embed"]["embedding"])
-    return weights.scores(hidden_BTD, kernel)
+    logits_BTV = weights.scores(hidden_BTD, kernel)
+    return softcap * jnp.tanh(logits_BTV / softcap) if softcap else logits_BTV
 
 
 def _stack(cfg: ModelConfig, quantized: bool) -> Any:
     """Block, rematerialised as asked, scanned over layers with one stacked parameter tree."""
     block: Any = Block
     if cfg.remat != "none":
-        policies = jax.checkpoint_policies
-        policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
         # Inside a scan nothing can be merged with the forward pass, so no barrier is needed.
-        block = nn.remat(Block, policy=policy, prevent_cse=False)
+        block = nn.remat(Block, policy=_kept(cfg), prevent_cse=False)
     return nn.scan(
         block,
         variable_axes={"params": 0},
@@ -257,10 +268,77 @@ def _stack(cfg: ModelConfig, quantized: bool) -> Any:
     )
 
 
+def _kept(cfg: ModelConfig) -> Any:
+    """What a rematerialised block keeps for the backward pass."""
+    policies = jax.checkpoint_policies
+    return policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+
+
+def _by_period(
+    kinds: tuple[ModelConfig, ...],
+    quantized: bool,
+    blocks: Params,
+    x_BTD: Array,
+    own: Any,
+    inputs: dict[ModelConfig, BlockInputs],
+) -> tuple[Array, Any]:
+    """`_stack` for layers of several kinds: a scan over whole periods, whose body has a block of
+    each kind; what is left of a last period follows.
+
+    Every block keeps its place in the stacked parameters, so that nothing else tells them apart.
+    """
+
+    def run(x_BTD: Array, of_period: Any, kinds: tuple[ModelConfig, ...], looped: bool) -> Any:
+        found = []
+        for place, kind in enumerate(kinds):
+            block = lambda x, params, own, kind=kind: Block(kind).apply(
+                {"params": params}, x, own, inputs[kind]
+            )
+            if kind.remat != "none":
+                block = jax.checkpoint(block, policy=_kept(kind), prevent_cse=not looped)
+            params, own = jax.tree.map(lambda leaf_P: leaf_P[place], of_period)  # noqa: B023
+            x_BTD, of_layer = block(x_BTD, params, own)
+            found.append(of_layer)
+        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+    num_layers, length = kinds[0].num_layers, len(kinds)
+    num_periods, left = divmod(num_layers, length)
+    end = num_layers - left
+    found = []
+    if num_periods:
+        whole = lambda leaf_L: leaf_L[:end].reshape(num_periods, length, *leaf_L.shape[1:])
+        x_BTD, of_layers = jax.lax.scan(
+            lambda x_BTD, of_period: run(x_BTD, of_period, kinds, True),
+            x_BTD,
+            jax.tree.map(whole, (blocks, own)),
+            unroll=layer_unroll(num_periods, remat=kinds[0].remat != "none", quantized=quantized),
+        )
+        found.append(jax.tree.map(lambda leaf: leaf.reshape(end, *leaf.shape[2:]), of_layers))
+    if left:
+        rest = jax.tree.map(lambda leaf_L: leaf_L[end:], (blocks, own))
+        x_BTD, of_layers = run(x_BTD, rest, kinds[:left], False)
+        found.append(of_layers)
+    return x_BTD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
+
+
+def _of_kind(cfg: ModelConfig, common: BlockInputs, positions_BT: Array) -> BlockInputs:
+    """What layers of one kind read: their rotary tables, and their window of the cache."""
+    mask_BTS = common.mask_BTS
+    if cfg.sliding_window and mask_BTS is not None:
+        assert common.length is not None
+        _, T, S = mask_BTS.shape
+        slots_T = jnp.arange(T) + common.length
+        seen_TS = jnp.arange(S)[None] > slots_T[:, None] - cfg.sliding_window
+        mask_BTS = mask_BTS & seen_TS[None]
+    rope = rope_tables(cfg, positions_BT) if cfg.position == "rope" else None
+    growth_BT = query_growth(cfg, positions_BT)
+    return common._replace(rope=rope, mask_BTS=mask_BTS, growth_BT=growth_BT)
+
+
 def _look_up(
-    cfg: ModelConfig, tokens_BT: Array, segments_BT: Array | None, cache: KVCache | SlotCache | None
+    tokens_BT: Array, segments_BT: Array | None, cache: KVCache | SlotCache | None
 ) -> tuple[Array, Array | None, Array | None]:
-    """Every token's index in its row, its segment, and the cache slots it may see.
+    """Every token's index in its row, its segment, and the cache slots that stand before it.
 
     The mask is None where the tokens need to look only at each other: without a cache, and while a
     prompt is read into an empty one.
@@ -279,6 +357,4 @@ def _look_up(
     # A token sees the slots from its row's first token to its own, not the empty ones around.
     written_BS = keys_S[None] >= cache.start_B[:, None]
     mask_BTS = (keys_S[None, None] <= slots_T[None, :, None]) & written_BS[:, None]
-    if cfg.sliding_window:
-        mask_BTS &= keys_S[None, None] > slots_T[None, :, None] - cfg.sliding_window
     return jnp.maximum(index_BT, 0), real_BT, mask_BTS

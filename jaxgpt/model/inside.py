@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import gpt
-from jaxgpt.model.attention import Attention
+from jaxgpt.model.attention import Attention, BlockInputs, scale_queries
 from jaxgpt.model.layers import make_norm, rotate
 from jaxgpt.model.moe import MoE, route
 from jaxgpt.types import Array, Params
@@ -29,7 +29,7 @@ class Inside(NamedTuple):
 
     hidden_ABTD: Array  # the residual stream, before the final norm
     logits_BTV: Array
-    q_LBTNH: Array  # queries and keys as they meet: normed and rotated
+    q_LBTNH: Array  # queries and keys as they meet: normed, rotated and scaled
     k_LBSKH: Array
     expert_LBTJ: Array | None  # each token's experts, best first; None without experts
     gate_LBTJ: Array | None  # their weights
@@ -49,7 +49,7 @@ def look(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Inside:
         if issubclass(parent, Attention) or issubclass(parent, MoE):
             seen[f"{parent.__name__}/{module.name}"] = out
         elif isinstance(module, Attention):
-            seen["q"], seen["k"] = _queries_and_keys(cfg, seen, rope=args[1].rope)
+            seen["q"], seen["k"] = _queries_and_keys(module.cfg, seen, args[1])
         elif isinstance(module, MoE):
             _, seen["expert"], seen["gate"] = route(cfg, args[0], seen["MoE/router"], args[1])
         elif isinstance(module, gpt.Block):
@@ -63,15 +63,17 @@ def look(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Inside:
         output = gpt.apply(cfg, params, tokens_BT)
     found: Any = output.router
     hidden_ABTD = jnp.concatenate([found["before"][:1], found["after"]])
-    logits_BTV = gpt.logits(params, output.hidden_BTD)
+    logits_BTV = gpt.logits(params, output.hidden_BTD, cfg.logit_softcap)
     return Inside(hidden_ABTD, logits_BTV, found["q"], found["k"], found["expert"], found["gate"])
 
 
 def attention_weights(cfg: ModelConfig, q_BTNH: Array, k_BSKH: Array) -> Array:
-    """softmax(q k^T / sqrt(H)) of one layer, [B, N, T, S] in float32."""
+    """softmax(q k^T / sqrt(H)) of one layer, `cfg.of_layer`, [B, N, T, S] in float32."""
     (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
     scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH.astype(jnp.float32)) * H**-0.5
+    if cfg.attention_softcap:
+        scores_BKGTS = cfg.attention_softcap * jnp.tanh(scores_BKGTS / cfg.attention_softcap)
     distance_TS = jnp.arange(T)[:, None] - jnp.arange(S)[None]
     visible_TS = (distance_TS >= 0) & (distance_TS < (cfg.sliding_window or T))
     scores_BKGTS = jnp.where(visible_TS[None, None, None], scores_BKGTS, -jnp.inf)
@@ -82,16 +84,19 @@ def lens(cfg: ModelConfig, params: Params, hidden_BTD: Array) -> Array:
     """The logits [B, T, V] that the head reads from a residual stream, after the final norm."""
     norm = make_norm(cfg, "final_norm")
     normed_BTD: Any = norm.clone(name=None).apply({"params": params["final_norm"]}, hidden_BTD)
-    return gpt.logits(params, normed_BTD)
+    if cfg.logit_divisor != 1:
+        normed_BTD = normed_BTD / cfg.logit_divisor
+    return gpt.logits(params, normed_BTD, cfg.logit_softcap)
 
 
 def _queries_and_keys(
-    cfg: ModelConfig, seen: dict[str, Array], rope: tuple[Array, Array] | None
+    cfg: ModelConfig, seen: dict[str, Array], inputs: BlockInputs
 ) -> tuple[Array, Array]:
     def heads(name: str) -> Array:
         projected_BTF = seen[f"Attention/{name}"]
         x_BTNH = projected_BTF.reshape(*projected_BTF.shape[:2], -1, cfg.head_width)
         x_BTNH = seen[f"Attention/{name}_norm"] if cfg.qk_norm else x_BTNH
-        return (x_BTNH if rope is None else rotate(x_BTNH, rope)).astype(cfg.dtype)
+        return x_BTNH if inputs.rope is None else rotate(x_BTNH, inputs.rope, cfg.rope_pairs)
 
-    return heads("query"), heads("key")
+    q_BTNH = scale_queries(cfg, heads("query"), inputs)
+    return q_BTNH.astype(cfg.dtype), heads("key").astype(cfg.dtype)

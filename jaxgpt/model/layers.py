@@ -114,18 +114,34 @@ def rope_tables(cfg: ModelConfig, positions_BT: Array) -> tuple[Array, Array]:
     return strength * jnp.cos(angle_BTH), strength * jnp.sin(angle_BTH)
 
 
-def rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
+def query_growth(cfg: ModelConfig, positions_BT: Array) -> Array | None:
+    """The factor of the queries at each position (RopeScaling.query_growth); None: it is 1."""
+    scaling = cfg.rope_scaling
+    if scaling is None or not scaling.query_growth:
+        return None
+    return 1 + scaling.query_growth * jnp.log1p(positions_BT // scaling.original_context)
+
+
+def rotate(x_BTNH: Array, rope: tuple[Array, Array], pairs: str = "halves") -> Array:
     """Rotates the pairs (i, i + H/2) of every head (the half-split layout of Hugging Face).
 
     Where the tables are narrower than H/2, what stands behind the rotated part stays.
+
+    Args:
+        pairs: "neighbours" rotates the pairs (2i, 2i + 1) in their place.
     """
     # One angle for all heads. Turning query and key by their positions makes their product depend
     # on the distance between them only.
     cos_BT1H, sin_BT1H = (table[:, :, None] for table in rope)
     half = cos_BT1H.shape[-1]
     first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), (half, 2 * half), axis=-1)
-    rotated = (first * cos_BT1H - second * sin_BT1H, second * cos_BT1H + first * sin_BT1H, rest)
-    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+    if pairs == "neighbours":
+        turned = jnp.concatenate((first, second), axis=-1)
+        first, second = turned[..., ::2], turned[..., 1::2]
+    rotated = (first * cos_BT1H - second * sin_BT1H, second * cos_BT1H + first * sin_BT1H)
+    if pairs == "neighbours":
+        rotated = (jnp.stack(rotated, axis=-1).reshape(*first.shape[:-1], 2 * half),)
+    return jnp.concatenate((*rotated, rest), axis=-1).astype(x_BTNH.dtype)
 
 
 # How each kind of RopeScaling changes the frequencies [1, 1, H], for rows of the given lengths.

@@ -61,12 +61,14 @@ def attend_by_row(
     length_B: Array,
     first_row: Array,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Writes new keys and values behind each row's own, and lets the queries read the row.
 
     Args:
         cache: keys and values of one layer, each [rows, K, S, H].
         window: tokens see only tokens fewer than this many places away; 0: all.
+        softcap: as in `kernels.attention`.
     """
     cache = (_write(cache[0], k_BTKH, length_B, first_row),
              _write(cache[1], v_BTKH, length_B, first_row))  # fmt: skip
@@ -89,7 +91,10 @@ def attend_by_row(
         scores_BKQS = jnp.einsum(
             "BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=jnp.float32
         )
-        scores_BKQS = jnp.where(seen_BKQS, scores_BKQS * H**-0.5, HIDDEN)
+        scores_BKQS = scores_BKQS * H**-0.5
+        if softcap:
+            scores_BKQS = softcap * jnp.tanh(scores_BKQS / softcap)
+        scores_BKQS = jnp.where(seen_BKQS, scores_BKQS, HIDDEN)
         new_BKQ = jnp.maximum(largest_BKQ, scores_BKQS.max(-1))
         weights_BKQS = jnp.where(seen_BKQS, jnp.exp(scores_BKQS - new_BKQ[..., None]), 0)
         kept_BKQ = jnp.exp(largest_BKQ - new_BKQ)

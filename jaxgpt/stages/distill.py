@@ -237,20 +237,24 @@ def _divergence(
     }[kind]
     flat = lambda array: array.reshape(-1, array.shape[-1])
     student_AD = flat(scoring.run(cfg.model, params["policy"], batch, rng_B).hidden_BTD)
-    said = lambda params, hidden_AD: losses.tempered(gpt.logits(params, hidden_AD), temperature)
+
+    def said(model: ModelConfig, params: Params, hidden_AD: Array) -> Array:
+        return losses.tempered(gpt.logits(params, hidden_AD, model.logit_softcap), temperature)
+
     if cfg.top_k:
         known = (batch["teacher_ids"], batch["teacher_logprobs"])
         known = tuple(flat(jnp.swapaxes(array_BKT, 1, 2)) for array_BKT in known)
 
         def one(student_CD: Array, *known: Array) -> Array:
             ids_CK, logprobs_CK = known
-            student_CV = said(params["policy"], student_CD)
+            student_CV = said(cfg.model, params["policy"], student_CD)
             return between(losses.with_rest(student_CV, ids_CK), losses.append_rest(logprobs_CK))
     else:
         known = (flat(scoring.run(teacher, params["teacher"], batch).hidden_BTD),)
 
         def one(student_CD: Array, *known: Array) -> Array:
-            return between(said(params["policy"], student_CD), said(params["teacher"], *known))
+            student_CV = said(cfg.model, params["policy"], student_CD)
+            return between(student_CV, said(teacher, params["teacher"], *known))
 
     distance_A = kernels.by_chunks(one, (student_AD, *known), cfg.train.loss_chunk)
     return (distance_A * batch["mask"].reshape(-1)).sum()
@@ -269,7 +273,8 @@ def _with_top_k(cfg: DistillConfig, teacher: Loaded, rows: Examples, name: str) 
         hidden_BTD = scoring.run(teacher.config, params, batch).hidden_BTD
 
         def one(hidden_CD: Array) -> Array:
-            logprobs_CV = losses.tempered(gpt.logits(params, hidden_CD), cfg.temperature)
+            logits_CV = gpt.logits(params, hidden_CD, teacher.config.logit_softcap)
+            logprobs_CV = losses.tempered(logits_CV, cfg.temperature)
             kept_CK, ids_CK = jax.lax.top_k(logprobs_CV, K)
             return jnp.stack([kept_CK, ids_CK.astype(jnp.float32)], axis=-1)
 

@@ -29,6 +29,7 @@ LLAMA = ModelConfig(
     position="rope", rope_base=5000.0,
 )  # fmt: skip
 MIXTURE = {"num_experts": 4, "experts_per_token": 2, "mlp_dim": 32}
+GEMMA = {"activation": "gelu_tanh", "norm_offset": 1.0, "embedding_scale": 8.0}
 MODELS = {
     "llama": {},
     "llama-untied": {"tie_embeddings": False, "num_kv_heads": None},
@@ -43,6 +44,27 @@ MODELS = {
     "qwen2moe": MIXTURE | {"bias": "qkv", "normalize_expert_weights": False, "shared_mlp_dim": 48},
     "qwen3": {"qk_norm": True, "head_dim": 32},
     "qwen3moe": MIXTURE | {"qk_norm": True},
+    "granite": {
+        "embedding_scale": 3.0, "residual_scale": 0.25, "logit_divisor": 2.5,
+        "attention_scale": 0.125,
+    },
+    "smollm3": {"num_layers": 5, "rope_skip": 4},
+    "olmo2": {"norm_place": "after", "qk_norm": True, "qk_norm_over": "width"},
+    "phi3": {"rope_share": 0.5, "sliding_window": 7},
+    "phi3-long": {"context_length": 64, "rope_scaling": RopeScaling(
+        kind="longrope", factor=2.0, original_context=32, attention_factor=1.25,
+        short_factors=(1.0, 1.5) * 4, long_factors=(2.0, 4.5) * 4,
+    )},
+    "gemma": GEMMA,
+    "gemma2": GEMMA | {
+        "norm_place": "both", "layer_pattern": "LG", "sliding_window": 7,
+        "attention_softcap": 50.0, "logit_softcap": 30.0, "num_layers": 3,
+    },
+    "gemma3": GEMMA | {
+        "norm_place": "both", "layer_pattern": "LLLLLG", "sliding_window": 7, "num_layers": 7,
+        "rope_base": 1e6, "rope_local_base": 1e4, "qk_norm": True,
+        "rope_scaling": RopeScaling(kind="linear", factor=8.0),
+    },
     "gpt2": {
         "mlp": "plain", "activation": "gelu_tanh", "norm": "layernorm", "position": "learned",
         "bias": "all", "num_kv_heads": None, "head_dim": None,

@@ -29,7 +29,13 @@ CONFIGS = {
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_fc", "c_proj"],
+    # Projections side by side, of one width or of several, head by head; neighbours that rotate.
+    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    "phi3-long": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "glm4": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "gemma3_text": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+MORE = [name for name in TARGETS if name not in ("llama", "gpt2")]
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -93,6 +99,22 @@ def test_our_adapter_gives_our_logits(model, name, tmp_path):
     assert peft_hf.base_of(tmp_path) == path
     again = peft_hf.load(tmp_path, cfg, params)
     np.testing.assert_allclose(logits(cfg, again, tokens_BT), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", MORE, indirect=True)
+@pytest.mark.parametrize("name", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
+def test_adapters_of_fused_and_patterned_families_go_both_ways(model, name, tmp_path):
+    family, path, cfg, params = model
+    wrapped = wrap(family, path, name)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    tokens_BT = reference.tokens()
+    expected = reference.logits(wrapped, tokens_BT)
+    ours = peft_hf.load(tmp_path / "theirs", cfg, params)
+    assert not np.allclose(expected, logits(cfg, params, tokens_BT), atol=1e-2)
+    np.testing.assert_allclose(logits(cfg, ours, tokens_BT), expected, atol=2e-4)
+    peft_hf.save(tmp_path / "ours", cfg, ours, str(path))
+    opened = theirs.PeftModel.from_pretrained(reference.open_hf(path), tmp_path / "ours").eval()
+    np.testing.assert_allclose(reference.logits(opened, tokens_BT), expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("model", ["llama"], indirect=True)

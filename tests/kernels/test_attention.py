@@ -86,6 +86,20 @@ def test_bf16_matches_plain_at_every_shape(rng, B, T, N, K, H):
     assert_matches_plain(inputs(rng, B, T, N, K, H, jnp.bfloat16), tolerance=2e-2)
 
 
+@pytest.mark.parametrize("T", [65, 600])
+def test_capped_scores_match_plain(rng, T):
+    segments_BT = jnp.sort(jax.random.randint(rng, (2, T), 0, 4))
+    arrays = inputs(rng, 2, T, 4, 2, 16)
+    capped = partial(attention, segments_BT=segments_BT, window=40, softcap=1.5)
+    plain = partial(plain_attention, segments_BT=segments_BT, window=40, softcap=1.5)
+    got = jax.jit(lambda *a: value_and_gradients(capped, *a))(*arrays)
+    want = jax.jit(lambda *a: value_and_gradients(plain, *a))(*arrays)
+    uncapped = jax.jit(lambda q, k, v: plain_attention(q, k, v, segments_BT, 40))(*arrays[:3])
+    assert not np.allclose(got[0], uncapped, atol=1e-2)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * max(1, np.abs(y).max()))
+
+
 def test_future_tokens_change_nothing(rng):
     q, k, v, _ = inputs(rng, 1, 100, 2, 2, 16)
     out = attention(q, k, v)

@@ -60,6 +60,22 @@ def test_cross_entropy_matches_plain(arrays, chunk, z_loss, smoothing):
     assert_close(got, jax.value_and_grad(plain, argnums=(0, 1))(hidden, head))
 
 
+@pytest.mark.parametrize("chunk", [0, 11])
+def test_capped_logits_match_plain(arrays, chunk):
+    hidden, head, targets, weights = arrays
+    options = dict(z_loss=0.1, label_smoothing=0.2, softcap=1.5)
+    got = loss_and_gradients(*arrays, **options, chunk=chunk)
+    equation = inspect.unwrap(cross_entropy)
+    plain = lambda *a: equation(*a, targets, weights, **options).loss
+    assert_close(got, jax.value_and_grad(plain, argnums=(0, 1))(hidden, head))
+    said = lambda function, *a: jnp.square(
+        jnp.stack(function(*a, targets, temperature=0.7, softcap=1.5))
+    ).sum()
+    got = jax.grad(partial(said, logprobs_and_entropy), argnums=(0, 1))(hidden, head)
+    plain = partial(said, inspect.unwrap(logprobs_and_entropy))
+    assert_close(got, jax.grad(plain, argnums=(0, 1))(hidden, head))
+
+
 def test_undifferentiated_loss_is_the_same(arrays):
     options = dict(z_loss=0.1, label_smoothing=0.2, chunk=11)
     loss = cross_entropy(*arrays, **options).loss

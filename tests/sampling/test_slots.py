@@ -22,6 +22,10 @@ DENSE = ModelConfig(
 MODELS = {
     "dense": DENSE,
     "window": dataclasses.replace(DENSE, position="rope", sliding_window=9),
+    "pattern": dataclasses.replace(
+        DENSE, position="rope", sliding_window=9, layer_pattern="LG", num_layers=3,
+        attention_softcap=5.0, logit_softcap=6.0,
+    ),
     "bfloat16": dataclasses.replace(DENSE, dtype="bfloat16"),
     "mixture": ModelConfig(
         vocab_size=61, context_length=256, num_layers=2, model_dim=24, num_heads=3, mlp_dim=20,
