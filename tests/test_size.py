@@ -49,8 +49,8 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 590 of them: configs by name, own functions, stopping, the lock, ending together; 65: kernels that
 # stay in a file's blocks, which were decoded before.
-TOTAL = 18_325
-# 850 of the total are "models": families, windows by layer, capped scores, fused projections.
+TOTAL = 18_334
+# 858 of the total are "models": families, windows by layer, capped scores, fused projections.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
     "commands": 650,  # what was scripts/ (480), the list of commands, the doctor
