@@ -91,7 +91,9 @@ def test_older_names_and_flat_settings_are_read(whole):
     expected = hf.load(path)
     tensors = files.load_file(path / "model.safetensors")
     inner = {  # what save_pretrained writes is old or new, by the family
-        re.sub(r"^(model\.language_model|language_model\.model|language_model|model)\.", "", key): array
+        re.sub(
+            r"^(model\.language_model|language_model\.model|language_model|model)\.", "", key
+        ): array
         for key, array in tensors.items()
         if "vision" not in key and "visual" not in key and "projector" not in key
     }
