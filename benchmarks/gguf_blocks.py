@@ -1,8 +1,8 @@
 """Greedy decoding of a GGUF file, 32 -> 128 tokens, against llama.cpp on this CPU.
 
-python benchmarks/gguf_blocks.py SmolLM2.gguf                       # 1 and 8 streams, both sides in turn
+python benchmarks/gguf_blocks.py SmolLM2.gguf                # 1 and 8 streams, both sides in turn
 python benchmarks/gguf_blocks.py SmolLM2.gguf --llama_python /other/venv/bin/python
-python benchmarks/gguf_blocks.py SmolLM2.gguf --text book.txt       # perplexity instead: blocks, decoded
+python benchmarks/gguf_blocks.py SmolLM2.gguf --text book.txt     # perplexity: blocks, decoded
 
 The other side needs llama-cpp-python (pip install "jaxgpt[llamacpp]"), here or in another venv.
 """

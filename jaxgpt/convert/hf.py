@@ -157,7 +157,8 @@ def _text(settings: Mapping[str, Any]) -> Mapping[str, Any]:
         return settings
     inner = settings.get("text_config")
     if inner is None:  # the first Qwen-VL have all in one table
-        inner = {key: value for key, value in settings.items() if not key.startswith("vision")}
+        others = ("vision", "image_", "video_")
+        inner = {key: value for key, value in settings.items() if not key.startswith(others)}
         inner["model_type"] = usual
     if not isinstance(inner, dict):
         raise ValueError(f"config.json: text_config={inner!r:.80}: must be a table of settings")

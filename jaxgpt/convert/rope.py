@@ -86,8 +86,10 @@ def read_by_layer(
     for key, rope in ((TABLES[0], scaling), (TABLES[1], full), (TABLES[1], own)):
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
             refuse(key, rope, "must be a table of settings")
-    found = _Table(theirs, full | scaling, TABLES[1], context).fields(base, None)
-    without = {key: value for key, value in theirs.items() if key != "rope_theta"}
+    # Beside the tables only the global layers' theta is read.
+    without = {key: value for key, value in theirs.items() if key not in KEYS[2:]}
+    of_full = without | {key: theirs[key] for key in KEYS[2:4] if key in theirs}
+    found = _Table(of_full, full | scaling, TABLES[1], context).fields(base, None)
     usual = theirs.get(local[0], local[1])
     of_local = _Table(without, own, f"{TABLES[1]}.{LOCAL}", context).fields(usual, None)
     if of_local == found:
