@@ -9,6 +9,7 @@ On a GPU the share of the memory's bandwidth that reading the weights alone take
 """
 
 import argparse
+import json
 import os
 import sys
 from functools import partial
@@ -20,7 +21,7 @@ PROMPT, NEW = 32, 128
 DTYPES = ["float32", "bfloat16"]
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 OURS = list(BYTES)  # int8: weights, head included, and what they multiply
-MODELS = ("gpt2-124m", "llama-135m", "gpt2-1.5b", "llama-8b")
+MODELS = ("gpt2-124m", "llama-135m", "gpt2-1.5b", "llama-8b", "gpt2-tiny")
 
 
 def main() -> None:
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--peer", nargs="*", choices=DTYPES, help="of transformers")
     parser.add_argument("--rollout", action="store_true", help="ours as in reinforcement learning")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="last, one JSON list of the figures")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -47,6 +49,7 @@ def main() -> None:
     peer_dtypes = (["bfloat16"] if gpu else ["float32"]) if args.peer is None else args.peer
     if args.rollout:
         peer_dtypes = dtypes
+    found = []
     for batch in args.batch:
         start = partial(
             paired.Side, __file__, "--model", args.model, "--batch", str(batch), "--side"
@@ -56,7 +59,9 @@ def main() -> None:
         peers = [partial(start, peer, dtype) for dtype in peer_dtypes]
         title, tokens = f"{args.model}, batch {batch}", batch * NEW
         bound = limit(args.model, dtypes[0], gpu) if len(dtypes) == 1 else None
-        paired.compare(title, ours, peers, tokens, "tokens", args.pairs, bound)
+        found.append(paired.compare(title, ours, peers, tokens, "tokens", args.pairs, bound))
+    if args.json:
+        print(json.dumps([each._asdict() for each in found]))
 
 
 def limit(name: str, dtype: str, gpu: Any) -> tuple[float, str] | None:
@@ -72,12 +77,15 @@ def limit(name: str, dtype: str, gpu: Any) -> tuple[float, str] | None:
 
 
 def settings(name: str, dtype: str) -> Any:
+    from dataclasses import replace
+
     from jaxgpt import config
 
-    return config.parse(config.PretrainConfig, "", [
+    model = config.parse(config.PretrainConfig, "", [
         "--model", f"configs/model/{name}.yaml", "--model.context_length", "1024",
         "--model.dtype", "float32" if dtype == "int8" else dtype,
     ]).model  # fmt: skip
+    return replace(model, vocab_size=model.vocab_size or 256)  # the tiny ones name none
 
 
 def jaxgpt_side(name: str, dtype: str, batch: int, rollout: bool = False) -> None:

@@ -12,7 +12,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Compared(NamedTuple):
+    """What `compare` found: both sides' fastest variants, as medians."""
+
+    title: str
+    ours: str
+    per_second: float
+    unit: str
+    peer: str | None = None
+    peer_per_second: float | None = None
+    ratio: float | None = None  # ours to the peer's, the median of the pairs
+    ratios: tuple[float, float] | None = None  # the least and the largest pair
+    share: float | None = None  # of `limit`
+    limit: str | None = None
 
 
 def serve(name: str, measure: Callable[[], float]) -> None:
@@ -78,12 +93,12 @@ def compare(
     unit: str,
     pairs: int,
     limit: tuple[float, str] | None = None,
-) -> float:
-    """Prints medians and the ratio to the fastest peer with its range; returns the median ratio.
+) -> Compared:
+    """Prints and returns medians and the ratio to the fastest peer with its range.
 
     Args:
         ours, peers: start one variant each; the fastest of either side are paired. Without peers
-            ours are timed alone, and the ratio is infinite.
+            ours are timed alone.
         amount: what one measurement does, in `unit`s, such as tokens.
         limit: the seconds that the hardware must take for it, and what of the hardware.
     """
@@ -92,7 +107,7 @@ def compare(
         own = statistics.median(mine.measure() for _ in range(pairs))
         print(f"{title}: {mine.name} {amount / own:,.0f} {unit}/s{_share(own, limit)}", flush=True)
         mine.close()
-        return float("inf")
+        return Compared(title, mine.name, amount / own, unit, **_of_limit(own, limit))
     best = _fastest(peers, amount, unit)
     times = [(mine.measure(), best.measure()) for _ in range(pairs)]
     ratios = sorted(theirs / own for own, theirs in times)
@@ -106,7 +121,14 @@ def compare(
     )
     for side in (mine, best):
         side.close()
-    return ratio
+    return Compared(
+        title, mine.name, amount / own, unit, best.name, amount / theirs, ratio,
+        (ratios[0], ratios[-1]), **_of_limit(own, limit),
+    )  # fmt: skip
+
+
+def _of_limit(seconds: float, limit: tuple[float, str] | None) -> dict[str, Any]:
+    return {"share": limit[0] / seconds, "limit": limit[1]} if limit else {}
 
 
 def _share(seconds: float, limit: tuple[float, str] | None) -> str:

@@ -9,6 +9,7 @@ in the test suite.
 """
 
 import argparse
+import json
 import os
 import sys
 from functools import partial
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--variant", nargs="*", choices=VARIANTS, help="of torch; none: no peers")
     parser.add_argument("--at_least", type=float, default=0, help="a lower ratio is an error")
+    parser.add_argument("--json", action="store_true", help="last, one JSON list of the figures")
     parser.add_argument("--side", choices=[*DTYPES, *VARIANTS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -73,15 +75,19 @@ def main() -> None:
     gpu = paired.gpu()
     dtypes = args.dtype or (DTYPES[:1] if gpu else DTYPES)
     variants = (GPU_VARIANTS if gpu else VARIANTS) if args.variant is None else args.variant
+    found = []
     for name in args.workload or (GPU if gpu else CPU):
         start = partial(paired.Side, __file__, "--workload", name, "--side")
         ours, peers = ([partial(start, v) for v in side] for side in (dtypes, variants))
         work = WORKLOADS[name]
         tokens = work.batch * work.context * work.steps
         bound = limit(name, tokens, gpu)
-        ratio = paired.compare(name, ours, peers, tokens, "tokens", args.pairs, bound)
-        if ratio < args.at_least:
+        found.append(paired.compare(name, ours, peers, tokens, "tokens", args.pairs, bound))
+        ratio = found[-1].ratio
+        if ratio is not None and ratio < args.at_least:
             raise SystemExit(f"{name}: the ratio {ratio:.2f} is below {args.at_least}")
+    if args.json:
+        print(json.dumps([each._asdict() for each in found]))
 
 
 def limit(name: str, tokens: int, gpu: Any) -> tuple[float, str] | None:

@@ -1,5 +1,6 @@
 """Short benchmarks on this machine: guards against large losses of speed and memory."""
 
+import json
 import os
 import platform
 import re
@@ -35,3 +36,26 @@ def test_a_run_takes_the_memory_that_its_plan_tells():
     )  # fmt: skip
     shares = [float(share) for share in re.findall(r"([\d.]+) of it", done.stdout)]
     assert len(shares) == 2 and all(0.85 < share < 1.15 for share in shares), done.stdout
+
+
+@pytest.mark.slow
+def test_what_a_gpu_measures_is_rehearsed_on_a_cpu(tmp_path):
+    pytest.importorskip("psutil")  # the server's memory
+    output = tmp_path / "gpu.json"
+    done = subprocess.run(
+        ["benchmarks/gpu.sh", "--rehearse", "--output", str(output)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    report = json.loads(output.read_text())
+    assert done.returncode == 0, {n: m for n, m in report["measures"].items() if "error" in m}
+    assert report["machine"]["rehearsal"]
+    found = {name: measure["found"] for name, measure in report["measures"].items()}
+    assert found["train-smoke"][0]["per_second"] > 0
+    assert found["sft"]["speed/tokens_per_second"] > 0
+    assert found["grpo"]["speed/rollout_tokens_per_second"] > 0
+    assert found["serve"]["jaxgpt"]["tokens_per_second@1"] > 0
+
+
+def test_without_a_gpu_the_script_says_so():
+    done = subprocess.run(["benchmarks/gpu.sh"], capture_output=True, text=True)
+    assert done.returncode == 1 and "--rehearse" in done.stderr and "Traceback" not in done.stderr
