@@ -41,7 +41,7 @@ BUDGET = {
     "sharding.py": 230,
     "stages": 820,
     "tasks": 390,
-    "train.py": 360,
+    "train.py": 380,  # the loop in parts that are read one at a time
     "tree.py": 40,
     "types.py": 31,
     "weights.py": 170,
@@ -49,7 +49,7 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 590 of them: configs by name, own functions, stopping, the lock, ending together; 65: kernels that
 # stay in a file's blocks, which were decoded before.
-TOTAL = 18_336
+TOTAL = 18_356
 # 859 of the total are "models": families, windows by layer, capped scores, fused projections.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
