@@ -120,6 +120,25 @@ def test_the_others_end_with_one_line_when_one_is_killed(tmp_path, victim):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_end_when_one_stands_still(tmp_path, victim):
+    """A process that answers nothing any more, as on a machine that hangs."""
+    run = tmp_path / "run"
+    started = start([*WORKER, str(run)], tmp_path, 2)
+    wait_for(lambda: steps(run), started)
+    started[victim].send_signal(signal.SIGSTOP)
+    stopped, other = time.monotonic(), started[1 - victim]
+    try:
+        assert other.wait(120) in (1, -signal.SIGABRT)
+        assert time.monotonic() - stopped < 60
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert processes.LOST in (tmp_path / f"{1 - victim}.txt").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [((2, 2), (4, 1)), ((4, 1), (1, 4))])
 def test_a_killed_run_goes_on_in_other_processes_as_if_it_had_not_been(tmp_path, first, then):
     text = tmp_path / "text.txt"

@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt import files
 from jaxgpt.config.command_line import said
 
-HEARTBEAT_SECONDS = 60  # silence after which the runtime calls a process lost
+HEARTBEAT_SECONDS = 40  # silence after which the runtime calls a process lost
 SHUTDOWN_SECONDS = 120  # how long the others wait for the one that writes the report
 ANSWER_SECONDS = 300  # how long one waits for another to begin
 _SETTINGS, _FAILED = "jaxgpt/settings/{}", "jaxgpt/failed"
