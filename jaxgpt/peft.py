@@ -226,7 +226,8 @@ def quantize_int8(params: Params) -> Params:
         plain = weights.dense(kernel)
         if platform() != "cpu" or "moe/" in name:
             return weights.quantize(plain, "int8")
-        as_blocks = plain.shape[-2] % 32 == 0 and compiled.load()
+        D, F = plain.shape[-2:]
+        as_blocks = D % 32 == 0 and F % blocks.LANES == 0 and compiled.load()
         return blocks.quantize(plain) if as_blocks else int8.quantize(plain)
 
     return weights.map_kernels(quantize, params)
@@ -247,7 +248,7 @@ def shape_of(kernel: Kernel) -> tuple[int, ...]:
         *stack, F, C = kernel.packed.shape
         return (*stack, 2 * C, F)
     if isinstance(kernel, Blocks):
-        return (*kernel.rows.shape[:-2], kernel.width, kernel.rows.shape[-2])
+        return (*kernel.tiles.shape[:-3], kernel.width, kernel.count)
     return (kernel.codes if isinstance(kernel, Int8) else kernel).shape
 
 

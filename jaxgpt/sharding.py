@@ -61,7 +61,7 @@ RULES: list[tuple[str, P]] = [
     *_kernel(r"(query|key|value|gate|up)", None, "fsdp", "tensor"),
     *_kernel(r"(output|down)", None, "tensor", "fsdp"),
     *_kernel(r"head", "fsdp", "tensor"),
-    (r"(kernel(/w)?|embedding)/(scales|groups|offset|rows)$", P()),
+    (r"(kernel(/w)?|embedding)/(scales|groups|offset|tiles)$", P()),
     (r"score/kernel$", P("fsdp", None)),
     (r"(query|key|value|gate|up)/bias$", P(None, "tensor")),
     (r"(bias|scale)$", P()),

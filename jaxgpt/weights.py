@@ -122,9 +122,7 @@ def dense(kernel: Kernel | Int8Rows) -> Array:
 
 def table(embedding_VD: Array | Blocks) -> Array:
     """An embedding table as one plain array."""
-    if isinstance(embedding_VD, Blocks):
-        return blocks.decode(embedding_VD.rows, embedding_VD.kind)
-    return embedding_VD
+    return blocks.table(embedding_VD) if isinstance(embedding_VD, Blocks) else embedding_VD
 
 
 def transpose(embedding_VD: Array | Blocks) -> Kernel:
@@ -135,7 +133,7 @@ def transpose(embedding_VD: Array | Blocks) -> Kernel:
 def take(embedding_VD: Array | Blocks, tokens_BT: Array) -> Array:
     """Rows of an embedding table, in float32."""
     if isinstance(embedding_VD, Blocks):
-        return blocks.decode(embedding_VD.rows[tokens_BT], embedding_VD.kind)
+        return blocks.take(embedding_VD, tokens_BT)
     return embedding_VD[tokens_BT].astype(jnp.float32)
 
 
@@ -223,9 +221,8 @@ def _apply(
         return jax.checkpoint(lambda x, codes: product(x, nf4.dequantize(codes)))(x, kernel)
     if isinstance(kernel, Blocks):
         if product is kernels.linear:
-            return kernels.linear_by_blocks(x, kernel.rows, kernel.kind)
-        decoded = lambda x, rows: product(x, blocks.dequantize(Blocks(rows, kernel.kind)))
-        return jax.checkpoint(decoded)(x, kernel.rows)
+            return kernels.linear_by_blocks(x, kernel.tiles, kernel.kind)
+        return jax.checkpoint(lambda x, kernel: product(x, blocks.dequantize(kernel)))(x, kernel)
     if isinstance(kernel, Lora):
         y = _apply(product, spread, x, kernel.w)
         y = y + (_low_rank(product, x, kernel) * kernel.strength).astype(y.dtype)

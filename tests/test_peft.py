@@ -20,7 +20,6 @@ from jaxgpt import peft, sharding, tree, weights
 from jaxgpt.checkpoint import read_arrays
 from jaxgpt.config import MeshConfig, ModelConfig, PeftConfig
 from jaxgpt.convert.load import load
-from jaxgpt.kernels import compiled
 from jaxgpt.model import gpt
 from jaxgpt.sampling.sample import Sampling, generate
 
@@ -212,11 +211,10 @@ def test_int8_for_decoding_covers_the_head(tie):
     cfg = dataclasses.replace(CFG, tie_embeddings=tie)
     params = init(cfg)
     int8 = peft.quantize_int8(params)
-    kind = weights.Blocks if compiled.load() else weights.Int8Rows
-    assert isinstance(int8["head"]["kernel"], kind)  # a CPU's form
+    assert isinstance(int8["head"]["kernel"], weights.Int8Rows)  # a CPU's form
     assert int8["embed"]["embedding"] is params["embed"]["embedding"]
     got, expected = logits(cfg, int8, tokens()), logits(cfg, params, tokens())
-    assert 0 < np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+    assert 0 < np.abs(got - expected).max() < 0.05 * np.abs(expected).max()  # x is rounded too
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from jaxgpt.config import ModelConfig, RopeScaling
 from jaxgpt.convert import gguf_file, table, tokenizer_files, words
 from jaxgpt.convert.gguf_file import Source
 from jaxgpt.kernels import compiled
-from jaxgpt.kernels.blocks import FORMATS, Blocks
+from jaxgpt.kernels.blocks import FORMATS, LANES, Blocks, tiled
 from jaxgpt.kernels.platform import platform
 from jaxgpt.types import Params
 
@@ -274,12 +274,14 @@ def _blocks(cfg: ModelConfig, source: Source, row: table.Row) -> Blocks | None:
     if not known or pattern is None or not compiled.load():
         return None
     num_rows, C = source.rows(theirs[0][0]).shape
+    if num_rows % LANES:
+        return None
     lead = (cfg.num_layers,) if "{layer}" in row[1] else ()
-    rows = table.aligned((*lead, num_rows, C), "uint8")
+    tiles = table.aligned((*lead, num_rows // LANES, C, LANES), "uint8")
     for tensor, index in theirs:
-        found = source.rows(tensor)
-        rows[index] = table.rearrange(found, pattern, table.sizes(cfg) | {"byte": C})
-    return Blocks(jax.device_put(rows), kind)
+        axes = table.sizes(cfg) | {"byte": C}
+        tiles[index] = tiled(table.rearrange(source.rows(tensor), pattern, axes))
+    return Blocks(jax.device_put(tiles), kind)
 
 
 class Shifted:

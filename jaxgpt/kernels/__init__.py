@@ -117,9 +117,9 @@ def linear_by_rows(x: Array, rows_FD: Array, dtype: DTypeLike) -> Array:
 
 
 @operation
-def linear_by_blocks(x: Array, rows_FC: Array, kind: str) -> Array:
-    """x @ kernel in float32, of a kernel whose output channels are quantised blocks."""
-    return blocks.linear(x, rows_FC, kind)
+def linear_by_blocks(x: Array, tiles_UCI: Array, kind: str) -> Array:
+    """x @ kernel in float32, of a kernel whose output channels are quantised (blocks.py)."""
+    return blocks.linear(x, tiles_UCI, kind)
 
 
 @operation

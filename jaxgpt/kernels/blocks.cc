@@ -1,13 +1,14 @@
 // Rows of quantised numbers times rows of float32, y = x rows^T, for decoding on a CPU.
 //
 // A step of decoding reads every weight once, so that few bytes a weight make it fast, if decoding
-// the weights costs no more time than reading them. Rows stay as a GGUF file has them. A tile of
-// TILE rows is decoded, STRETCH numbers of each at a time, into memory that stays in the processor's
-// first cache, and multiplied there by all rows of x, which stay float32.
+// the weights takes no longer than reading them. Blocks stay as a GGUF file has them, but that the
+// bytes of LANES rows stand beside each other: the first byte of each row, then the second one of
+// each. A vector then holds one number of every row, no lane ever needs another one's, and all is
+// written in the vector types of GCC and Clang, for any machine. Activations stay float32.
 //
-// Every number of y is a sum over the row in one order, whatever the number of rows of x, of
-// threads, and the tile: a row of x has the same bits alone and in company. Block formats are
-// ggml's (ggml-common.h of llama.cpp); tests compare them with the library `gguf`.
+// Every number of y is a sum over the row in one order, whatever the number of rows of x and of
+// threads: a row of x has the same bits alone and in company. The formats of blocks are ggml's
+// (ggml-common.h of llama.cpp); tests compare them with the library `gguf`.
 //
 // Sizes: A rows of x, D numbers of a row, F rows of the matrix.
 
@@ -18,6 +19,7 @@
 #include <cstring>
 #include <memory>
 #include <thread>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -29,216 +31,269 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// Numbers of a vector register. A vector type of GCC and Clang is any machine's, NEON's too.
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX__)
-constexpr int W = 8;
+constexpr int LANES = 16;  // also in blocks.py
+#if defined(__AVX512BW__)
+constexpr int W = 16;    // of the lanes, how many a register holds
+constexpr int MOST = 8;  // rows of x that are multiplied together: their sums stay in registers
+#elif defined(__AVX2__) && defined(__F16C__)
+constexpr int W = 8, MOST = 4;
 #else
-constexpr int W = 4;
+constexpr int W = 4, MOST = 4;
 #endif
-typedef float Vector __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(W)));
+typedef int8_t SignedBytes __attribute__((vector_size(W)));
+typedef int32_t Codes __attribute__((vector_size(4 * W)));
+typedef float Floats __attribute__((vector_size(4 * W)));
 
-constexpr int TILE = 8;                // rows of the matrix that are decoded together
-constexpr int STRETCH = 512;           // numbers of them; a multiple of every block
-constexpr int STRIDE = STRETCH + 16;   // off a power of two, which would fall on the same cache lines
-constexpr int GROUP = 64;              // rows of x whose sums are kept at a time
-constexpr int64_t ALONE = 1 << 16;     // products of so few numbers are not worth another thread
-constexpr int64_t PARTS = 8;           // of a thread's share: the last ones even out
+constexpr int SPAN = 32;            // numbers of x, whose sum blocks with an offset need
+constexpr int64_t ALONE = 1 << 16;  // products of so few numbers are not worth another thread
+constexpr int64_t PARTS = 8;        // of a thread's share: the last ones even out
 
-// ---- block formats: `count` numbers from where a block begins
+// ---- one byte of each row
 
-inline float half(const uint8_t* bytes) {
-  uint16_t bits;
-  std::memcpy(&bits, bytes, 2);
-#if defined(__F16C__)
-  return _cvtsh_ss(bits);
+template <class Kind>
+inline Kind load(const uint8_t* bytes) {
+  Kind found;
+  std::memcpy(&found, bytes, sizeof found);
+  return found;
+}
+
+// GCC 12 widens bytes by way of memory, if it is not told how.
+inline Codes codes(const uint8_t* bytes) {
+#if defined(__AVX512BW__)
+  return (Codes)_mm512_cvtepu8_epi32(load<__m128i>(bytes));
+#elif defined(__AVX2__)
+  return (Codes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
 #else
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float size = std::ldexp(float(exponent ? fraction + 1024 : fraction), std::max(exponent, 1) - 25);
-  return bits >> 15 ? -size : size;
+  return __builtin_convertvector(load<Bytes>(bytes), Codes);
 #endif
 }
 
-struct Line {  // a code's number is scale * code + offset
-  float scale, offset;
+inline Floats floats(Codes whole) { return __builtin_convertvector(whole, Floats); }
+
+inline Floats signed_floats(const uint8_t* bytes) {
+#if defined(__AVX512BW__)
+  return floats((Codes)_mm512_cvtepi8_epi32(load<__m128i>(bytes)));
+#elif defined(__AVX2__)
+  return floats((Codes)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)bytes)));
+#else
+  return floats(__builtin_convertvector(load<SignedBytes>(bytes), Codes));
+#endif
+}
+
+// Numbers of 16 bits, whose upper bytes follow the lower ones.
+inline Floats halves(const uint8_t* bytes) {
+#if defined(__AVX512BW__)
+  const __m256i low = _mm256_cvtepu8_epi16(load<__m128i>(bytes));
+  const __m256i high = _mm256_cvtepu8_epi16(load<__m128i>(bytes + LANES));
+  return (Floats)_mm512_cvtph_ps(_mm256_or_si256(low, _mm256_slli_epi16(high, 8)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  const __m128i low = _mm_loadl_epi64((const __m128i*)bytes);
+  const __m128i high = _mm_loadl_epi64((const __m128i*)(bytes + LANES));
+  return (Floats)_mm256_cvtph_ps(_mm_unpacklo_epi8(low, high));
+#else
+  Floats found;
+  for (int i = 0; i < W; ++i) {
+    const int bits = bytes[i] | bytes[i + LANES] << 8;
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const int whole = exponent ? fraction + 1024 : fraction;
+    found[i] = std::ldexp(float(bits >> 15 ? -whole : whole), std::max(exponent, 1) - 25);
+  }
+  return found;
+#endif
+}
+
+// ---- block formats: one block of each row times NA rows of x, added to `sum`
+
+struct Rows {  // of x, from the block's first number on
+  const float* x;
+  const float* spans;  // the sums of SPAN numbers
+  int64_t D;
+  float span(int a, int n) const { return spans[a * (D / SPAN) + n]; }
 };
 
-// 16 bytes hold 32 numbers: the lower halves belong to `low`, the upper ones to `high`.
-inline void halves(const uint8_t* codes, Line low, Line high, float* to_low, float* to_high) {
-#if defined(__AVX512F__)
-  // A code picks its number out of a register with all sixteen; the pick looks at four bits only.
-  const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const auto numbers = [&](Line line) {
-    return _mm512_fmadd_ps(levels, _mm512_set1_ps(line.scale), _mm512_set1_ps(line.offset));
-  };
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-  _mm512_storeu_ps(to_low, _mm512_permutexvar_ps(bytes, numbers(low)));
-  _mm512_storeu_ps(to_high, _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), numbers(high)));
-#else
-  for (int i = 0; i < 16; ++i) to_low[i] = float(codes[i] & 15) * low.scale + low.offset;
-  for (int i = 0; i < 16; ++i) to_high[i] = float(codes[i] >> 4) * high.scale + high.offset;
-#endif
+template <int NA>
+inline void add(Floats* sum, Floats numbers, const float* x, int64_t D) {
+#pragma GCC unroll 8
+  for (int a = 0; a < NA; ++a) sum[a] += numbers * x[a * D];
 }
 
-void q4_0(const uint8_t* block, int64_t count, float* to) {
-  for (; count > 0; count -= 32, block += 18, to += 32) {
-    const float scale = half(block);
-    halves(block + 2, {scale, -8 * scale}, {scale, -8 * scale}, to, to + 16);
+// Two numbers in each of `count` bytes; those of the upper halves stand `count` behind the others.
+template <int NA>
+inline void add_halves(Floats* low, Floats* high, const uint8_t* bytes, int count, const float* x,
+                       int64_t D) {
+  for (int i = 0; i < count; ++i) {
+    const Codes both = codes(bytes + i * LANES);
+    add<NA>(low, floats(both & 15), x + i, D);
+    add<NA>(high, floats(both >> 4), x + count + i, D);
   }
 }
 
-void q4_1(const uint8_t* block, int64_t count, float* to) {
-  for (; count > 0; count -= 32, block += 20, to += 32) {
-    const Line line = {half(block), half(block + 2)};
-    halves(block + 4, line, line, to, to + 16);
+struct Q4_0 {
+  static constexpr int64_t kind = 2, numbers = 32, bytes = 18;
+  template <int NA>
+  static void add_to(Floats* sum, const uint8_t* block, Rows rows) {
+    const Floats scale = halves(block);
+    Floats low[NA] = {}, high[NA] = {};
+    add_halves<NA>(low, high, block + 2 * LANES, 16, rows.x, rows.D);
+    for (int a = 0; a < NA; ++a) sum[a] += scale * (low[a] + high[a] - 8 * rows.span(a, 0));
   }
-}
+};
 
-void q8_0(const uint8_t* block, int64_t count, float* to) {
-  for (; count > 0; count -= 32, block += 34, to += 32) {
-    const float scale = half(block);
-    const int8_t* codes = reinterpret_cast<const int8_t*>(block + 2);
-    for (int i = 0; i < 32; ++i) to[i] = scale * float(codes[i]);
+struct Q4_1 {
+  static constexpr int64_t kind = 3, numbers = 32, bytes = 20;
+  template <int NA>
+  static void add_to(Floats* sum, const uint8_t* block, Rows rows) {
+    const Floats scale = halves(block), offset = halves(block + 2 * LANES);
+    Floats low[NA] = {}, high[NA] = {};
+    add_halves<NA>(low, high, block + 4 * LANES, 16, rows.x, rows.D);
+    for (int a = 0; a < NA; ++a)
+      sum[a] += scale * (low[a] + high[a]) + offset * rows.span(a, 0);
   }
-}
+};
 
-void q4_k(const uint8_t* block, int64_t count, float* to) {
-  for (; count > 0; count -= 256, block += 144) {
-    const float scale = half(block), least = half(block + 2);
-    const uint8_t *packed = block + 4, *codes = block + 16;
-    const auto line = [&](int i) -> Line {  // six bits each, of scale and offset
-      if (i < 4) return {scale * float(packed[i] & 63), -least * float(packed[i + 4] & 63)};
-      const int of_scale = (packed[i + 4] & 15) | packed[i - 4] >> 6 << 4;
-      return {scale * float(of_scale), -least * float(packed[i + 4] >> 4 | packed[i] >> 6 << 4)};
-    };
-    for (int pair = 0; pair < 8; pair += 2, codes += 32, to += 64) {
-      const Line low = line(pair), high = line(pair + 1);
-      halves(codes, low, high, to, to + 32);
-      halves(codes + 16, low, high, to + 16, to + 48);
+struct Q8_0 {
+  static constexpr int64_t kind = 8, numbers = 32, bytes = 34;
+  template <int NA>
+  static void add_to(Floats* sum, const uint8_t* block, Rows rows) {
+    const Floats scale = halves(block);
+    Floats even[NA] = {}, odd[NA] = {};  // two sums: one addition would wait for the other
+    for (int i = 0; i < 32; i += 2) {
+      add<NA>(even, signed_floats(block + (2 + i) * LANES), rows.x + i, rows.D);
+      add<NA>(odd, signed_floats(block + (3 + i) * LANES), rows.x + i + 1, rows.D);
     }
+    for (int a = 0; a < NA; ++a) sum[a] += scale * (even[a] + odd[a]);
   }
-}
+};
 
-void q6_k(const uint8_t* block, int64_t count, float* to) {
-  for (; count > 0; count -= 256, block += 210) {
-    const float scale = half(block + 208);
-    for (int n = 0; n < 16; ++n, to += 16) {
-      // Numbers 16 n to 16 n + 15: four bits of each stand in `low`, two more in `high`.
-      const int quarter = n % 8 / 2;
-      const uint8_t* low = block + n / 8 * 64 + quarter % 2 * 32 + n % 2 * 16;
-      const uint8_t* high = block + 128 + n / 8 * 32 + n % 2 * 16;
-      const float step = scale * float(int8_t(block[192 + n]));
-      const int shift_low = quarter / 2 * 4, shift_high = quarter * 2;
-      for (int i = 0; i < 16; ++i) {
-        const int code = (low[i] >> shift_low & 15) | (high[i] >> shift_high & 3) << 4;
-        to[i] = step * float(code - 32);
+struct Q4_K {
+  static constexpr int64_t kind = 12, numbers = 256, bytes = 144;
+  template <int NA>
+  static void add_to(Floats* sum, const uint8_t* block, Rows rows) {
+    const Floats scale = halves(block), least = halves(block + 2 * LANES);
+    const auto packed = [&](int i) { return codes(block + (4 + i) * LANES); };
+    const auto scales = [&](int i) {  // six bits each
+      return scale * floats(i < 4 ? packed(i) & 63 : (packed(i + 4) & 15) | packed(i - 4) >> 6 << 4);
+    };
+    const auto offsets = [&](int i) {
+      return least * floats(i < 4 ? packed(i + 4) & 63 : packed(i + 4) >> 4 | packed(i) >> 6 << 4);
+    };
+    for (int n = 0; n < 8; n += 2) {
+      Floats low[NA] = {}, high[NA] = {};
+      add_halves<NA>(low, high, block + (16 + 16 * n) * LANES, 32, rows.x + 32 * n, rows.D);
+      const Floats of_low = scales(n), of_high = scales(n + 1);
+      const Floats below_low = offsets(n), below_high = offsets(n + 1);
+      for (int a = 0; a < NA; ++a) {
+        sum[a] += of_low * low[a] - below_low * rows.span(a, n);
+        sum[a] += of_high * high[a] - below_high * rows.span(a, n + 1);
       }
     }
   }
-}
-
-struct Format {
-  int64_t number;  // ggml's
-  int64_t numbers, bytes;  // of a block
-  void (*decode)(const uint8_t*, int64_t, float*);
 };
 
-constexpr Format FORMATS[] = {
-    {2, 32, 18, q4_0}, {3, 32, 20, q4_1}, {8, 32, 34, q8_0}, {12, 256, 144, q4_k}, {14, 256, 210, q6_k},
+struct Q6_K {
+  static constexpr int64_t kind = 14, numbers = 256, bytes = 210;
+  template <int NA>
+  static void add_to(Floats* sum, const uint8_t* block, Rows rows) {
+    const Floats scale = halves(block + 208 * LANES);
+    for (int n = 0; n < 16; ++n) {  // 16 numbers each: four bits stand in `low`, two in `high`
+      const int quarter = n % 8 / 2;
+      const uint8_t* low = block + (n / 8 * 64 + quarter % 2 * 32 + n % 2 * 16) * LANES;
+      const uint8_t* high = block + (128 + n / 8 * 32 + n % 2 * 16) * LANES;
+      Floats part[NA] = {};
+      for (int i = 0; i < 16; ++i) {
+        const Codes four = codes(low + i * LANES) >> quarter / 2 * 4 & 15;
+        const Codes two = codes(high + i * LANES) >> quarter * 2 & 3;
+        add<NA>(part, floats((four | two << 4) - 32), rows.x + n * 16 + i, rows.D);
+      }
+      const Floats step = scale * signed_floats(block + (192 + n) * LANES);
+      for (int a = 0; a < NA; ++a) sum[a] += step * part[a];
+    }
+  }
 };
 
 // ---- the product
 
 struct Product {
-  const Format* format;
   const float* x;
-  const uint8_t* rows;
+  const float* spans;
+  const uint8_t* tiles;
   float* y;
   int64_t A, D, F;
 };
 
-// Adds the products of NF decoded rows and NA rows of x to their sums, W partial ones for each.
-template <int NF, int NA>
-inline void add(const float* w, const float* x, int64_t D, int64_t count, Vector* sums) {
-  Vector sum[NA][NF];
-  for (int a = 0; a < NA; ++a)
-    for (int f = 0; f < NF; ++f) sum[a][f] = sums[a * TILE + f];
-  for (int64_t k = 0; k < count; k += W)
-#pragma GCC unroll 8
-    for (int a = 0; a < NA; ++a) {
-      const Vector part = *reinterpret_cast<const Vector*>(x + a * D + k);
-#pragma GCC unroll 8
-      for (int f = 0; f < NF; ++f)
-        sum[a][f] += *reinterpret_cast<const Vector*>(w + f * STRIDE + k) * part;
-    }
-  for (int a = 0; a < NA; ++a)
-    for (int f = 0; f < NF; ++f) sums[a * TILE + f] = sum[a][f];
+template <class Format, int NA>
+void multiply_lanes(const Product& p, int64_t first, int64_t a) {
+  const int64_t tile_bytes = p.D / Format::numbers * Format::bytes * LANES;
+  const uint8_t* block = p.tiles + first / LANES * tile_bytes + first % LANES;
+  Rows rows = {p.x + a * p.D, p.spans + a * (p.D / SPAN), p.D};
+  Floats sum[NA] = {};
+  for (int64_t k = 0; k < p.D; k += Format::numbers, block += Format::bytes * LANES) {
+    Format::template add_to<NA>(sum, block, rows);
+    rows.x += Format::numbers;
+    rows.spans += Format::numbers / SPAN;
+  }
+  for (int i = 0; i < NA; ++i)
+    std::memcpy(p.y + (a + i) * p.F + first, &sum[i], sizeof sum[i]);
 }
 
-inline float total(Vector sum) {
-  for (int width = W / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
-  return sum[0];
-}
-
-void tile(const Product& p, int64_t first) {
-  alignas(64) float w[TILE * STRIDE];
-  alignas(64) Vector sums[GROUP * TILE];
-  const int64_t row_bytes = p.D / p.format->numbers * p.format->bytes;
-  for (int64_t start = 0; start < p.A; start += GROUP) {
-    const int64_t NA = std::min<int64_t>(GROUP, p.A - start);
-    std::fill(sums, sums + NA * TILE, Vector{});
-    for (int64_t k = 0; k < p.D; k += STRETCH) {
-      const int64_t count = std::min<int64_t>(STRETCH, p.D - k);
-      for (int f = 0; f < TILE; ++f) {  // behind the last row that one again, for nobody
-        const uint8_t* row = p.rows + std::min(first + f, p.F - 1) * row_bytes;
-        p.format->decode(row + k / p.format->numbers * p.format->bytes, count, w + f * STRIDE);
-      }
-      const float* x = p.x + start * p.D + k;
-      int64_t a = 0;
-      for (; a + 4 <= NA; a += 4) {
-        add<4, 4>(w, x + a * p.D, p.D, count, sums + a * TILE);
-        add<4, 4>(w + 4 * STRIDE, x + a * p.D, p.D, count, sums + a * TILE + 4);
-      }
-      for (; a < NA; ++a) add<TILE, 1>(w, x + a * p.D, p.D, count, sums + a * TILE);
-    }
-    for (int64_t a = 0; a < NA; ++a)
-      for (int64_t f = 0; f < std::min<int64_t>(TILE, p.F - first); ++f)
-        p.y[(start + a) * p.F + first + f] = total(sums[a * TILE + f]);
+template <class Format>
+void multiply_tiles(const Product& p, int64_t first, int64_t end) {
+  for (int64_t f = first * LANES; f < end * LANES; f += W) {
+    int64_t a = 0;
+    for (; a + MOST <= p.A; a += MOST) multiply_lanes<Format, MOST>(p, f, a);
+    if (MOST > 4 && a + 4 <= p.A) multiply_lanes<Format, 4>(p, f, a), a += 4;
+    if (a + 2 <= p.A) multiply_lanes<Format, 2>(p, f, a), a += 2;
+    if (a < p.A) multiply_lanes<Format, 1>(p, f, a);
   }
 }
 
+struct Format {
+  int64_t kind, numbers, bytes;
+  void (*multiply)(const Product&, int64_t, int64_t);
+};
+
+template <class F>
+constexpr Format format() { return {F::kind, F::numbers, F::bytes, multiply_tiles<F>}; }
+
+constexpr Format FORMATS[] = {format<Q4_0>(), format<Q4_1>(), format<Q8_0>(), format<Q4_K>(),
+                              format<Q6_K>()};
+
 struct Work {
   Product product;
+  const Format* format;
+  std::vector<float> spans;
   int64_t tiles, parts;
   std::atomic<int64_t> next{0}, done{0};
 
   void run() {
     // One who comes late finds nothing to do, and looks at no array: they may be gone by then.
     for (int64_t part; (part = next.fetch_add(1)) < parts; done.fetch_add(1))
-      for (int64_t i = tiles * part / parts; i < tiles * (part + 1) / parts; ++i)
-        tile(product, i * TILE);
+      format->multiply(product, tiles * part / parts, tiles * (part + 1) / parts);
   }
 };
 
-ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_AD, ffi::Buffer<ffi::U8> rows_FC,
+ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_AD, ffi::Buffer<ffi::U8> tiles,
                     ffi::ResultBuffer<ffi::F32> y_AF, int64_t kind) {
   const Format* format = std::find_if(std::begin(FORMATS), std::end(FORMATS),
-                                      [&](const Format& known) { return known.number == kind; });
+                                      [&](const Format& known) { return known.kind == kind; });
   if (format == std::end(FORMATS)) return ffi::Error::InvalidArgument("unknown block format");
-  const auto x = x_AD.dimensions(), rows = rows_FC.dimensions();
-  const Product product = {format, x_AD.typed_data(), rows_FC.typed_data(), y_AF->typed_data(),
-                           x[0], x[1], rows[0]};
-  if (product.D % format->numbers || rows[1] != product.D / format->numbers * format->bytes)
-    return ffi::Error::InvalidArgument("rows do not hold as many numbers as x has");
-  if (product.A == 0 || product.F == 0) return ffi::Error::Success();
-
   const auto work = std::make_shared<Work>();
-  work->product = product;
-  work->tiles = (product.F + TILE - 1) / TILE;
+  const float* x = x_AD.typed_data();
+  const int64_t A = x_AD.dimensions()[0], D = x_AD.dimensions()[1];
+  work->tiles = tiles.dimensions()[0];
+  work->format = format;
+  if (D % format->numbers || tiles.dimensions()[1] != D / format->numbers * format->bytes)
+    return ffi::Error::InvalidArgument("rows do not hold as many numbers as x has");
+  if (A == 0 || work->tiles == 0) return ffi::Error::Success();
+  work->spans.resize(A * D / SPAN);
+  for (size_t n = 0; n < work->spans.size(); ++n)
+    for (int i = 0; i < SPAN; ++i) work->spans[n] += x[n * SPAN + i];
+  const int64_t F = work->tiles * LANES;
+  work->product = {x, work->spans.data(), tiles.typed_data(), y_AF->typed_data(), A, D, F};
+
   int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  if (product.F * product.D * (product.A + 3) / 4 < ALONE) threads = 1;
+  if (F * D * (A + 3) / 4 < ALONE) threads = 1;
   work->parts = threads == 1 ? 1 : std::min(work->tiles, PARTS * threads);
   // XLA's own threads: those of another pool would fight with them for the cores.
   for (int64_t i = 1; i < std::min(threads, work->parts); ++i) pool.Schedule([work] { work->run(); });

@@ -2,12 +2,14 @@
 
 The equations here decode the blocks and multiply. On a CPU `compiled.py` has a program for it that
 reads 4 to 9 bits a weight and multiplies in float32, where equations would write 32 bits first.
+
+Axes of this file: C bytes of a row's blocks; U tiles of LANES rows; I lanes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +18,30 @@ import numpy as np
 from jaxgpt.kernels import compiled
 from jaxgpt.types import Array
 
+LANES = 16  # also in blocks.cc: of so many rows the bytes stand beside each other
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Blocks:
     """A kernel [D, F] whose output channels, or an embedding whose tokens, are rows of blocks.
 
-    `rows` may have leading axes (layers). C bytes hold the D numbers of a row.
+    `tiles` may have leading axes (layers). Byte c of row u * LANES + i is tiles[u, c, i].
     """
 
-    rows: Array  # [F, C] uint8
+    tiles: Array  # [U, C, I] uint8
     kind: str = field(metadata={"static": True})  # as ggml calls it, such as Q8_0
 
     @property
     def width(self) -> int:
         """D, the numbers of a row."""
         form = FORMATS[self.kind]
-        return self.rows.shape[-1] // form.bytes * form.numbers
+        return self.tiles.shape[-2] // form.bytes * form.numbers
+
+    @property
+    def count(self) -> int:
+        """F, the rows."""
+        return self.tiles.shape[-3] * LANES
 
 
 class Format(NamedTuple):
@@ -53,11 +62,32 @@ def decode(rows: Array, kind: str) -> Array:
 
 def dequantize(kernel: Blocks) -> Array:
     """The kernel [..., D, F] in float32."""
-    return jnp.swapaxes(decode(kernel.rows, kernel.kind), -1, -2)
+    return jnp.swapaxes(table(kernel), -1, -2)
+
+
+def table(kernel: Blocks) -> Array:
+    """The rows [..., F, D] in float32."""
+    rows = jnp.swapaxes(kernel.tiles, -1, -2)
+    return decode(rows.reshape(*rows.shape[:-3], kernel.count, -1), kernel.kind)
+
+
+def take(kernel: Blocks, index: Array) -> Array:
+    """Some of the rows, in float32: [..., D] for an index [...]."""
+    tiles, lane = kernel.tiles[index // LANES], (index % LANES)[..., None, None]
+    return decode(jnp.take_along_axis(tiles, lane, axis=-1)[..., 0], kernel.kind)
+
+
+def tiled(rows: np.ndarray | Array) -> Any:
+    """Rows [..., F, C], of which LANES divides F, as tiles [..., U, C, I]."""
+    *lead, F, C = rows.shape
+    return rows.reshape(*lead, F // LANES, LANES, C).swapaxes(-1, -2)
 
 
 def quantize(kernel_DF: Array) -> Blocks:
-    """A kernel [..., D, F], of which 32 divides D, in blocks of Q8_0: 8 bits and a shared scale."""
+    """A kernel [..., D, F] in blocks of Q8_0, which have eight bits a number and a shared scale.
+
+    32 divides D, and LANES divides F.
+    """
     rows = jnp.swapaxes(kernel_DF, -1, -2).astype(jnp.float32)
     blocks = rows.reshape(*rows.shape[:-1], -1, 32)
     scale = jnp.abs(blocks).max(-1, keepdims=True) / 127
@@ -65,36 +95,36 @@ def quantize(kernel_DF: Array) -> Blocks:
     as_bytes = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint8)
     halves = as_bytes(scale.astype(jnp.float16)).reshape(*scale.shape[:-1], 2)
     stored = jnp.concatenate([halves, as_bytes(codes)], axis=-1)
-    return Blocks(stored.reshape(*rows.shape[:-1], -1), "Q8_0")
+    return Blocks(tiled(stored.reshape(*rows.shape[:-1], -1)), "Q8_0")
 
 
-def linear(x: Array, rows_FC: Array, kind: str) -> Array:
+def linear(x: Array, tiles_UCI: Array, kind: str) -> Array:
     """x @ kernel over any leading axes of x, in float32: the equation."""
-    return jnp.einsum("...D,FD->...F", x.astype(jnp.float32), decode(rows_FC, kind))
+    return x.astype(jnp.float32) @ dequantize(Blocks(tiles_UCI, kind))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def on_cpu(x: Array, rows_FC: Array, kind: str) -> Array:
+def on_cpu(x: Array, tiles_UCI: Array, kind: str) -> Array:
     """`linear` by our own program, if it can be had."""
     x_AD = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     if not compiled.load():
-        return linear(x, rows_FC, kind)
-    out = jax.ShapeDtypeStruct((len(x_AD), len(rows_FC)), jnp.float32)
+        return linear(x, tiles_UCI, kind)
+    out = jax.ShapeDtypeStruct((len(x_AD), len(tiles_UCI) * LANES), jnp.float32)
     # Under `vmap` one product after the other: the program has two axes.
     product = jax.ffi.ffi_call(compiled.load(), out, vmap_method="sequential")
-    y_AF = product(x_AD, rows_FC, kind=np.int64(FORMATS[kind].code))
+    y_AF = product(x_AD, tiles_UCI, kind=np.int64(FORMATS[kind].code))
     return y_AF.reshape(*x.shape[:-1], -1)
 
 
 def _backward(kind: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, np.ndarray]:
     """Blocks are frozen; what lies before them, such as another layer's LoRA, is not."""
-    like_x, rows_FC = saved
-    dx = g.astype(jnp.float32) @ decode(rows_FC, kind)
-    return dx.astype(like_x.dtype), np.zeros(rows_FC.shape, jax.dtypes.float0)
+    like_x, tiles_UCI = saved
+    dx = g.astype(jnp.float32) @ table(Blocks(tiles_UCI, kind))
+    return dx.astype(like_x.dtype), np.zeros(tiles_UCI.shape, jax.dtypes.float0)
 
 
 on_cpu.defvjp(
-    lambda x, rows_FC, kind: (on_cpu(x, rows_FC, kind), (jnp.zeros((), x.dtype), rows_FC)),
+    lambda x, tiles, kind: (on_cpu(x, tiles, kind), (jnp.zeros((), x.dtype), tiles)),
     _backward,
 )
 

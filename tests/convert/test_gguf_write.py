@@ -309,7 +309,7 @@ def test_a_model_kept_in_its_blocks_computes_what_the_decoded_one_does(kind, fil
     plain, kept = jaxgpt.load(path), jaxgpt.load(path, quantize="stored")
     held = tree.flatten(kept.params)
     if kind != "q5_0" and compiled.load():  # which no program reads: plain arrays, the table apart
-        assert held["blocks/attention/query/kernel/rows"].dtype == np.uint8
+        assert held["blocks/attention/query/kernel/tiles"].dtype == np.uint8
     tokens = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
     np.testing.assert_allclose(kept.logits(tokens), plain.logits(tokens), atol=2e-4)
     same = {"max_new_tokens": 8, "stop": "\0"}
