@@ -15,7 +15,7 @@ BUDGET = {
     "__main__.py": 3,
     "checkpoint.py": 335,
     "config": 1387,  # 37 of them: models
-    "convert": 3538,  # 683 of them: models
+    "convert": 3540,  # 683 of them: models
     "data": 3270,
     "episodes.py": 130,
     "evals": 960,
@@ -56,7 +56,7 @@ NEW: dict[str, int] = {
     "commands": 650,  # what was scripts/ (480), the list of commands, the doctor
     "inspect.py": 180,
     "judge.py": 60,
-    "kernels/blocks.py": 95,
+    "kernels/blocks.py": 107,
     "kernels/compiled.py": 60,
     "launching.py": 130,
     "life": 1350,  # with lineage.py: life, compare, sweep 840; list, card, page, check the rest
