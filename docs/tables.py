@@ -1,4 +1,5 @@
-"""Writes docs/measured.md, docs/tpu.md and docs/papers.md from their rows and from the docstrings.
+"""Writes docs/measured.md, tpu.md, papers.md and models.md from their rows, from the docstrings
+and from the tables of jaxgpt/convert.
 
 python docs/tables.py            # writes them
 python docs/tables.py --check    # exit status 1 if one of them is out of date
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
 PACKAGE = DOCS.parent / "jaxgpt"
 ARXIV = re.compile(r"\b(\d{4}\.\d{5})\b|arXiv:(\d{4}\.\d{4,5})")
 
@@ -70,6 +72,53 @@ def papers() -> str:
     )
 
 
+def models() -> dict[str, str]:
+    """What docs/models.md says, by the tables of the families and what was measured."""
+    from jaxgpt.convert import gguf, hf
+
+    data = yaml.safe_load((DOCS / "models.yaml").read_text())
+    told, measured = data["families"], list(data["measured"].values())
+    families = {family.model_type: family for family in hf.FAMILIES}
+    if told.keys() != families.keys() or data["composite"].keys() != hf.COMPOSITE.keys():
+        odd = sorted(told.keys() ^ families.keys()) + sorted(
+            data["composite"].keys() ^ hf.COMPOSITE
+        )
+        raise SystemExit(f"docs/models.yaml: lacks or has too much of {', '.join(odd)}")
+    rows = []
+    for name, family in families.items():
+        own = [found for found in measured if found["type"] == name]
+        if not own:
+            raise SystemExit(f"docs/models.yaml: run python benchmarks/models.py {name}")
+        others = sorted({found["written"] for found in own} - {name})
+        # Of some architectures a tiny model has no form: theirs are tested by themselves.
+        formats = {found["gguf"] for found in own} | {told[name].get("gguf")}
+        rows.append(
+            {
+                "model_type": f"`{name}`",
+                "models": told[name]["models"],
+                "read and trained": "yes",
+                "written": family.architecture + (f"; or as {', '.join(others)}" if others else ""),
+                "GGUF": ", ".join(sorted(formats - {None})) or "no",
+                "settings": len(own),
+                "logits": f"{max(found['logits'] for found in own):.0e}",
+                "missing": told[name].get("missing", ""),
+            }
+        )
+    whole = [
+        {
+            "model_type": f"`{name}`",
+            "models": data["composite"][name],
+            "language model": f"`{text}`",
+        }
+        for name, text in hf.COMPOSITE.items()
+    ]
+    return {
+        "families": table(rows),
+        "composite": table(whole),
+        "gguf": ", ".join(f"`{name}`" for name in gguf.ARCHITECTURES),
+    }
+
+
 def pages() -> dict[Path, str]:
     """Every generated page as it should be."""
     data = yaml.safe_load((DOCS / "measured.yaml").read_text())
@@ -85,6 +134,7 @@ def pages() -> dict[Path, str]:
             "decoding": table(data["tpu_decoding"]),
         },
         "papers.md": {"papers": papers()},
+        "models.md": models(),
     }
     return {DOCS / name: filled((DOCS / name).read_text(), part) for name, part in parts.items()}
 

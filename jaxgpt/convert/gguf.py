@@ -321,7 +321,7 @@ def _rope_scaling(get: _Settings, source: Source, base: float, rotary: int) -> R
     """What the settings say, or what the factors that are stored as a tensor stand for."""
     state = lambda key: get.metadata.get(f"{get.architecture}.rope.{key}")
     kind = state("scaling.type")
-    if LONG_FACTORS[0] in source.shapes:
+    if get.architecture == "phi3" and LONG_FACTORS[0] in source.shapes:
         return _longrope(get, source)
     factor_key = "scaling.factor" if state("scaling.factor") is not None else "scale_linear"
     if kind is None and state(factor_key) not in (None, 0, 1):

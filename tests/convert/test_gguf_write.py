@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import gguf as library
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import regex
@@ -15,7 +17,7 @@ from gguf import quants
 
 import jaxgpt
 from jaxgpt import peft, tree
-from jaxgpt.config import ModelConfig, RopeScaling
+from jaxgpt.config import ModelConfig, PeftConfig, RopeScaling
 from jaxgpt.convert import gguf, gguf_file, gguf_write, table, tokenizer_files, words
 from jaxgpt.convert.family import resolve
 from jaxgpt.convert.load import load
@@ -50,7 +52,6 @@ MODELS = {
     },
     "smollm3": {"num_layers": 5, "rope_skip": 4},
     "olmo2": {"norm_place": "after", "qk_norm": True, "qk_norm_over": "width"},
-    "phi3": {"rope_share": 0.5, "sliding_window": 7},
     "phi3-long": {"context_length": 64, "rope_scaling": RopeScaling(
         kind="longrope", factor=2.0, original_context=32, attention_factor=1.25,
         short_factors=(1.0, 1.5) * 4, long_factors=(2.0, 4.5) * 4,
@@ -318,3 +319,26 @@ def test_a_model_kept_in_its_blocks_computes_what_the_decoded_one_does(kind, fil
     merged = peft.merge(kept.params)
     for name, leaf in tree.flatten(plain.params).items():
         np.testing.assert_allclose(tree.flatten(merged)[name], leaf, atol=1e-6, err_msg=name)
+
+
+def test_low_rank_changes_are_an_adapter_on_the_files_own_rows(tmp_path):
+    """base + alpha / rank * b @ a is the merged model's file, heads in their order included."""
+    settings, rows = PeftConfig(kind="lora", rank=3, alpha=12.0), gguf.ARCHITECTURES["llama"][0]
+    params = jax.tree.map(jnp.asarray, random_params(LLAMA))
+    adapted = peft.add(settings, params, jax.random.key(0))
+    part, rest = tree.partition(adapted, peft.trainable(settings, ""))
+    adapted = tree.combine(jax.tree.map(lambda leaf: leaf + 0.1, part), rest)
+    gguf_write.save_adapter(tmp_path / "adapter.gguf", LLAMA, adapted)
+    reader = library.GGUFReader(tmp_path / "adapter.gguf")
+    value = lambda key: reader.fields[key].contents()
+    assert (value("general.type"), value("adapter.type")) == ("adapter", "lora")
+    found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    merged = dict(table.write(rows, LLAMA, peft.merge(adapted)))
+    for name, plain in table.write(rows, LLAMA, params):
+        if (a_RD := found.pop(f"{name}.lora_a", None)) is not None:
+            b_FR = found.pop(f"{name}.lora_b")
+            plain = plain + value("adapter.lora.alpha") / len(a_RD) * b_FR @ a_RD
+        np.testing.assert_allclose(plain, merged[name], atol=1e-6)
+    assert not found
+    with pytest.raises(ValueError, match=r"ends in \.gguf"):
+        gguf_write.save_adapter(tmp_path / "adapter", LLAMA, adapted)
