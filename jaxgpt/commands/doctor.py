@@ -63,7 +63,8 @@ def look(runs: Path) -> Iterator[Finding]:
     yield Finding("packages", ", ".join(_version(name) for name in PACKAGES if _version(name)))
     yield Finding("extras", _extras())
     compilers = [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))]
-    yield Finding("C++", f"{compilers[0] if compilers else 'none'}; only builds of extras need one")
+    without = "none; quantised weights are multiplied slower on a CPU without one"
+    yield Finding("C++", compilers[0] if compilers else without)
     for name, folder in (("runs", runs), ("temporary", Path(tempfile.gettempdir()))):
         yield _disk(name, folder)
     yield from _devices()
