@@ -74,12 +74,14 @@ def their_side(file: str, threads: str, streams: int) -> None:
     import llama_cpp as llama
     import numpy as np
 
-    llm = llama.Llama(
-        file, n_ctx=streams * 512, n_batch=512, n_threads=int(threads),
-        n_threads_batch=int(threads), verbose=False, n_seq_max=streams,
-    )  # fmt: skip
-    ctx: Any = llm.ctx
-    tokens, vocab = prompts(streams, llm.n_vocab()), llm.n_vocab()
+    llama.llama_backend_init()
+    model: Any = llama.llama_model_load_from_file(file.encode(), llama.llama_model_default_params())
+    how = llama.llama_context_default_params()
+    how.n_ctx, how.n_batch, how.n_seq_max = streams * 512, 512, streams
+    how.n_threads = how.n_threads_batch = int(threads)
+    ctx: Any = llama.llama_init_from_model(model, how)
+    vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))  # type: ignore[arg-type]
+    tokens = prompts(streams, vocab)
     batch = llama.llama_batch_init(512, 0, 1)
 
     def step(rows: list[list[int]], start: int) -> list[int]:
