@@ -201,6 +201,8 @@ class _Table:
     def _longrope(self) -> dict[str, Any]:
         original = self._original()
         length = original["original_context"]
+        if length == 1:
+            refuse(f"{self.key}.original_max_position_embeddings", 1, "must be 2 or more")
         factor = self._number("factor", self.context / length)
         paper = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
         return original | {
