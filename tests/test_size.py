@@ -15,7 +15,7 @@ BUDGET = {
     "__main__.py": 3,
     "checkpoint.py": 335,
     "config": 1387,  # 37 of them: models
-    "convert": 3544,  # 687 of them: models
+    "convert": 3547,  # 690 of them: models
     "data": 3270,
     "episodes.py": 130,
     "evals": 960,
@@ -49,8 +49,8 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 590 of them: configs by name, own functions, stopping, the lock, ending together; 65: kernels that
 # stay in a file's blocks, which were decoded before.
-TOTAL = 18_360
-# 863 of the total are "models": families, windows by layer, capped scores, fused projections.
+TOTAL = 18_363
+# 864 of the total are "models": families, windows by layer, capped scores, fused projections.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
     "commands": 650,  # what was scripts/ (480), the list of commands, the doctor

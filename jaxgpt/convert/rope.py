@@ -215,7 +215,10 @@ class _Table:
     def _original(self) -> dict[str, Any]:
         key = "original_max_position_embeddings"
         value = self.theirs.get(key) or self.rope.get(key) or self.context
-        return {"original_context": int(number(f"{self.key}.{key}", value))}
+        found = int(number(f"{self.key}.{key}", value))
+        return {
+            "original_context": found or refuse(f"{self.key}.{key}", value, "must be 1 or more")
+        }
 
     def _number(self, name: str, default: float | None = None) -> float:
         value = self.rope.get(name)
