@@ -198,12 +198,17 @@ class Unstacked(nn.Module):
         inputs: dict[ModelConfig, BlockInputs],
     ) -> tuple[Array, tuple[RouterStats | None, tuple[Slots, ...] | None]]:
         layers_L, bias_LE, slots = own
-        kinds, found = self.cfg.period, []
+        kinds, found, params = self.cfg.period, [], self.variables["params"]
+        # One function for all layers: its first call is traced, the others find it so. It is made
+        # anew each time, since those who watch a block (inside.py) change what it returns.
+        block = jax.jit(
+            lambda kind, params, *x: Block(kind).apply({"params": params}, *x), static_argnums=0
+        )
         for layer in range(self.cfg.num_layers):
             bias_E = None if bias_LE is None else bias_LE[layer]
             of_layer = (layers_L[layer], bias_E, None if slots is None else slots[layer])
             kind = kinds[layer % len(kinds)]
-            x_BTD, of_layer = Block(kind, name=str(layer))(x_BTD, of_layer, inputs[kind])
+            x_BTD, of_layer = block(kind, params[str(layer)], x_BTD, of_layer, inputs[kind])
             found.append(of_layer)
         stats, written = zip(*found, strict=True)
         stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
