@@ -71,7 +71,7 @@ def our_side(file: str, how: str, streams: int) -> None:
 
 def their_side(file: str, threads: str, streams: int) -> None:
     """llama.cpp's own functions, so that no Python of its binding is timed."""
-    import llama_cpp as llama
+    import llama_cpp as llama  # pyright: ignore[reportMissingImports] -- built from source by those who want it
     import numpy as np
 
     llama.llama_backend_init()
