@@ -37,6 +37,7 @@ def main() -> None:
 
 def measure(name: str) -> dict:
     import jax
+    import jax.numpy as jnp
     import numpy as np
     import reference_models as reference
 
@@ -50,7 +51,7 @@ def measure(name: str) -> dict:
     tokens_BT = reference.tokens()
     options = {"xla_backend_optimization_level": "0"}  # compiles faster
     forward = lambda params: gpt.logits(
-        params, gpt.apply(cfg, params, tokens_BT).hidden_BTD, cfg.logit_softcap
+        params, gpt.apply(cfg, params, jnp.asarray(tokens_BT)).hidden_BTD, cfg.logit_softcap
     )
     ours = np.asarray(jax.jit(forward, compiler_options=options)(params))
     expected = reference.logits(model, tokens_BT)
