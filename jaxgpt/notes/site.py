@@ -43,7 +43,7 @@ def build(chapters: Sequence[Chapter], output: Path) -> None:
             title="Notes",
             contents=contents,
             around="",
-            body=welcome + f"<ol>{contents}</ol>",
+            body=welcome + f'<ol class="plain">{contents}</ol>',
         ).encode(),
     )
     files.write(output / "style.css", ((HERE / "style.css").read_text() + _code_colours()).encode())
