@@ -8,6 +8,8 @@ everywhere: for reading, for experiments, and for telling a wrong program from a
 
 Sums run in float32, whatever the type of the arrays: bfloat16 has 8 bits of mantissa, and a long
 sum of such numbers loses its small terms.
+
+Axes of this file: U tiles of LANES rows, C bytes of a row's blocks, I lanes (blocks.py).
 """
 
 from collections.abc import Callable

@@ -34,7 +34,7 @@ TEXTS = {
 def logits(cfg, params, tokens_BT):
     with jax.disable_jit():  # a program for every config would take minutes to compile
         hidden = gpt.apply(cfg, params, tokens_BT).hidden_BTD
-        return np.asarray(gpt.logits(params, hidden))
+        return np.asarray(gpt.logits(params, hidden, cfg.logit_softcap))
 
 
 def others(key, value):
