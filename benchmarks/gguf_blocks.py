@@ -2,6 +2,7 @@
 
 python benchmarks/gguf_blocks.py SmolLM2.gguf                # 1 and 8 streams, both sides in turn
 python benchmarks/gguf_blocks.py SmolLM2.gguf --llama_python /other/venv/bin/python
+python benchmarks/gguf_blocks.py SmolLM2.gguf --against float32   # ours, decoded as it was read
 python benchmarks/gguf_blocks.py SmolLM2.gguf --text book.txt     # perplexity: blocks, decoded
 
 The other side needs llama-cpp-python (pip install "jaxgpt[llamacpp]"), here or in another venv.
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("file")
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--held", nargs="+", choices=HELD, default=["stored"], help="our weights")
+    parser.add_argument("--against", choices=HELD, help="us, and not llama.cpp")
     parser.add_argument("--threads", nargs="*", type=int, default=[2], help="of llama.cpp")
     parser.add_argument("--llama_python", default=sys.executable, help="that has llama_cpp")
     parser.add_argument("--pairs", type=int, default=5)
@@ -42,6 +44,8 @@ def main() -> None:
         )
         ours = [start(sys.executable, "jaxgpt", how) for how in args.held]
         peers = [start(args.llama_python, "llama.cpp", str(n)) for n in args.threads]
+        if args.against:
+            peers = [start(sys.executable, "jaxgpt", args.against)]
         title = f"{args.file.rpartition('/')[2]}, {streams} streams"
         paired.compare(title, ours, peers, streams * NEW, "tokens", args.pairs)
 
