@@ -266,7 +266,7 @@ def test_settings_of_any_type(data):
 SIZES = dict(
     vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
-    sliding_window=None,
+    sliding_window=16,
 )  # fmt: skip
 GOOD = {
     **{f.model_type: SIZES | {"model_type": f.model_type} for f in hf.FAMILIES},
