@@ -63,7 +63,7 @@ def launch(
     with processes.first_process_first("run"):
         run = rundir.enter(cfg)
     processes.require_shared(run, "run")
-    alone = jax.process_index() == 0 and files.is_local(run) and not shows
+    alone = jax.process_index() == 0 and not shows
     with (
         lock.hold(run) if alone else contextlib.nullcontext(),
         jax.set_mesh(mesh),

@@ -67,6 +67,22 @@ def write(path: Any, content: bytes) -> Any:
     return path
 
 
+def create(path: Any, content: bytes) -> bool:
+    """Puts a file unless one of that name is there; of several processes one succeeds."""
+    with _named(path):
+        try:
+            path.fs.pipe_file(path.path, content, mode="create")
+        except FileExistsError:
+            return False
+    return True
+
+
+def delete(path: Any) -> None:
+    """Deletes a file, if it is there."""
+    with _named(path):
+        path.unlink(missing_ok=True)
+
+
 def find(pattern: str) -> list[Any]:
     """The paths that a glob names."""
     scheme, _, rest = pattern.partition("://")

@@ -35,6 +35,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 ROOT = Path(__file__).parents[1]
+# As store.open_path does, which comes too late here: gcsfs is imported to see whether it is there.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 SMALL = (
     "--model.num_layers=1", "--model.model_dim=16", "--model.num_heads=2",
     "--model.context_length=64", "--train.batch_size=8", "--optim.warmup_steps=2",

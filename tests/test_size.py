@@ -23,7 +23,7 @@ BUDGET = {
     "kernels": 1521,  # 46 of them: models
     "language_model.py": 350,
     "losses.py": 70,
-    "machine": 635,
+    "machine": 672,
     "metrics.py": 250,
     "model": 831,  # 86 of them: models
     "optim.py": 90,
@@ -47,9 +47,9 @@ BUDGET = {
     "weights.py": 170,
 }
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
-# 590 of them: configs by name, own functions, stopping, the lock, ending together; 65: kernels that
-# stay in a file's blocks, which were decoded before.
-TOTAL = 18_366
+# 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
+# that stay in a file's blocks, which were decoded before.
+TOTAL = 18_407
 # 864 of the total are "models": families, windows by layer, capped scores, fused projections.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {

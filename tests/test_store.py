@@ -3,6 +3,8 @@
 import gzip
 import importlib.util
 import json
+import os
+import platform
 import tempfile
 import threading
 import time
@@ -19,6 +21,7 @@ from jaxgpt.data import batches, rows, token_files
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.documents import Corpus
 from jaxgpt.evals.records import Results
+from jaxgpt.machine import lock
 
 pytest.importorskip("upath")
 
@@ -383,3 +386,35 @@ def test_what_a_killed_process_left_goes_and_no_one_elses(tmp_path, monkeypatch)
     first = store._scratch.__wrapped__()
     second = store._scratch.__wrapped__()
     assert {path.name for path in tmp_path.iterdir()} == {first.name, second.name}
+
+
+def test_one_run_in_a_store_has_one_writer(bucket, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.3)
+    monkeypatch.setattr(lock, "SILENCE", 1.0)
+    file = bucket / lock.NAME
+    with lock.hold(bucket):
+        ours = json.loads(file.read_text())
+        assert ours["process"] == os.getpid()
+        for host in (platform.node(), "another host"):
+            monkeypatch.setattr(lock.platform, "node", lambda host=host: host)
+            with pytest.raises(ValueError, match=rf"process {os.getpid()} on .* trains here"):
+                lock.hold(bucket).__enter__()
+        monkeypatch.undo()
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [
+        {"host": "far away", "process": 1, "begun": "2026-01-01T00:00:00+00:00"},
+        {"host": platform.node(), "process": 2**22 + 1, "begun": "2026-01-01T00:00:00+00:00"},
+        {},
+    ],
+    ids=["silent", "gone", "unreadable"],
+)
+def test_a_run_in_a_store_is_taken_over_from_one_that_is_gone(bucket, monkeypatch, holder):
+    monkeypatch.setattr(lock, "SILENCE", 0.4)
+    files.write(bucket / lock.NAME, json.dumps(holder) if holder else "{")
+    with lock.hold(bucket):
+        assert json.loads((bucket / lock.NAME).read_text())["process"] == os.getpid()
+    assert not (bucket / lock.NAME).exists()

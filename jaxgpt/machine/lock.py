@@ -5,19 +5,26 @@
 The kernel holds the lock and drops it with the process, however that ends, so the same command
 goes on at once after a kill. Of another host, with which a disk may be shared, only the touches are
 seen: a file that is not touched for SILENCE seconds belongs to no one.
+
+A store has no such locks, but a file there can be created by one process only. Its holder puts it
+anew every BEAT seconds; one that stays the same for three times SILENCE belongs to no one, nor does
+that of a process of this host which is gone.
 """
 
 import contextlib
 import datetime
 import fcntl
+import itertools
 import json
 import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+from jaxgpt import files, store
 
 NAME = "lock.json"
 BEAT = 5.0
@@ -26,29 +33,64 @@ SILENCE = 20.0
 
 @contextlib.contextmanager
 def hold(run: Path) -> Iterator[None]:
-    """The lock of a run's directory, on a disk of this machine.
+    """The lock of a run's directory.
 
     Raises:
         ValueError: another process trains in it.
     """
+    with _on_disk(run) if files.is_local(run) else _in_store(run):
+        yield
+
+
+@contextlib.contextmanager
+def _on_disk(run: Path) -> Iterator[None]:
     file = run / NAME
     with _locked(run, file) as stream:
         holder = _read(file)
-        if holder and holder.get("host") != platform.node() and _beats(file):
+        elsewhere = holder and holder.get("host") != platform.node()
+        if elsewhere and _beats(file, lambda: file.stat().st_mtime_ns, SILENCE):
             raise ValueError(_refusal(run, holder))
-        own = {"host": platform.node(), "process": os.getpid(), "begun": _now().isoformat()}
         stream.truncate(0)
-        stream.write(json.dumps(own))
+        stream.write(json.dumps(_own()))
         stream.flush()
-        ended = threading.Event()
-        thread = threading.Thread(target=_beat, args=(file, ended), daemon=True)
-        thread.start()
         try:
-            yield
+            with _beating(lambda: os.utime(file)):
+                yield
         finally:
-            ended.set()
-            thread.join()
             file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _in_store(run: Path) -> Iterator[None]:
+    file, own = run / NAME, _own()
+    while not store.create(file, json.dumps(own).encode()):
+        holder = _read(file)
+        gone = holder.get("host") == platform.node() and not _runs(holder["process"])
+        if not gone and _beats(file, lambda: _read(file), 3 * SILENCE):  # requests may be retried
+            raise ValueError(_refusal(run, holder))
+        if _read(file) == holder:  # else another process has taken it over meanwhile
+            store.delete(file)
+    beat = itertools.count(1)
+    try:
+        with _beating(lambda: store.write(file, json.dumps(own | {"beat": next(beat)}).encode())):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # the run is saved all the same
+            store.delete(file)
+
+
+def _own() -> dict[str, Any]:
+    return {"host": platform.node(), "process": os.getpid(), "begun": _now().isoformat()}
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _locked(run: Path, file: Path) -> TextIO:
@@ -75,21 +117,40 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _beats(file: Path) -> bool:
-    """Whether the file is touched by someone: watched for SILENCE seconds, by no clock but ours."""
-    before = file.stat().st_mtime_ns
-    for _ in range(round(SILENCE)):
+def _beats(file: Path, sign: Callable[[], Any], seconds: float) -> bool:
+    """Whether someone keeps the file fresh: watched for some seconds, by no clock but ours.
+
+    Args:
+        sign: what changes with every beat.
+    """
+    before = sign()
+    for _ in range(round(seconds)):
+        if not file.exists():
+            return False
         time.sleep(1.0)
         with contextlib.suppress(FileNotFoundError):
-            if file.stat().st_mtime_ns != before:
+            if sign() != before:
                 return True
     return False
 
 
-def _beat(file: Path, ended: threading.Event) -> None:
-    while not ended.wait(BEAT):
-        with contextlib.suppress(OSError):
-            os.utime(file)
+@contextlib.contextmanager
+def _beating(beat: Callable[[], Any]) -> Iterator[None]:
+    """Calls `beat` every BEAT seconds from a thread; one that fails is made up for by the next."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(BEAT):
+            with contextlib.suppress(OSError):
+                beat()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _refusal(run: Path, holder: dict[str, Any]) -> str:
