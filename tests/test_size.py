@@ -25,10 +25,10 @@ BUDGET = {
     "losses.py": 70,
     "machine": 672,
     "metrics.py": 250,
-    "model": 831,  # 86 of them: models
+    "model": 833,  # 86 of them: models
     "optim.py": 90,
     "peft.py": 180,
-    "plan": 775,  # with what a server needs
+    "plan": 781,  # with what a server needs
     "policy_losses.py": 90,
     "report.py": 300,
     "rollouts.py": 230,
@@ -49,7 +49,7 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
 # that stay in a file's blocks, which were decoded before.
-TOTAL = 18_407
+TOTAL = 18_426
 # 864 of the total are "models": families, windows by layer, capped scores, fused projections.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {

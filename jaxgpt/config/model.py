@@ -154,9 +154,10 @@ class ModelConfig:
     (Houlsby)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of matrix products; parameters, norms, softmax and losses stay float32."""
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "qkv", "attention", "full"] = "none"
     """What the backward pass computes again to save memory: none: nothing; dots: all but the matrix
-    products; full: every block."""
+    products; qkv: all but attention's queries, keys, values and output; attention: all but its
+    output; full: every block."""
 
     def __post_init__(self) -> None:
         at_least(

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.kernels.platform import transposed
 from jaxgpt.types import Array
@@ -85,6 +86,8 @@ def _forward(
         totals.append(total_BK1C)
     out_BKHGT = jax.lax.optimization_barrier(jnp.concatenate(outs, -1).astype(q_BTNH.dtype))
     out_BTNH = out_BKHGT.transpose(0, 4, 1, 3, 2).reshape(B, T, N, H)
+    # By this name model.remat keeps what the backward pass would run all of the above for.
+    out_BTNH, maxima, totals = checkpoint_name((out_BTNH, maxima, totals), "attention")
     kept = probs if T <= LONGEST_KEPT else None
     return out_BTNH, _Saved(q_BKGTH, k_BKSH, v_BKSH, segments_BT, out_BTNH, kept, maxima, totals)
 

@@ -38,6 +38,7 @@ def splash_attention(
         block_sizes=_block_sizes(T + fill),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name="attention",
         interpret=interpret,
     )
     # The kernel does not scale. Rounding to bf16 after scaling costs no more than q's own rounding.

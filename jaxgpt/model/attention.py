@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt import kernels
 from jaxgpt.config import ModelConfig
@@ -88,9 +89,11 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = (rotate(x, inputs.rope, cfg.rope_pairs) for x in (q_BTNH, k_BTKH))
         q_BTNH = scale_queries(cfg, q_BTNH, inputs)
         # Rotation and norms ran in float32; the products of attention run in the compute type.
-        q_BTNH, k_BTKH, v_BTKH = (a.astype(cfg.dtype) for a in (q_BTNH, k_BTKH, v_BTKH))
-
+        q_BTNH, k_BTKH, v_BTKH = (
+            checkpoint_name(a.astype(cfg.dtype), "qkv") for a in (q_BTNH, k_BTKH, v_BTKH)
+        )
         out_BTNH, slots = _attend(cfg, q_BTNH, k_BTKH, v_BTKH, inputs, slots)
+        out_BTNH = checkpoint_name(out_BTNH, "attention")  # what model.remat keeps by name
         out_BTF = kernels.by_columns(out_BTNH.reshape(*x_BTD.shape[:2], -1))
         biased = cfg.bias in ("attention", "all")
         output = Linear(cfg.model_dim, biased, cfg.dtype, residual_std(cfg), name="output")

@@ -276,7 +276,12 @@ def _stack(cfg: ModelConfig, quantized: bool) -> Any:
 def _kept(cfg: ModelConfig) -> Any:
     """What a rematerialised block keeps for the backward pass."""
     policies = jax.checkpoint_policies
-    return policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+    return {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "qkv": policies.save_only_these_names("qkv", "attention"),
+        "attention": policies.save_only_these_names("attention"),
+        "full": None,
+    }[cfg.remat]
 
 
 def _by_period(

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
@@ -12,7 +13,7 @@ from jaxgpt.config import RunConfig
 from jaxgpt.machine import Chip
 from jaxgpt.plan.step import Outline, Step, TooLarge, compile_step
 
-REMAT = ("none", "dots", "full")  # from most memory to most computation
+REMAT = ("none", "dots", "qkv", "attention", "full")  # from most memory to most computation
 # What a step may fill of a device: the rest is for evaluation, fragments and, on a CPU, the
 # program itself. A TPU's compiler leaves out its own reserve.
 USABLE = 0.9
@@ -79,10 +80,15 @@ def search(outline: Outline, cfg: RunConfig, mesh: Mesh) -> Step:
     """
     tried, fitting, fewest = Tried(outline, cfg, mesh), [], 0
     counts = divisions(cfg.train.batch_size, mesh)
-    for remat in REMAT:
+    # Every choice needs less memory than the one before it: the first that fits is soon found.
+    fits = lambda remat: isinstance(tried(counts[-1], remat), Step)
+    first = (
+        0 if largest_micro_batch(tried, "none", counts) else bisect_left(REMAT, True, 1, key=fits)
+    )
+    for remat in REMAT[first:]:
         # More recomputation pays only where it allows fewer micro-batches.
         allowed = counts[:fewest] if fitting else counts
-        step = largest_micro_batch(tried, remat, allowed)
+        step = largest_micro_batch(tried, remat, allowed, fewest - 1 if fitting else 0)
         if step is not None:
             fitting.append(step)
             fewest = counts.index(step.micro_batches)
@@ -118,13 +124,18 @@ def divisions(batch_size: int, mesh: Mesh) -> list[int]:
     return [parts for parts in range(1, rows + 1) if rows % parts == 0]
 
 
-def largest_micro_batch(tried: Tried, remat: str, counts: Sequence[int]) -> Step | None:
+def largest_micro_batch(
+    tried: Tried, remat: str, counts: Sequence[int], guess: int = 0
+) -> Step | None:
     """The step with the fewest micro-batches that fits; None if none does.
 
     What does not fit tells how far away it is, since activations shrink with the micro-batch and
     the rest stays. So few of the settings are compiled.
+
+    Args:
+        guess: index of the count to begin with.
     """
-    best, low, high, guess = None, 0, len(counts), 0  # below low none fits, from high on all do
+    best, low, high = None, 0, len(counts)  # below low none fits, from high on all do
     refused: list[tuple[int, TooLarge]] = []
     while low < high:
         found = tried(counts[guess], remat)
