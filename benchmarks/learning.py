@@ -2,6 +2,7 @@
 
     python benchmarks/learning.py --list
     python benchmarks/learning.py sft-arithmetic --seed 0
+    python benchmarks/learning.py sft-arithmetic --seeds 20
 
 What one claim builds on (a base model, a tuned one) is trained once a seed and kept in --folder.
 """
@@ -142,6 +143,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_AsWritten)
     parser.add_argument("name", nargs="?", choices=CLAIMS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seeds", type=int, default=0,
+        help="so many seeds, from --seed on; the last line counts those that passed",
+    )  # fmt: skip
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"))
     parser.add_argument("--list", action="store_true", help="name the claims and end")
     args = parser.parse_args()
@@ -149,10 +154,32 @@ def main() -> None:
         for name, claim in CLAIMS.items():
             print(f"{name:20} {claim.__doc__}")
         return
-    start = time.perf_counter()
-    result = CLAIMS[args.name](args.folder / f"seed{args.seed}", args.seed)
-    seconds = round(time.perf_counter() - start)
-    print(json.dumps({"name": args.name, "seed": args.seed} | result | {"seconds": seconds}))
+    results = []
+    for seed in range(args.seed, args.seed + max(1, args.seeds)):
+        start = time.perf_counter()
+        result = CLAIMS[args.name](args.folder / f"seed{seed}", seed)
+        seconds = round(time.perf_counter() - start)
+        about = {"name": args.name, "seed": seed}
+        print(json.dumps(about | result | {"seconds": seconds}), flush=True)
+        results.append(result)
+    if args.seeds:
+        print(json.dumps({"name": args.name} | over_seeds(results)))
+
+
+def over_seeds(results: list[Result]) -> Result:
+    """The rate of passing; the mean, least and largest of every measure before and after."""
+    found: Result = {"seeds": len(results), "passed": sum(r["passed"] for r in results)}
+    for when in ("before", "after"):
+        values = [r[when] if isinstance(r[when], dict) else {"": r[when]} for r in results]
+        found[when] = {
+            name: {
+                "mean": round(sum(v[name] for v in values) / len(values), 4),
+                "least": min(v[name] for v in values), "largest": max(v[name] for v in values),
+            }
+            for name in values[0]
+        }  # fmt: skip
+        found[when] = found[when].get("", found[when])
+    return found
 
 
 def base(folder: Path, seed: int) -> Path:

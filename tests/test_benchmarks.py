@@ -59,3 +59,19 @@ def test_what_a_gpu_measures_is_rehearsed_on_a_cpu(tmp_path):
 def test_without_a_gpu_the_script_says_so():
     done = subprocess.run(["benchmarks/gpu.sh"], capture_output=True, text=True)
     assert done.returncode == 1 and "--rehearse" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_claim_over_seeds_tells_how_many_passed_and_the_spread():
+    sys.path.insert(0, "benchmarks")
+    try:
+        from learning import over_seeds
+    finally:
+        sys.path.remove("benchmarks")
+    plain = [{"before": 0.1, "after": after, "passed": after > 0.5} for after in (0.9, 0.4)]
+    spread = {"mean": 0.65, "least": 0.4, "largest": 0.9}
+    assert over_seeds(plain) == {
+        "seeds": 2, "passed": 1, "before": {"mean": 0.1, "least": 0.1, "largest": 0.1},
+        "after": spread,
+    }  # fmt: skip
+    named = [{"before": {"kl": 1.0}, "after": {"kl": 0.5}, "passed": True}]
+    assert over_seeds(named)["after"] == {"kl": {"mean": 0.5, "least": 0.5, "largest": 0.5}}
