@@ -57,9 +57,13 @@ def _scales(theirs: Mapping[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stated(cfg: ModelConfig, theirs: dict[str, Any]) -> dict[str, Any]:
-    """query_pre_attn_scalar, whose root divides the scores, must be a whole number."""
+    """query_pre_attn_scalar, whose root divides the scores, must be a whole number.
+
+    transformers wants a window also where no layer uses it.
+    """
     assert cfg.attention_scale is not None  # resolved
-    return {"query_pre_attn_scalar": round(cfg.attention_scale**-2)}
+    window = theirs["sliding_window"] or cfg.context_length
+    return {"query_pre_attn_scalar": round(cfg.attention_scale**-2), "sliding_window": window}
 
 
 # Windows in every other layer, and capped scores and logits.

@@ -123,6 +123,25 @@ def test_a_trained_model_is_the_same_in_transformers(name, tmp_path):
     np.testing.assert_allclose(logits(cfg, params, tokens_BT), expected_BTV, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_a_gemma_without_windows_runs_in_transformers(name, tmp_path):
+    """As the one that scripts/pretrain.py makes."""
+    cfg = ModelConfig(
+        vocab_size=reference_models.VOCAB, context_length=reference_models.CONTEXT, num_layers=2,
+        model_dim=32, num_heads=4, mlp="gated", activation="gelu_tanh", norm="rmsnorm",
+        norm_offset=1.0, norm_place="both", qk_norm=name == "gemma3_text", position="rope",
+        embedding_scale=32**0.5,
+    )  # fmt: skip
+    params = random_params(cfg)
+    hf.save(tmp_path / "ours", cfg, params)
+    theirs, tokens_BT = open_hf(tmp_path / "ours"), reference_models.tokens()
+    assert theirs.config.model_type == name
+    expected = reference_models.logits(theirs, tokens_BT)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits(cfg, params, tokens_BT), expected, atol=1e-4 * scale)
+    assert hf.load(tmp_path / "ours")[0].sliding_window is None
+
+
 @pytest.mark.parametrize(
     "name", ["gemma3_text", "gemma2-capped", *map(slow, ["llama", "gpt2", *LATER])]
 )
