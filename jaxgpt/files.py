@@ -24,7 +24,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)([^/]*)")
 
 
 def path(text: str | Path) -> Path:
-    """The file or folder of that name; file:///a/b is /a/b.
+    """The file or folder of that name; file:///a/b is /a/b, and hf://… is what hub.py fetches.
 
     Of a store it is universal_pathlib's UPath, which has the methods of a Path and is no Path:
     `Path(text)` would make a folder named "s3:" of it, and refuses a UPath.
@@ -37,6 +37,10 @@ def path(text: str | Path) -> Path:
     found = _SCHEME.match(text)
     if found is None:
         return Path(text)
+    if found[1] == "hf":
+        from jaxgpt import hub
+
+        return hub.path(text)
     if told := problem(text):
         raise ValueError(f"{text}: {told}")
     if found[1] == "file":
@@ -76,6 +80,17 @@ def problem(path: str | Path) -> str:
         if importlib.util.find_spec(module) is None:
             return f'{scheme}:// needs the package {name}: pip install "jaxgpt[{extra}]"'
     return ""
+
+
+def model_problem(path: str | Path) -> str:
+    """Why a path can be no model: as `problem`, but a model may be on the Hub."""
+    return "" if str(path).startswith("hf://") else problem(path)
+
+
+def absolute(path_: str | Path) -> str:
+    """A path as it can be written down: from the root on, or hf://… as it is."""
+    text = str(path_)
+    return text if text.startswith("hf://") else str(path(path_).absolute())
 
 
 def local_problem(path: str | Path) -> str:

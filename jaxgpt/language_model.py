@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxgpt import episodes, files, lineage, peft, rundir, tree
+from jaxgpt import episodes, files, hub, lineage, peft, rundir, tree
 from jaxgpt import inspect as inspection
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import ModelConfig, RunConfig
@@ -49,6 +49,7 @@ def load(
             f"quantize={quantize}: not beside adapters; merge one (--merge_lora) first"
         )
     networks: list[Params] = []
+    path = hub.find("checkpoint", path)
     if adapters:
         parts, networks = load_with_adapters(path, adapters.values(), quantize == "stored")
     else:

@@ -2,7 +2,8 @@
 
     command, stage, seed, config, code, environment    what was run, and with what
     data        every source with the sha256 of its files, or of the problems that it generates
-    parents     the weights taken: their role (init, teacher, reward_model), place and sha256
+    parents     the weights taken: their role (init, teacher, reward_model), place and sha256; of
+                the Hub the place holds the commit, and `asked` is the name that was given
     sessions    one for every time that the command ran: steps, seconds and tokens by kind
     result      the weights after the last step; it is there once the run is complete
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import files, machine, rundir
+from jaxgpt import files, hub, machine, rundir
 from jaxgpt.config import RunConfig, own
 from jaxgpt.data import documents, synthetic
 from jaxgpt.data.rows import names
@@ -54,13 +55,31 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def begin(stage: str, cfg: RunConfig) -> None:
+def pinned(cfg: Any) -> Any:
+    """The settings with the commit of every model that is on the Hub: the one that the run began
+    with, if it was asked for by the same name.
+
+    Raises:
+        ValueError: the Hub does not have the model, or is out of reach.
+    """
+    asked = {role: name for role in ROLES if hub.is_asked(name := getattr(cfg, role, ""))}
+    parents = (read(cfg.run) or {}).get("parents", []) if asked else []
+    known = {(p["role"], name): p["path"] for p in parents for name in p.get("asked", [])}
+    find = lambda role, name: known.get((role, name)) or hub.find(role, name)
+    return dataclasses.replace(cfg, **{role: find(role, name) for role, name in asked.items()})
+
+
+def begin(stage: str, cfg: RunConfig, given: RunConfig) -> None:
     """Writes lineage.json before the first step; a resumed run keeps its sessions.
 
     Data that has changed since the run began is named on stderr.
+
+    Args:
+        given: the settings before `pinned`.
     """
     run = files.path(cfg.run)
     before = read(run) or {}
+    known_as = {parent["path"]: parent.get("asked", []) for parent in before.get("parents", [])}
     found: Node = {
         "stage": stage,
         "command": machine.command(),
@@ -69,8 +88,8 @@ def begin(stage: str, cfg: RunConfig) -> None:
         "config": {"sha256": rundir.config_hash(run)},
         "tokenizer": {"sha256": files.sha256(run / "tokenizer.json")},
         "data": [source(name, path) for name, path in _sources(stage, cfg)],
-        "parents": [_parent(run, role, getattr(cfg, role, "")) for role in ROLES
-                    if getattr(cfg, role, "")],
+        "parents": [_parent(run, role, path, getattr(given, role), known_as) for role in ROLES
+                    if (path := getattr(cfg, role, ""))],
         "code": {"commit": machine.environment()["git_commit"],
                  "changes": machine.uncommitted()},
         "environment": machine.environment(),
@@ -148,6 +167,8 @@ def tree(path: str | Path) -> Node:
 def where(run: str | Path, parent: Mapping[str, Any]) -> Path | None:
     """Where a parent is now: as seen from the run, so that a folder of runs may move, or as it was
     named; None if it is not here."""
+    if parent["path"].startswith(hub.SCHEME):
+        return hub.cached(parent["path"])
     scheme, mark, place = f"{run}/{parent['relative']}".rpartition("://")
     beside = files.path(scheme + mark + os.path.normpath(place))
     places = (beside, files.path(parent["path"]))
@@ -190,7 +211,8 @@ def check(path: str | Path, seen: set[str] | None = None) -> Iterator[tuple[str,
     for parent in found["parents"]:
         place = where(path, parent)
         if place is None:
-            missing = "" if "files" in found else f"{parent['role']}: is gone"
+            elsewhere = "files" in found or parent["path"].startswith(hub.SCHEME)
+            missing = "" if elsewhere else f"{parent['role']}: is gone"
             yield f"{parent['path']}{' (not here)' if not missing else ''}", missing
             continue
         yield _check_weights(place, parent["weights"])
@@ -204,16 +226,22 @@ def carry(source: str | Path, target: str | Path, description: str) -> None:
     Args:
         description: one line that says what the model is.
     """
-    if not (source and files.path(source).is_dir() and read(source)):
+    found, target = _of_source(source), files.path(target)
+    if not found:
         return
-    found, target = tree(source), files.path(target)
-    if "files" not in found:
-        found |= {"results": results(source), "exported_from": str(source)}
-    text = card(target.name, description, found)
-    files.write(target / "README.md", text)
+    files.write(target / "README.md", card(target.name, description, found))
     own = sorted(p for p in target.rglob("*") if p.is_file() and p.name not in (NAME, "README.md"))
     hashes = {file.relative_to(target).as_posix(): files.sha256(file) for file in own}
     _write(target, found | {"files": hashes, "exported": now()})
+
+
+def card_of(source: str | Path, name: str, description: str) -> str:
+    """The model card of an export, which is short where its source has no lineage."""
+    if found := _of_source(source):
+        return card(name, description, found)
+    return (
+        f"---\nlibrary_name: jaxgpt\n---\n# {name}\n\n{description}\n\nWritten from `{source}`.\n"
+    )
 
 
 def spent(found: Node, kind: str) -> dict[str, float]:
@@ -282,6 +310,15 @@ def source(setting: str, path: str) -> dict[str, Any]:
     return entry | {"kind": "hub", "sha256": ""}
 
 
+def _of_source(source: str | Path) -> Node:
+    """What an export tells of the model that it was made from; {} if that has no lineage."""
+    if not (source and files.path(source).is_dir() and read(source)):
+        return {}
+    found = tree(source)
+    more = {"results": results(source), "exported_from": str(source)}
+    return found if "files" in found else found | more
+
+
 def _sources(stage: str, cfg: Any) -> Iterator[tuple[str, str]]:
     """(setting, path) of all that a run reads."""
     data = getattr(cfg, "data", None)
@@ -339,7 +376,13 @@ def _hashes(path: Path) -> dict[str, Any]:
     return entry | ({"files": hashes} if len(hashes) <= MOST_FILES else {})
 
 
-def _parent(run: Path, role: str, path: str) -> dict[str, Any]:
+def _parent(
+    run: Path, role: str, path: str, asked: str, known_as: Mapping[str, list[str]]
+) -> dict[str, Any]:
+    if path.startswith(hub.SCHEME):
+        names = sorted({*known_as.get(path, []), asked})
+        place = {"path": path, "relative": path, "asked": names}
+        return {"role": role, **place, "weights": rundir.weights(path)}
     place, here = str(files.path(path).absolute()), str(run.absolute())
     same = place.partition("://")[0] == here.partition("://")[0] or ("://" not in place + here)
     return {

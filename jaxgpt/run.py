@@ -58,6 +58,7 @@ def launch(
         ValueError: a setting that does not fit the others, the data or the directory.
         train.Diverged: the loss exploded.
     """
+    given, cfg = cfg, lineage.pinned(cfg)
     mesh = _prepare(cfg)
     shows, cfg = cfg.show_batch, dataclasses.replace(cfg, show_batch=False)
     with processes.first_process_first("run"):
@@ -80,7 +81,7 @@ def launch(
             return
         watch = lambda: None
         if jax.process_index() == 0:
-            lineage.begin(name, cfg)
+            lineage.begin(name, cfg, given)
             watch = report.while_it_runs(run)
         # Nothing here holds on to the stage: its parameters would stay beside the trained ones.
         train.fit(build(name, cfg, start, mesh), cfg, mesh, watch, sinks, asked)

@@ -188,13 +188,13 @@ def write_base(cfg: RunConfig) -> None:
         ValueError: the run began on other weights.
     """
     file = files.path(cfg.run) / "base.json"
-    found = {"path": str(files.path(cfg.init).absolute()), "sha256": fingerprint(cfg.init)}
+    found = {"path": files.absolute(cfg.init), "sha256": fingerprint(cfg.init)}
     if file.exists() and json.loads(file.read_text())["sha256"] != found["sha256"]:
         raise ValueError(f"init={cfg.init}: has changed since {cfg.run} began; use another --run")
     files.write(file, json.dumps(found, indent=1))
 
 
-def read_base(path: str | Path) -> tuple[Path, PeftConfig] | None:
+def read_base(path: str | Path) -> tuple[str, PeftConfig] | None:
     """Where the base of a run is and how the run builds on it; None if the run is whole.
 
     Raises:
@@ -209,7 +209,7 @@ def read_base(path: str | Path) -> tuple[Path, PeftConfig] | None:
     if fingerprint(base["path"]) != base["sha256"]:
         raise ValueError(f"{path}: builds on {base['path']}, which has changed since")
     settings = yaml.safe_load((files.path(path) / "config.yaml").read_text())["peft"]
-    return files.path(base["path"]), PeftConfig(**settings)
+    return base["path"], PeftConfig(**settings)
 
 
 def _filled(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

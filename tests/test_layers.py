@@ -11,7 +11,7 @@ PACKAGE = ROOT / "jaxgpt"
 
 # A module may import from layers above its own in this list, and within its own package.
 LAYERS = (
-    {"types", "store", "shapes", "tree"},
+    {"types", "store", "shapes", "tree", "hub"},
     {"files"},
     {"config"},
     {"sharding"},

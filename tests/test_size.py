@@ -14,12 +14,12 @@ BUDGET = {
     "__init__.py": 42,
     "__main__.py": 3,
     "checkpoint.py": 335,
-    "config": 1387,  # 37 of them: models
-    "convert": 3547,  # 690 of them: models
+    "config": 1397,  # 37 of them: models
+    "convert": 3562,  # 690 of them: models
     "data": 3270,
     "episodes.py": 130,
     "evals": 960,
-    "files.py": 110,
+    "files.py": 112,
     "kernels": 1521,  # 46 of them: models
     "language_model.py": 350,
     "losses.py": 70,
@@ -49,18 +49,19 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
 # that stay in a file's blocks, which were decoded before.
-TOTAL = 18_427
+TOTAL = 18_467
 # 864 of the total are "models": families, windows by layer, capped scores, fused projections.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
-    "commands": 650,  # what was scripts/ (480), the list of commands, the doctor
+    "commands": 657,  # what was scripts/ (480), the list of commands, the doctor
+    "hub.py": 152,  # models by org/name, and their upload
     "inspect.py": 180,
     "judge.py": 60,
     "kernels/blocks.py": 107,
     "kernels/compiled.py": 60,
     "launching.py": 130,
     "life": 1350,  # with lineage.py: life, compare, sweep 840; list, card, page, check the rest
-    "lineage.py": 305,
+    "lineage.py": 325,
     "notes": 310,
     "serve": 2070,
     "store.py": 180,

@@ -67,6 +67,7 @@ Share = Annotated[float, within("[0, 1]")]
 BelowOne = Annotated[float, within("[0, 1)")]
 Pattern = Annotated[str, Rule("regular expression", _pattern_problem)]
 FilePath = Annotated[str, Rule("path", files.problem)]  # of this machine, or of a store
+ModelPath = Annotated[str, Rule("path or org/name", files.model_problem)]  # or of the Hub
 Paths = list[FilePath] | FilePath
 
 

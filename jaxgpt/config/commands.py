@@ -4,11 +4,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from jaxgpt import files
 from jaxgpt.config.checks import (
     Amount,
     BelowOne,
     Count,
     FilePath,
+    ModelPath,
     Positive,
     Weight,
     check,
@@ -56,8 +58,9 @@ def planned(kind: type[RunConfig]) -> type[Any]:
 class Weights:
     """Which model is opened, and how its weights are held."""
 
-    checkpoint: FilePath = "runs/pretrain"
-    """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
+    checkpoint: ModelPath = "runs/pretrain"
+    """Model: a run directory, a Hugging Face directory, a GGUF file, a llama2.c file, or org/name
+    on the Hub."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; null: the one that the model was trained with."""
     quantize: Literal["stored", "int8"] | None = "stored"
@@ -73,7 +76,7 @@ class WriteConfig(Sampling, Weights):
     prompt: list[str] = field(default_factory=list)
     """Texts to continue, or with --chat messages to answer; none: one is read from standard
     input."""
-    adapter: list[FilePath] = field(default_factory=list)
+    adapter: list[ModelPath] = field(default_factory=list)
     """Adapters: runs with --peft.kind lora or qlora on this checkpoint, or PEFT directories; one
     for all prompts, or one for each; the name none means the checkpoint alone."""
     stop: list[str] = field(default_factory=list)
@@ -221,11 +224,12 @@ class PrepareConfig:
 class InspectConfig:
     """Which model is looked into, and on which text."""
 
-    checkpoint: FilePath
-    """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
+    checkpoint: ModelPath
+    """Model: a run directory, a Hugging Face directory, a GGUF file, a llama2.c file, or org/name
+    on the Hub."""
     text: str
     """What the model reads."""
-    against: FilePath = ""
+    against: ModelPath = ""
     """Another model, whose probabilities of the same text stand beside; empty: none."""
     output: FilePath = "page.html"
     """HTML file to write, which needs nothing else."""
@@ -247,8 +251,9 @@ class InspectConfig:
 class EvaluateConfig:
     """What to measure, and on what."""
 
-    checkpoint: FilePath
-    """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
+    checkpoint: ModelPath
+    """Model: a run directory, a Hugging Face directory, a GGUF file, a llama2.c file, or org/name
+    on the Hub."""
     task: Literal[
         "perplexity", "multiple_choice", "hellaswag", "piqa", "arc", "winogrande", "lambada",
         "gsm8k", "arithmetic", "reward", "core",
@@ -285,7 +290,7 @@ class EvaluateConfig:
     """true: ask questions that are answered in words by the model's chat template."""
     tools: list[str] = field(default_factory=list)
     """Tools that a chatting model may call: calculator."""
-    reward_model: FilePath = ""
+    reward_model: ModelPath = ""
     """Run of scripts/reward.py that chooses the best of the samples: gives best@n."""
     batch_tokens: Count = 2048
     """Positions that are computed at a time, padding included."""
@@ -316,10 +321,11 @@ class EvaluateConfig:
 class ConvertConfig:
     """Which model to write, and how."""
 
-    checkpoint: FilePath
-    """Model: a run directory, a Hugging Face directory, a GGUF file or a llama2.c file."""
-    output: FilePath
-    """Directory, or .gguf file, to write; never over something else's."""
+    checkpoint: ModelPath
+    """Model: a run directory, a Hugging Face directory, a GGUF file, a llama2.c file, or org/name
+    on the Hub."""
+    output: FilePath = ""
+    """Directory, or .gguf file, to write; never over something else's. Empty: none, with push."""
     to: Literal["huggingface", "jaxgpt", "gguf"] = "huggingface"
     """Layout to write: Hugging Face's, a run directory, or a GGUF file (llama.cpp, Ollama)."""
     type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "f16"
@@ -328,6 +334,18 @@ class ConvertConfig:
     """true: fold adapters into the weights that they adapt."""
     base_name: str = ""
     """What an exported adapter calls its base, such as org/name; empty: the base's path here."""
+    push: str = ""
+    """Repository of the Hub, as org/name, to upload the model to, with a model card; needs a token
+    (HF_TOKEN, or hf auth login)."""
+    public: bool = False
+    """true: push makes a repository that everybody sees; false: a private one."""
 
     def __post_init__(self) -> None:
         check("", self)
+        require(bool(self.output or self.push), "output", "", "is empty; give --output or --push")
+        require(self.to != "jaxgpt" or not self.push, "push", self.push, "takes no run directory")
+        require(bool(self.push) or not self.public, "public", self.public, "is for push")
+        require(
+            not self.push or files.is_local(self.output), "output", self.output,
+            "push needs one on this machine, or none",
+        )  # fmt: skip

@@ -8,6 +8,7 @@ from jaxgpt.config.checks import (
     BelowOne,
     Count,
     FilePath,
+    ModelPath,
     Paths,
     Positive,
     Share,
@@ -192,7 +193,7 @@ class PpoConfig(PolicyConfig):
     clip_high: Positive = 0.2
     """Upper clip: above 1 + clip_high the ratio of a token's probability to that of its rollout has
     no gradient."""
-    reward_model: FilePath = ""
+    reward_model: ModelPath = ""
     """Run of scripts/reward.py whose reward is learned from; empty: the task's rule alone."""
     rule_weight: Weight | None = None
     """Weight of the task's rule in the reward; null: 1, or 0 with a reward model."""

@@ -9,6 +9,7 @@ from jaxgpt.config.checks import (
     BelowOne,
     Count,
     FilePath,
+    ModelPath,
     Paths,
     Pattern,
     Positive,
@@ -299,8 +300,9 @@ class RunConfig:
 
     run: FilePath
     """Directory of the run; the same command on the same directory resumes it."""
-    init: FilePath = ""
-    """Weights to start from: a run directory or a Hugging Face directory; empty: random ones."""
+    init: ModelPath = ""
+    """Weights to start from: a run directory, a Hugging Face directory, a GGUF file or org/name on
+    the Hub, whose commit the run keeps; empty: random ones."""
     seed: int = 0
     """Seed of initialisation, data order, dropout and sampling."""
     model: ModelConfig = field(default_factory=ModelConfig)

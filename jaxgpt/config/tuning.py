@@ -7,6 +7,7 @@ from jaxgpt.config.checks import (
     Amount,
     BelowOne,
     FilePath,
+    ModelPath,
     Paths,
     Positive,
     Share,
@@ -163,8 +164,8 @@ class DistillConfig(RunConfig):
     """Directory of the run; the same command on the same directory resumes it."""
     data: ChatDataConfig = field(default_factory=ChatDataConfig)
     sample: SampleConfig = field(default_factory=greedy)
-    teacher: FilePath = ""
-    """Model to imitate: a run directory or a Hugging Face directory."""
+    teacher: ModelPath = ""
+    """Model to imitate: a run directory, a Hugging Face directory or org/name on the Hub."""
     layers: Amount = 0
     """Layers of the teacher, evenly spaced, that the student starts from where there is no init;
     0: the student is random, of the shape that model says."""

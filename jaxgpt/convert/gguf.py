@@ -413,6 +413,8 @@ def _tokenizer(metadata: dict[str, Any]) -> dict[str, bytes]:
         )  # fmt: skip
     elif get("model") == "gpt2":
         merges = _list(metadata, "merges", str)
+        if len(merges) == 1 and merges[0].replace(" ", "", 1) not in tokens:
+            merges = []  # of bytes alone, for which llama.cpp wants one that never happens
         files = tokenizer_files.byte_level(tokens, merges, special, cut, whole)
     else:
         raise ValueError(f"tokenizer.ggml.model={get('model')!r:.80}: must be gpt2 or llama")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt import files as paths
-from jaxgpt import peft, rundir, tree
+from jaxgpt import hub, peft, rundir, tree
 from jaxgpt.config import ModelConfig, PeftConfig
 from jaxgpt.convert import gguf, hf, llama2c, peft_hf, spm, tensors, tokenizer_files
 from jaxgpt.convert.table import Place
@@ -53,9 +53,9 @@ def load(
     Raises:
         ValueError: nothing we know, damaged files, or settings that our model does not have.
     """
-    path = paths.path(path)
+    path = paths.path(hub.find("checkpoint", path))
     if not path.exists():
-        raise ValueError(f"checkpoint={path}: does not exist")
+        raise ValueError(f"checkpoint={path}: does not exist; a model on the Hub is named org/name")
     if not paths.is_local(path) and not rundir.is_run(path):
         return _load_copy(path, place, merged, stored)
     if rundir.is_run(path):
@@ -119,7 +119,10 @@ def _reader(path: Path) -> Callable[..., tuple[ModelConfig, Params, dict[str, by
 
 def model_config(path: str | Path) -> ModelConfig:
     """The shape of a model on disk; the weights are read only where nothing else tells it."""
-    path = paths.path(path)
+    found = str(hub.find("checkpoint", path))
+    # Of the Hub only the small files are fetched, where they tell it.
+    small = found.startswith(hub.SCHEME) and not found.endswith(".gguf")
+    path = hub.path(found, weights=False) if small else paths.path(path)
     if rundir.is_run(path):
         return rundir.model_config(path)
     if (path / "config.json").is_file():
@@ -127,7 +130,7 @@ def model_config(path: str | Path) -> ModelConfig:
     return load(path, merged=True).config
 
 
-def source_of(path: str | Path) -> Path | None:
+def source_of(path: str | Path) -> str | Path | None:
     """The base that an adapter was trained on; None if `path` is no adapter."""
     if peft_hf.is_adapter(path):
         return peft_hf.base_of(path)
@@ -147,7 +150,8 @@ def load_with_adapters(
         ValueError: no adapter, one of another base, or bases quantised in different ways.
     """
     runs: dict[Path, PeftConfig] = {}
-    for adapter in map(paths.path, adapters):
+    places = [paths.path(hub.find("adapter", adapter)) for adapter in adapters]
+    for adapter in places:
         if not peft_hf.is_adapter(adapter):
             runs[adapter] = _adapter_settings(adapter, path)
     quantized = {cfg.quantize if cfg.kind == "qlora" else "" for cfg in runs.values()}
@@ -167,7 +171,7 @@ def load_with_adapters(
                 return peft_hf.load(copy, base.config, base.params)
         return peft.restore(runs[adapter], base.params, tree.flatten(rundir.read_params(adapter)))
 
-    return base, [beside(paths.path(adapter)) for adapter in adapters]
+    return base, [beside(adapter) for adapter in places]
 
 
 def _adapter_settings(path: Path, base: str | Path) -> PeftConfig:

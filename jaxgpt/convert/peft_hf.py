@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxgpt import files, peft, tree, weights
+from jaxgpt import files, hub, peft, tree, weights
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert import hf, table
 from jaxgpt.convert.table import Row
@@ -64,13 +64,18 @@ def is_adapter(path: str | Path) -> bool:
     return (files.path(path) / CONFIG).is_file()
 
 
-def base_of(path: str | Path) -> Path:
-    """The model that an adapter was trained on.
+def base_of(path: str | Path) -> str | Path:
+    """The model that an adapter was trained on: a path, or the exact form of a name on the Hub.
 
     Raises:
-        ValueError: it is not on this machine.
+        ValueError: it is not on this machine, nor on the Hub.
     """
-    name = read_json(files.path(path) / CONFIG).get("base_model_name_or_path")
+    told = read_json(files.path(path) / CONFIG)
+    name, revision = told.get("base_model_name_or_path"), told.get("revision")
+    if isinstance(name, str) and hub.is_asked(name):
+        if isinstance(revision, str):
+            name = f"{name}@{revision}"
+        return hub.find(f"{path}/{CONFIG}: base_model_name_or_path", name)
     if not isinstance(name, str) or not name or not files.path(name).exists():
         raise ValueError(
             f"{path}/{CONFIG}: base_model_name_or_path={name!r:.80}: is not here; write the path "
@@ -430,10 +435,15 @@ def _settings(
     whole = lambda x: int(x) if float(x).is_integer() else x
     (rank, strength), _ = Counter(scales.values()).most_common(1)[0]
     others = {name: scale for name, scale in scales.items() if scale != (rank, strength)}
+    asked = hub.NAME.fullmatch(base)
+    commit = {}
+    if asked and asked["scheme"] and not asked["file"]:  # as transformers and PEFT name it
+        base, commit = asked["repo"], {"revision": asked["revision"]}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        **commit,
         "r": rank,
         "lora_alpha": whole(rank * strength),
         "rank_pattern": {name: r for name, (r, _) in others.items()},
