@@ -15,7 +15,7 @@ BUDGET = {
     "__main__.py": 3,
     "checkpoint.py": 335,
     "config": 1397,  # 37 of them: models
-    "convert": 3562,  # 690 of them: models
+    "convert": 3782,  # 690 of them: models
     "data": 3270,
     "episodes.py": 130,
     "evals": 960,
@@ -49,7 +49,8 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
 # that stay in a file's blocks, which were decoded before.
-TOTAL = 18_467
+TOTAL = 18_687
+# 260 of the total: models of the Hub by name, fewer bits, tekken.json.
 # 864 of the total are "models": families, windows by layer, capped scores, fused projections.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {

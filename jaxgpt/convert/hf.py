@@ -17,7 +17,7 @@ import numpy as np
 from jaxgpt import tree
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert import family as families
-from jaxgpt.convert import rope, table, tensors
+from jaxgpt.convert import quantized, rope, table, tensors
 from jaxgpt.convert import tokenizer_files as side_files
 from jaxgpt.convert.family import Family
 from jaxgpt.convert.gemma import GEMMA, GEMMA2, GEMMA3
@@ -73,7 +73,7 @@ def load(
     """
     path = Path(path)
     whole = tensors.read_json(path / "config.json")
-    settings = _text(whole)
+    settings, stored = _text(whole)
     family = _family(settings)
     cfg = families.read(family, settings)
     if unknown := families.unknown(family, settings):
@@ -82,8 +82,8 @@ def load(
             f"{family.model_type}; they change nothing here, as in transformers",
             file=sys.stderr,
         )
-    with tensors.Tensors(path) as files:
-        if settings is not whole:
+    with tensors.Tensors(path, quantized.STORED if stored else ()) as files:
+        if whole.get("model_type") in COMPOSITE:
             _pick_text(files)
             if "tie_word_embeddings" not in settings:
                 cfg = dataclasses.replace(cfg, tie_embeddings="lm_head.weight" not in files.shapes)
@@ -92,7 +92,8 @@ def load(
                 f"({family.model_type}) is read, and what sees is left out",
                 file=sys.stderr,
             )
-        return cfg, table.read(family.table, cfg, _Canonical(files, family, cfg), place, dtype)
+        source = quantized.Decoded(files, stored) if stored else files
+        return cfg, table.read(family.table, cfg, _Canonical(source, family, cfg), place, dtype)
 
 
 def save(
@@ -141,7 +142,7 @@ def save(
 
 def config_from_hf(settings: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of a config.json; refuses by name what the model does not have."""
-    settings = _text(settings)
+    settings, _ = _text(settings)
     return families.read(_family(settings), settings)
 
 
@@ -150,7 +151,17 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     return families.write(_express(cfg), cfg)
 
 
-def _text(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+def _text(whole: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The settings of the language model, and how its matrices are stored, if not as numbers."""
+    settings = _of_text(whole)
+    stored = settings.get("quantization_config", whole.get("quantization_config"))
+    if stored is None:
+        return settings, {}
+    quantized.check(stored)
+    return {key: settings[key] for key in settings if key != "quantization_config"}, stored
+
+
+def _of_text(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings of the language model, where config.json is about more than that."""
     usual = COMPOSITE.get(str(settings.get("model_type")))
     if usual is None:
@@ -209,7 +220,7 @@ def _express(cfg: ModelConfig) -> Family:
 class _Canonical:
     """A source under the table's names: full prefixes, no buffers, no copy of a tied head."""
 
-    def __init__(self, files: tensors.Tensors, family: Family, cfg: ModelConfig):
+    def __init__(self, files: table.Source, family: Family, cfg: ModelConfig):
         self._files = files
         self._names: dict[str, str] = {}
         for name in files.shapes:

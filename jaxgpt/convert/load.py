@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxgpt import files as paths
 from jaxgpt import hub, peft, rundir, tree
 from jaxgpt.config import ModelConfig, PeftConfig
-from jaxgpt.convert import gguf, hf, llama2c, peft_hf, spm, tensors, tokenizer_files
+from jaxgpt.convert import byte_pairs, gguf, hf, llama2c, peft_hf, spm, tensors, tokenizer_files
 from jaxgpt.convert.table import Place
 from jaxgpt.data import chat
 from jaxgpt.data import tokenizer as tokenizers
@@ -231,7 +231,7 @@ def _with_tokenizer(
         ValueError: the tokenizer has ids beyond the embedding, or no vocabulary.
     """
     try:
-        files = spm.complete(files)
+        files = byte_pairs.complete(spm.complete(files))
         tokenizer = tokenizers.from_files(files, "tokenizer")
         check_vocabulary(cfg, tokenizer)
     except ValueError as error:

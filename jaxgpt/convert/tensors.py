@@ -6,7 +6,7 @@ that a header cannot claim more than the file holds.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -24,16 +24,25 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# The library knows these names and has no arrays of them.
+FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
 LARGEST_JSON = 100_000_000  # bytes; the index of a model of a million tensors
 SHARD_BYTES = 5_000_000_000
 
 
 class Tensors:
-    """The tensors of a checkpoint directory by name; a `table.Source`, open within `with`."""
+    """The tensors of a checkpoint directory by name; a `table.Source`, open within `with`.
 
-    def __init__(self, path: Path):
+    Args:
+        more: types that may be there beside DTYPES.
+    """
+
+    def __init__(self, path: Path, more: Collection[str] = ()):
         self.shapes: dict[str, Shape] = {}
+        self.kinds: dict[str, str] = {}
+        self._more = more
         self._files: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
         self._stored: dict[str, str] = {}  # a name -> that in the file, if it is another
         self._stack = ExitStack()
         try:
@@ -55,12 +64,18 @@ class Tensors:
         self._stack.close()
 
     def read(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(self._stored.get(name, name))
+        stored = self._stored.get(name, name)
+        if self.kinds[name] in FLOAT8:
+            content = _content(self._paths[name], stored)
+            return np.frombuffer(content, FLOAT8[self.kinds[name]]).reshape(self.shapes[name])
+        return self._files[name].get_tensor(stored)
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Keeps these tensors alone, under new names -> those in the files."""
         self.shapes = {new: self.shapes[old] for new, old in names.items()}
+        self.kinds = {new: self.kinds[old] for new, old in names.items()}
         self._files = {new: self._files[old] for new, old in names.items()}
+        self._paths = {new: self._paths[old] for new, old in names.items()}
         self._stored = dict(names)
 
     def _open(self, file: Path, expected: set[str] | None) -> None:
@@ -74,12 +89,22 @@ class Tensors:
             raise ValueError(f"{file}: the index and the file disagree about {odd}")
         for name in opened.keys():  # noqa: SIM118 (not a mapping)
             tensor = opened.get_slice(name)
-            if tensor.get_dtype() not in DTYPES:
+            if tensor.get_dtype() not in (*DTYPES, *self._more):
                 raise ValueError(
                     f"{file}: {name} is {tensor.get_dtype()}; only {', '.join(DTYPES)} are read"
                 )
             self.shapes[name] = tuple(tensor.get_shape())
-            self._files[name] = opened
+            self.kinds[name] = tensor.get_dtype()
+            self._files[name], self._paths[name] = opened, file
+
+
+def _content(file: Path, name: str) -> bytes:
+    """A tensor as it lies in a file whose header the library has checked."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        first, end = json.loads(stream.read(length))[name]["data_offsets"]
+        stream.seek(8 + length + first)
+        return stream.read(end - first)
 
 
 def read_json(path: Path) -> dict[str, Any]:

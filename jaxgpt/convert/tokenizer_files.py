@@ -11,7 +11,8 @@ from jaxgpt.data import engines
 
 NAMES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "tekken.json", "chat_template.jinja",
+    "generation_config.json",
 )  # fmt: skip
 # The names by which transformers gives special tokens to a template.
 NAMED = (
@@ -28,6 +29,8 @@ def read(path: str | Path) -> dict[str, bytes]:
     """
     path = paths.path(path)
     found = {name: path / name for name in NAMES if (path / name).is_file()}
+    if "tokenizer.json" in found:
+        found.pop("tekken.json", None)  # many megabytes that say the same
     for name, file in found.items():
         if name.endswith(".json"):
             tensors.read_json(file)

@@ -1,5 +1,6 @@
 """Where a model meets its tokenizer: ids, begin and end tokens, sentencepiece's files."""
 
+import base64
 import io
 import json
 import os
@@ -7,12 +8,14 @@ import random
 
 import numpy as np
 import pytest
+import tiktoken
 import tokenizers
 
 from jaxgpt import tree
 from jaxgpt.config import ModelConfig
-from jaxgpt.convert import hf, spm, table, tensors, tokenizer_files
+from jaxgpt.convert import byte_pairs, hf, spm, table, tensors, tokenizer_files, words
 from jaxgpt.convert.load import load
+from jaxgpt.data import engines
 from jaxgpt.data import tokenizer as readers
 
 LLAMA = ModelConfig(
@@ -210,3 +213,120 @@ def test_a_directory_without_a_vocabulary_is_named(tmp_path):
     with pytest.raises(ValueError, match=rf"{tmp_path}/model: .*holds no tokenizer.json"):
         load(tmp_path / "model")
     assert tokenizer_files.special_tokens(settings(eos_token="</s>")) == {"eos_token": "</s>"}
+
+
+TEXTS = (
+    "def add(a, b):\n    return a + b  # 12345\n\n\n  x", "Der Zug fährt um 7.45 Uhr ab, isn't it?",
+    "日本語のテキスト、한국어, ça va ? ÉTÉ", "  \t leading and trailing  ", "a" * 40 + "!!!???...",
+    "The theatre THEATRE TheTheatre iPhone's", "e\u0301 \U0001f600\U0001f468\u200d\U0001f469",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """A byte-level vocabulary: bytes by rank."""
+    return readers.train_bpe(TEXTS * 3, 600).ranks
+
+
+def tekken(ranks, special):
+    bytes_first = sorted(ranks, key=lambda token: token if len(token) == 1 else b"")
+    order = sorted(bytes_first, key=lambda token: ranks[token] if len(token) > 1 else -1)
+    vocab = [
+        {"rank": i, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+        for i, token in enumerate(order)
+    ]
+    settings = {
+        "pattern": words.TEKKEN, "num_vocab_tokens": len(vocab),
+        "version": "v11" if special else "v3",
+        "default_num_special_tokens": 40, "default_vocab_size": 40 + len(vocab) - 7,
+    }  # fmt: skip
+    told = {"config": settings, "vocab": vocab}
+    return told | ({"special_tokens": special} if special else {})
+
+
+NAMED = [{"rank": i, "token_str": text, "is_control": True}
+         for i, text in enumerate(("<unk>", "<s>", "</s>", "[THINK]"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("special", [None, NAMED])
+def test_tekken_is_ranks_behind_special_tokens(learned, special):
+    told = tekken(learned, special)
+    held = [base64.b64decode(entry["token_bytes"]) for entry in told["vocab"][:-7]]
+    reference = tiktoken.Encoding(
+        "", pat_str=words.TEKKEN, mergeable_ranks={t: i for i, t in enumerate(held)},
+        special_tokens={},
+    )  # fmt: skip
+    files = byte_pairs.complete({"tekken.json": json.dumps(told).encode()})
+    ours = readers.from_files(files, "x")
+    for text in TEXTS:
+        assert ours.encode(text) == [40 + i for i in reference.encode_ordinary(text)]
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.engine.encode("").ids == [1]  # <s>
+
+
+@pytest.mark.parametrize("special", [None, NAMED])
+def test_tekken_gives_the_ids_of_mistrals_own_library(learned, special, tmp_path):
+    theirs = pytest.importorskip("mistral_common.tokens.tokenizers.tekken")
+    file = tmp_path / "tekken.json"
+    file.write_text(json.dumps(tekken(learned, special)))
+    reference = theirs.Tekkenizer.from_file(file)
+    files = byte_pairs.complete(tokenizer_files.read(tmp_path))
+    ours = readers.from_files(files, "x")
+    assert ours.vocab_size == reference.n_words
+    for text in TEXTS:
+        ids = reference.encode(text, bos=False, eos=False)
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == text
+    assert tokenizer_files.own_ids(files)["bos_token_id"] == reference.bos_id
+    assert tokenizer_files.own_ids(files)["eos_token_id"] == reference.eos_id
+    assert ours.engine.encode("a").ids == reference.encode("a", bos=True, eos=False)
+    assert "tekken.json" not in files
+
+
+def test_a_damaged_tekken_is_refused(learned):
+    whole = tekken(learned, None)
+    for change, message in (
+        ({"vocab": 3}, "tekken.json: is damaged"), ({"config": {}}, "tekken.json: is damaged"),
+        ({"config": whole["config"] | {"pattern": "a"}}, "config.pattern: cuts words in another"),
+        ({"special_tokens": [{"rank": 99, "token_str": "a"}]}, "tekken.json: is damaged"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            byte_pairs.complete({"tekken.json": json.dumps(whole | change).encode()})
+
+
+def pairs(ranks):
+    """vocab.json and merges.txt."""
+    letters = engines.byte_chars()
+    vocab = {"".join(letters[b] for b in token): i for token, i in ranks.items()}
+    merges = [" ".join(pair) for pair in engines.merges_of(ranks)]
+    return vocab, "#version: 0.2\n" + "\n".join(merges) + "\n"
+
+
+def test_vocab_and_merges_are_cut_as_their_class_does(learned, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vocab, merges = pairs(learned)
+    end = len(vocab)
+    decoder = {
+        str(end + i): {"content": text, "special": special, "lstrip": False, "rstrip": False,
+                       "normalized": False, "single_word": False}
+        for i, (text, special) in enumerate(
+            {"<|endoftext|>": True, "<|im_end|>": True, "<tool_call>": False}.items())
+    }  # fmt: skip
+    told = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": decoder,
+            "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}  # fmt: skip
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text(merges)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    files = byte_pairs.complete(tokenizer_files.read(tmp_path))
+    ours = readers.from_files(files, "x")
+    for text in (*TEXTS, "a<tool_call>b"):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+    assert tokenizer_files.own_ids(files) == {"eos_token_id": end + 1, "pad_token_id": end}
+    # A class of which we know no way to cut is no GPT-2.
+    other = files | {"tokenizer_config.json": b'{"tokenizer_class": "OtherTokenizer"}'}
+    del other["tokenizer.json"]
+    with pytest.raises(ValueError, match="tokenizer_class='OtherTokenizer': how it cuts words"):
+        byte_pairs.complete(other)
+    plain = {name: files[name] for name in ("vocab.json", "merges.txt")}
+    assert byte_pairs.complete(plain) == plain  # GPT-2's own way
