@@ -26,7 +26,7 @@ from jaxgpt.episodes import Episode, Writer
 from jaxgpt.inspect import Inspection
 from jaxgpt.judge import Judge
 from jaxgpt.model import gpt
-from jaxgpt.sampling import likelihood
+from jaxgpt.sampling import likelihood, speculate
 from jaxgpt.sampling.sample import Completion, Sampling, for_decoding, generate
 from jaxgpt.tasks.environment import Environment, Question
 from jaxgpt.types import Array, Params
@@ -126,6 +126,7 @@ class LanguageModel:
         adapter: str | Sequence[str | None] | None = None,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
+        draft: "LanguageModel | str | None" = None,
     ) -> list[str]:
         """What the model writes after each prompt, up to its end token or a stop string.
 
@@ -136,14 +137,18 @@ class LanguageModel:
             rows: numbers that, with the seed, decide the draws of each prompt; default 0, 1, 2, …
             adapter: which of the loaded adapters answers, for all prompts or for each; None: the
                 base.
+            draft: proposes tokens, of which the model checks several at a time, so that the same
+                text is written faster: a smaller model with this vocabulary, or "prompt", which
+                proposes what stands earlier in the text.
 
         Raises:
-            ValueError: a setting out of range, or a prompt that leaves no room in the context.
+            ValueError: a setting out of range, a prompt that leaves no room in the context, or a
+                draft with another vocabulary or too short a context.
         """
         settings = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         ids = [self.encode(text) or [self.tokenizer.eos_id] for text in texts]
-        return self.complete(ids, settings, seed, stop, rows, adapter=adapter)
+        return self.complete(ids, settings, seed, stop, rows, adapter=adapter, draft=draft)
 
     def chat(self, messages: Sequence[Message], tools: Sequence[str] = (), **sampling: Any) -> str:
         """The assistant's next turn, by the model's own chat template.
@@ -167,6 +172,8 @@ class LanguageModel:
         """`chat`, with all that was said on the way to the answer: calls and what they gave."""
         settings, where = _settings(sampling)
         stop = where.pop("stop", ())
+        if where.pop("draft", None) is not None:
+            raise ValueError("draft: does not go with tools; leave one of them out")
         (episode,) = self.play([Question(messages, names=tools)], settings, **where)
         *calls, answer = episode.messages[len(messages) :]
         text = _cut(answer["content"], [stop] if isinstance(stop, str) else stop)
@@ -227,6 +234,7 @@ class LanguageModel:
         rows: Sequence[int] | None = None,
         on_text: Callable[[list[str]], None] | None = None,
         adapter: str | Sequence[str | None] | None = None,
+        draft: "LanguageModel | str | None" = None,
     ) -> list[str]:
         """`generate` for prompts given as ids.
 
@@ -251,7 +259,10 @@ class LanguageModel:
                 for done, text in zip(completions, texts, strict=True)
             )
 
-        completions = generate(
+        write = generate
+        if draft is not None:
+            write = partial(speculate.generate, draft=self._draft(draft, len(prompts)))
+        completions = write(
             self.config, self._decoding_params(len(prompts), adapter), prompts, settings,
             stop_ids=self.stop_ids, rng=jax.random.key(seed), rows=rows, on_tokens=watch,
         )  # fmt: skip
@@ -432,6 +443,23 @@ class LanguageModel:
             self._decoding = {key: for_decoding(self.config, params, num_rows)}
         return self._decoding[key]
 
+    def _draft(self, draft: "LanguageModel | str", num_rows: int) -> speculate.Draft | None:
+        """A model that proposes; None: the text itself does."""
+        if isinstance(draft, str):
+            if draft != "prompt":
+                raise ValueError(
+                    f"draft={draft}: must be prompt, or a model: jaxgpt.load({draft!r})"
+                )
+            return None
+        sizes = draft.config.vocab_size, self.config.vocab_size
+        same = draft.tokenizer.fingerprint == self.tokenizer.fingerprint
+        if not same or sizes[0] != sizes[1]:
+            raise ValueError(
+                f"draft: {draft.name} has another vocabulary ({sizes[0]} ids) than {self.name} "
+                f"({sizes[1]}); take a smaller model of the same family, or draft=prompt"
+            )
+        return speculate.Draft(draft.config, draft._decoding_params(num_rows, None))
+
     def _texts(
         self, prompts: Sequence[Sequence[int]], completions: Iterable[Completion]
     ) -> list[str]:
@@ -460,7 +488,9 @@ def streamed(write: Callable[[str], Any]) -> Callable[[list[str]], None]:
 
 def _settings(asked: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
     """How a chat draws its tokens, and the other arguments of `complete`."""
-    where = {name: asked[name] for name in ("seed", "stop", "rows", "adapter") if name in asked}
+    where = {
+        name: asked[name] for name in ("seed", "stop", "rows", "adapter", "draft") if name in asked
+    }
     rest = {name: value for name, value in asked.items() if name not in where}
     return Sampling(**{"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0} | rest), where
 

@@ -1,5 +1,6 @@
 """A model in Python: texts in and out, perplexity, saving; SmolLM2's known answers."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -102,6 +103,20 @@ def test_a_stop_string_cuts_the_text_and_ends_the_generation(lm):
     )  # fmt: skip
     assert seen[-1] == whole[: whole.index(stop)]
     assert len(seen) == 2  # after one of three scans, and at the end
+
+
+def test_a_draft_changes_no_text_and_must_share_the_vocabulary(lm):
+    prompt = "def g(x): def g("
+    plain = lm.generate(prompt, max_new_tokens=12)
+    assert lm.generate(prompt, max_new_tokens=12, draft="prompt") == plain
+    larger = dataclasses.replace(lm.config, vocab_size=lm.config.vocab_size + 16)
+    other = language_model.LanguageModel(lm.loaded._replace(config=larger), "other")
+    with pytest.raises(ValueError, match="draft: other has another vocabulary"):
+        lm.generate("a", draft=other)
+    with pytest.raises(ValueError, match="draft=runs/small: must be prompt, or a model"):
+        lm.generate("a", draft="runs/small")
+    with pytest.raises(ValueError, match="draft: does not go with tools"):
+        lm.chat([{"role": "user", "content": "a"}], tools=["calculator"], draft="prompt")
 
 
 def streamed(lm, monkeypatch, texts, stop=()):

@@ -14,14 +14,14 @@ BUDGET = {
     "__init__.py": 42,
     "__main__.py": 3,
     "checkpoint.py": 335,
-    "config": 1397,  # 37 of them: models
+    "config": 1399,  # 37 of them: models
     "convert": 3782,  # 690 of them: models
     "data": 3270,
     "episodes.py": 130,
     "evals": 960,
     "files.py": 112,
     "kernels": 1521,  # 46 of them: models
-    "language_model.py": 350,
+    "language_model.py": 370,
     "losses.py": 70,
     "machine": 672,
     "metrics.py": 250,
@@ -35,7 +35,7 @@ BUDGET = {
     "run.py": 240,
     "rundir.py": 165,
     "runlog.py": 110,
-    "sampling": 620,
+    "sampling": 865,  # 245 of them: a draft proposes
     "scoring.py": 190,
     "shapes.py": 35,
     "sharding.py": 230,
@@ -48,13 +48,13 @@ BUDGET = {
 }
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
-# that stay in a file's blocks, which were decoded before.
-TOTAL = 18_687
+# that stay in a file's blocks, which were decoded before; 275: a draft proposes tokens.
+TOTAL = 18_962
 # 260 of the total: models of the Hub by name, fewer bits, tekken.json.
 # 864 of the total are "models": families, windows by layer, capped scores, fused projections.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
-    "commands": 657,  # what was scripts/ (480), the list of commands, the doctor
+    "commands": 659,  # what was scripts/ (480), the list of commands, the doctor
     "hub.py": 152,  # models by org/name, and their upload
     "inspect.py": 180,
     "judge.py": 60,

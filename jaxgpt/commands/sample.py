@@ -39,6 +39,10 @@ def write(cfg: config.WriteConfig) -> None:
         adapters={path: path for path in chosen if path},
         quantize=cfg.quantize,
     )
+    draft = cfg.draft or None
+    if draft not in (None, "prompt"):
+        lineage.require_writer("draft", draft)
+        draft = language_model.load(draft, cfg.dtype, quantize=cfg.quantize)
     adapter = chosen[0] if len(chosen) == 1 else chosen or None
     prompts = cfg.prompt or [sys.stdin.read().rstrip("\n")]
     system = [] if cfg.system is None else [{"role": "system", "content": cfg.system}]
@@ -61,12 +65,12 @@ def write(cfg: config.WriteConfig) -> None:
         ids = [lm.encode(prompt) or [lm.tokenizer.eos_id] for prompt in prompts]
     shown = ["" if cfg.chat else prompt for prompt in prompts]
     write = partial(print, end="", flush=True)
+    complete = partial(lm.complete, ids, settings, cfg.seed, cfg.stop, adapter=adapter, draft=draft)
     if len(prompts) == 1:
         write(shown[0])
         stream = language_model.streamed(write)
-        lm.complete(ids, settings, cfg.seed, cfg.stop, on_text=stream, adapter=adapter)
+        complete(on_text=stream)
         write("\n")
         return
-    texts = lm.complete(ids, settings, cfg.seed, cfg.stop, adapter=adapter)
-    for before, text in zip(shown, texts, strict=True):
+    for before, text in zip(shown, complete(), strict=True):
         write(f"{before}{text}\n\n")

@@ -81,6 +81,10 @@ class WriteConfig(Sampling, Weights):
     for all prompts, or one for each; the name none means the checkpoint alone."""
     stop: list[str] = field(default_factory=list)
     """Strings before which the text ends."""
+    draft: FilePath = ""
+    """What proposes tokens, of which the model checks several at a time, so that the same text is
+    written faster: prompt, which proposes what stands earlier in the text, or a smaller model with
+    the same vocabulary; empty: nothing."""
     seed: int = 0
     """Seed of the draws: the same seed writes the same text."""
     chat: bool = False
@@ -96,6 +100,7 @@ class WriteConfig(Sampling, Weights):
     def __post_init__(self) -> None:
         check("", self)
         require(not self.tools or self.chat, "tools", ", ".join(self.tools), "are for --chat")
+        require(not (self.tools and self.draft), "draft", self.draft, "excludes tools; drop one")
         require(self.system is None or self.chat, "system", self.system, "is for --chat")
 
 

@@ -86,7 +86,7 @@ def generate(
 
     width = shapes.bucket(max(len(prompt) for prompt in prompts))
     num_scans = -(-settings.max_new_tokens // SCAN_STEPS)
-    state = _begin(cfg, params, prompts, width, num_scans * SCAN_STEPS, settings, mesh)
+    state = begin(cfg, params, prompts, width, num_scans * SCAN_STEPS, settings, mesh)
     if mesh is not None:
         rng_B = sharding.spread(sharding.over_rows(mesh, B), rng_B)
         compact = compact and rng_B.sharding.num_devices == 1
@@ -113,7 +113,7 @@ def generate(
         if last or on_tokens is not None:
             written = (tokens_BW[:, : span.stop], logprobs_BW[:, : span.stop])
             completions = [
-                _completion(*row, set(stop_ids)) for row in zip(*written, room_B, strict=True)
+                completion(*row, set(stop_ids)) for row in zip(*written, room_B, strict=True)
             ]
         enough = on_tokens is not None and on_tokens(completions)  # sees the last ones, too
         if last or enough:
@@ -134,7 +134,7 @@ def _begun_ahead(items: Iterator[T], count: int) -> Iterator[T]:
     yield from begun
 
 
-def _begin(
+def begin(
     cfg: ModelConfig,
     params: Params,
     prompts: Sequence[Sequence[int]],
@@ -303,7 +303,7 @@ def _copies(prompts: Sequence[Sequence[int]]) -> int:
     return count if len(whole) % count == 0 and whole == first_of else 1
 
 
-def _completion(
+def completion(
     tokens_W: np.ndarray, logprobs_W: np.ndarray, room: int, stop_ids: set[int]
 ) -> Completion:
     tokens = tokens_W[:room].tolist()
