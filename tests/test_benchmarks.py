@@ -56,6 +56,51 @@ def test_what_a_gpu_measures_is_rehearsed_on_a_cpu(tmp_path):
     assert found["serve"]["jaxgpt"]["tokens_per_second@1"] > 0
 
 
+@pytest.mark.slow
+def test_the_guard_compares_this_checkout_with_a_commit(tmp_path):
+    """With itself, so that no ratio is far from one; other work on the machine may be."""
+    file = tmp_path / "guard.json"
+    done = subprocess.run(
+        [
+            sys.executable, "benchmarks/guard.py", "--against", "HEAD", "--quick", "--steps", "8",
+            "--pairs", "1", "--new", "60", "--at_least", "0.01", "--json", str(file),
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = {figure["name"]: figure for figure in json.loads(file.read_text())["figures"]}
+    assert set(figures) == {
+        "training: first step", "training: speed", "training: memory", "writing: first word",
+        "writing: speed", "writing: memory",
+    }  # fmt: skip
+    assert all(figure["ours"] > 0 and figure["theirs"] > 0 for figure in figures.values())
+    assert 0.7 < figures["training: memory"]["ratio"] < 1.4
+    assert "ratio" in done.stdout and not (tmp_path / "runs").exists()
+
+
+def test_the_guard_says_in_one_line_what_it_cannot_compare(monkeypatch, capsys):
+    monkeypatch.syspath_prepend("benchmarks")
+    import guard
+
+    monkeypatch.setattr(sys, "argv", ["guard.py"])
+    monkeypatch.setattr(guard, "last_tag", lambda: "")
+    guard.main()
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "no tag" in out and "--against" in out
+    monkeypatch.setattr(sys, "argv", ["guard.py", "--against", "no-such-commit"])
+    with pytest.raises(SystemExit, match="error: against=no-such-commit: "):
+        guard.main()
+
+
+def test_a_loss_is_a_ratio_below_one(monkeypatch):
+    monkeypatch.syspath_prepend("benchmarks")
+    import guard
+
+    pairs = [({"x: memory": 2.0, "x: speed": 2.0}, {"x: memory": 1.0, "x: speed": 1.0})] * 3
+    assert guard.figure("x: memory", pairs).ratio == 0.5
+    assert guard.figure("x: speed", pairs).ratio == 2
+
+
 def test_without_a_gpu_the_script_says_so():
     done = subprocess.run(["benchmarks/gpu.sh"], capture_output=True, text=True)
     assert done.returncode == 1 and "--rehearse" in done.stderr and "Traceback" not in done.stderr
