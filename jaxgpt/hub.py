@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 SCHEME = "hf://"
 NAME = re.compile(
@@ -50,9 +51,8 @@ def find(setting: str, name: str | Path) -> str | Path:
     repo, revision, file = asked["repo"], asked["revision"], asked["file"] or asked["part"]
     with _told(f"{setting}={text}", repo):
         if not COMMIT.fullmatch(revision or ""):
-            # A part of a name must wait for the list; .gitattributes is in every repository.
-            other = _parts(file) if (file or "").endswith(".gguf") else [".gitattributes"]
-            revision = _snapshot(repo, revision, other if file else SMALL).name
+            # Of GGUF files there may be many: first a small one, which is in every repository.
+            revision = _snapshot(repo, revision, [".gitattributes"] if file else SMALL).name
         pinned = f"{SCHEME}{repo}@{revision}"
         if not asked["part"]:
             return f"{pinned}/{file}" if file else pinned
@@ -91,12 +91,15 @@ def path(name: str, weights: bool = True) -> Path:
     repo, commit, file = asked["repo"], asked["revision"], asked["file"]
     with _told(name, repo):
         if file:  # with its other parts, if it is one of several
-            found = _snapshot(repo, commit, _parts(file)) / file
+            pattern = re.sub(r"-\d{5}-of-", "-*-of-", glob.escape(file))
+            found = _snapshot(repo, commit, [pattern], shows=not cached(name)) / file
         else:
             found = _snapshot(repo, commit, SMALL)
-            if weights:
-                shards = [glob.escape(shard) for shard in _shards(found / INDEX)]
-                found = _snapshot(repo, commit, shards or WEIGHTS)
+            shards = _shards(found / INDEX)
+            there = [(found / file).exists() for file in shards or WEIGHTS]
+            if weights and not (all(there) if shards else any(there)):
+                escaped = [glob.escape(shard) for shard in shards]
+                found = _snapshot(repo, commit, escaped or WEIGHTS, shows=True)
         whole = found.exists() and (file or not weights or any(found.glob("*.safetensors")))
         names = "" if whole else ", ".join(_names(repo, commit)[:12])
     if not whole:
@@ -159,17 +162,27 @@ def push(repo: str, place: Path, card: str, public: bool = False) -> str:
         return str(api.create_commit(repo, added, commit_message="Upload by jaxgpt").commit_url)
 
 
-def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The folder of a commit with the files of these names; its name is the commit."""
+def _snapshot(
+    repo: str, revision: str | None, patterns: Sequence[str], shows: bool = False
+) -> Path:
+    """The folder of a commit with the files of these names; its name is the commit.
+
+    Args:
+        shows: bars of progress.
+    """
     import huggingface_hub
+    from tqdm import tqdm
 
-    found = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[*patterns])
-    return Path(found)
+    class Quiet(tqdm):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings | {"disable": True})
 
-
-def _parts(file: str) -> list[str]:
-    """The pattern of a file and of those with which it is one GGUF file."""
-    return [re.sub(r"-\d{5}-of-", "-*-of-", glob.escape(file))]
+    bar: Any = None if shows else Quiet
+    return Path(
+        huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=[*patterns], tqdm_class=bar
+        )
+    )
 
 
 def _names(repo: str, revision: str) -> list[str]:

@@ -72,7 +72,7 @@ def offline(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-def test_a_model_is_fetched_by_name_and_only_what_is_needed(server, model, monkeypatch):
+def test_a_model_is_fetched_by_name_and_only_what_is_needed(server, model, monkeypatch, capsys):
     extra = {"consolidated.safetensors": b"x", "pytorch_model.bin": b"x", "README.md": b"x",
              "onnx/model.safetensors": b"x"}  # fmt: skip
     commit = server.commit("org/name", model | extra)
@@ -82,8 +82,10 @@ def test_a_model_is_fetched_by_name_and_only_what_is_needed(server, model, monke
     assert not any(server.fetched(name) for name in extra)
     assert server.fetched("model.safetensors") == 1
     offline(monkeypatch)  # from the cache
+    capsys.readouterr()
     again = jaxgpt.load("org/name")
     assert again.name == lm.name
+    assert capsys.readouterr().err == ""
     assert hub.cached(lm.name) == files.path(lm.name)
 
 
