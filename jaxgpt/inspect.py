@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from jaxgpt import shapes
 from jaxgpt.config import ModelConfig
@@ -53,6 +52,8 @@ class Inspection:
     @cached_property
     def logprobs_TV(self) -> np.ndarray:
         """log p of the next token, before anything is excluded."""
+        from scipy import special  # here, as in kernels/int8.py
+
         return special.log_softmax(self.logits_TV, axis=-1)
 
     @property

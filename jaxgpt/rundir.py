@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from jaxgpt import files, optim, tree
+from jaxgpt import files, tree
 from jaxgpt.checkpoint import Checkpoints, content, read_arrays, verify
 from jaxgpt.config import ModelConfig, PeftConfig, RopeScaling, RunConfig, to_yaml
 from jaxgpt.types import Params
@@ -228,6 +228,8 @@ def _require_more(path: Path, old: dict[str, Any], cfg: RunConfig) -> None:
     A constant rate goes on, wsd goes on from where its decay began, and a cosine must be told what
     happens to it by optim.decay_steps.
     """
+    from jaxgpt import optim  # here: who only reads a run needs no optax
+
     steps, done = cfg.train.steps, max(Checkpoints(path / "checkpoints").steps(), default=0)
     if steps < done:
         raise ValueError(f"train.steps={steps}: {done} steps are done; give more, or another --run")
