@@ -81,7 +81,7 @@ class WriteConfig(Sampling, Weights):
     for all prompts, or one for each; the name none means the checkpoint alone."""
     stop: list[str] = field(default_factory=list)
     """Strings before which the text ends."""
-    draft: FilePath = ""
+    draft: ModelPath = ""
     """What proposes tokens, of which the model checks several at a time, so that the same text is
     written faster: prompt, which proposes what stands earlier in the text, or a smaller model with
     the same vocabulary; empty: nothing."""
