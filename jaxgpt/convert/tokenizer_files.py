@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from jaxgpt import files as paths
 from jaxgpt.convert import tensors, words
 from jaxgpt.data import engines
+
+# A model's tokenizer.json is asked for five times while it is opened.
+_parsed = lru_cache(maxsize=4)(engines.parse_json)
 
 NAMES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -245,7 +249,7 @@ def with_settings(files: dict[str, bytes], **settings: Any) -> dict[str, bytes]:
 
 
 def _content(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    return engines.parse_json(files.get(name, b"{}"), name)
+    return dict(_parsed(files.get(name, b"{}"), name))  # a copy: callers add to it
 
 
 def _numbered(tokens: Sequence[str]) -> dict[str, int]:
