@@ -52,7 +52,10 @@ def _kernel(owner: str, *axes: str | None) -> list[tuple[str, P]]:
 RULES: list[tuple[str, P]] = [
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"positions/embedding$", P(None, "fsdp")),
-    (r"moe/(router|shared_gate)/kernel$", P()),
+    (r"moe/(router|shared_gate)/(kernel|bias)$", P()),
+    (r"moe/(gate|up)/bias$", P(None, "expert", "tensor")),
+    (r"moe/down/bias$", P(None, "expert", None)),
+    (r"attention/sink_bias$", P(None, "tensor")),
     *_kernel(r"moe/(gate|up)", None, "expert", "fsdp", "tensor"),
     *_kernel(r"moe/down", None, "expert", "tensor", "fsdp"),
     *_kernel(r"_adapter/down", None, "fsdp", None),

@@ -217,6 +217,21 @@ NEWEST = {
         rope_parameters=YARN,
     ),
 }  # fmt: skip
+# Mixtures with more to them: sinks, biases, a cut gate; latent attention, routers in groups.
+EXPERTS = dict(num_local_experts=5, num_experts_per_tok=2)
+NEWEST |= {
+    "gpt_oss": lambda t: t.GptOssConfig(
+        **DEEP, **PLAIN, **WINDOW, **EXPERTS, head_dim=8, rope_parameters=YARN | {"truncate": False}
+    ),
+    "gpt_oss-limit": lambda t: t.GptOssConfig(
+        **SHAPE, **PLAIN, **WINDOW, **EXPERTS, head_dim=6, swiglu_limit=0.4, attention_bias=False,
+        tie_word_embeddings=True, rope_parameters=YARN,
+    ),
+    "gpt_oss-one": lambda t: t.GptOssConfig(
+        **DEEP | {"num_key_value_heads": 1}, **PLAIN, **WINDOW, num_local_experts=4, head_dim=10,
+        num_experts_per_tok=1, layer_types=(PATTERN * 2)[:5], rope_parameters=LLAMA3,
+    ),
+}  # fmt: skip
 CONFIGS |= NEWEST
 
 

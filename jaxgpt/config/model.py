@@ -72,6 +72,9 @@ class ModelConfig:
     """plain: down(act(up(x))); gated: down(act(gate(x)) * up(x))."""
     activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
     """gelu is the exact erf form, gelu_tanh GPT-2's approximation; silu with gated is SwiGLU."""
+    gate_limit: float = 0.0
+    """Above 0, mlp=gated is gpt-oss's, whatever the activation: gate * sigmoid(1.702 * gate) *
+    (up + 1), of a gate cut off at the limit and an up cut off at both sides."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before attention, MLP and head."""
     norm_eps: float = 1e-5
@@ -95,6 +98,9 @@ class ModelConfig:
     """Factor of what attention and MLP add to the residual stream (Granite)."""
     attention_scale: float | None = None
     """Factor of the products of queries and keys; null: 1 / sqrt(head_dim)."""
+    attention_sinks: bool = False
+    """true: every head has a trained score that takes part in its softmax and has no value, so that
+    it may attend to nothing (gpt-oss)."""
     attention_softcap: float = 0.0
     """Scores of attention become softcap * tanh(score / softcap) (Gemma 2); 0: they stay."""
     logit_softcap: float = 0.0
@@ -137,6 +143,8 @@ class ModelConfig:
     normalize_expert_weights: bool = True
     """true: the gate weights of a token's experts sum to one (Mixtral); false: they are those of
     the softmax over all experts."""
+    expert_bias: bool = False
+    """true: the experts and their router have biases (gpt-oss)."""
     shared_mlp_dim: int = 0
     """Hidden width of a further expert that every token visits, behind a gate of its own
     (Qwen2-MoE); 0: none."""
@@ -164,7 +172,7 @@ class ModelConfig:
             "model", self, context_length=1, num_layers=1, model_dim=1, num_heads=1,
             num_kv_heads=1, head_dim=1, mlp_dim=1, vocab_size=0, num_experts=0, expert_capacity=0,
             shared_mlp_dim=0, adapter_dim=0, norm_eps=0, sliding_window=1, rope_skip=0,
-            attention_softcap=0, logit_softcap=0,
+            attention_softcap=0, logit_softcap=0, gate_limit=0,
         )  # fmt: skip
         if self.head_dim is None:
             require(

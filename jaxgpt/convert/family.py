@@ -106,6 +106,8 @@ def read(family: Family, theirs: Mapping[str, Any]) -> ModelConfig:
     """
     theirs = _renamed(family, theirs)
     unsaid = {key: value for key, value in family.defaults.items() if theirs.get(key) is None}
+    if theirs.get("rope_scaling"):  # an older place of the same table
+        unsaid.pop("rope_parameters", None)
     theirs = theirs | unsaid
     own = {key for _, key, _ in family.settings}
     for key, value in (NEUTRAL | family.neutral).items():
@@ -192,12 +194,15 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
         "attention_scale": cfg.attention_scale or cfg.head_width**-0.5,
     }  # fmt: skip
     idle = [] if cfg.qk_norm else ["qk_norm_over"]
+    if cfg.gate_limit:
+        idle += ["activation"]
     if cfg.position != "rope":
         idle += ["rope_base", "rope_scaling", "rope_share", "rope_skip", "rope_pairs"]
     elif cfg.rope_skip > cfg.num_layers:
         idle += ["rope_skip"]
     if not cfg.num_experts:
-        idle += ["experts_per_token", "normalize_expert_weights", "expert_capacity", "balance"]
+        idle += ["experts_per_token", "normalize_expert_weights", "expert_capacity", "balance",
+                 "expert_bias"]  # fmt: skip
     elif cfg.balance == "none":
         idle += ["balance"]  # how the experts were kept busy in training is no part of the function
     if not cfg.adapter_dim:

@@ -3,6 +3,7 @@ for.
 
     fp8                 float8 by a scale for each block of weight_block_size: weight_scale_inv
     compressed-tensors  float8 or int8 by a scale for all, a row or a block: weight_scale
+    mxfp4               four bits by a scale for 32 numbers: _blocks and _scales (mxfp4.py)
     bitsandbytes        nf4 and fp4 by a scale for 64 numbers, or int8 by one for a row: SCB
 
 What rounds activations on a GPU, such as input_scale, is left out, as transformers does on a CPU.
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.convert import mxfp4
 from jaxgpt.convert.rope import refuse
 from jaxgpt.convert.tensors import Tensors
 
@@ -29,6 +31,7 @@ KNOWN: dict[str, dict[str, tuple[Any, ...] | None]] = {
         "format": ("float-quantized", "int-quantized", "naive-quantized"), "version": None,
         "global_compression_ratio": None, "sparsity_config": ({},), "transform_config": ({},),
     },
+    "mxfp4": {"modules_to_not_convert": None, "dequantize": None},
 }  # fmt: skip
 BNB = ("load_in_", "_load_in_", "bnb_4bit_", "llm_int8_")  # begin the names of bitsandbytes' own
 # Beside a weight: the scales, of which the first that is there counts, and what is left out.
@@ -74,6 +77,13 @@ class Decoded:
         names = set(files.shapes)
         self.shapes = {}
         for name, shape in files.shapes.items():
+            whole = name.removesuffix("_blocks").removesuffix("_scales")
+            if whole != name:
+                scales = files.shapes.get(f"{whole}_scales", ())
+                if files.shapes.get(f"{whole}_blocks", ())[:-1] != scales or len(scales) != 3:
+                    raise ValueError(f"{whole}: its blocks and scales are missing or do not fit")
+                self.shapes[whole] = mxfp4.shape(files.shapes[f"{whole}_blocks"])
+                continue
             owner, _, last = name.rpartition(".")
             beside = last in BESIDE and f"{owner}.weight" in names
             of = name[: name.find(".weight.")] + ".weight" if ".weight." in name else ""
@@ -85,6 +95,8 @@ class Decoded:
                 raise ValueError(f"{name}: is {files.kinds[name]} without a scale beside it")
 
     def read(self, name: str) -> np.ndarray:
+        if name not in self._files.shapes:
+            return mxfp4.decode(*(self._files.read(name + end) for end in ("_blocks", "_scales")))
         stored, state, scale = self._files.read(name), self._state(name), self._scale(name)
         if state:
             try:

@@ -31,6 +31,7 @@ from jaxgpt.kernels import (
     platform,
 )
 from jaxgpt.kernels.chunked_cross_entropy import by_chunks
+from jaxgpt.kernels.fast_attention import with_sinks
 from jaxgpt.kernels.platform import use
 from jaxgpt.sharding import by_columns, by_rows
 from jaxgpt.types import Array, CrossEntropy
@@ -61,7 +62,7 @@ def operation(equation: Callable[P, R]) -> Callable[P, R]:
 @operation
 def attention(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None = None, window: int = 0,
-    softcap: float = 0.0,
+    softcap: float = 0.0, sinks_N: Array | None = None,
 ) -> Array:  # fmt: skip
     """Causal self-attention over whole rows, softmax(q k^T / sqrt(H)) v (arXiv:1706.03762).
 
@@ -69,6 +70,8 @@ def attention(
         segments_BT: tokens see only tokens of their own segment (packed documents).
         window: tokens see only tokens fewer than this many places back; 0: all.
         softcap: scores become softcap * tanh(score / softcap); 0: they stay.
+        sinks_N: a score of each head that takes part in every softmax and has no value
+            (arXiv:2309.17453): a head may attend to nothing.
     """
     place_T = jnp.arange(q_BTNH.shape[1])
     back_TS = place_T[:, None] - place_T[None]  # how far the key stands behind the query
@@ -77,18 +80,23 @@ def attention(
         mask_BTS = mask_BTS & (back_TS < window)[None]
     if segments_BT is not None:
         mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None])
-    return _attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), mask_BTS, softcap)
+    k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    return _attend(q_BTNH, k_BKSH, v_BKSH, mask_BTS, softcap, sinks_N)
 
 
 @operation
 def cached_attention(
-    q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, softcap: float = 0.0
-) -> Array:
+    q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, softcap: float = 0.0,
+    sinks_N: Array | None = None,
+) -> Array:  # fmt: skip
     """Attention of a few new queries to the slots of a cache that the mask lets each one see."""
-    return _attend(q_BTNH, k_BKSH, v_BKSH, mask_BTS, softcap)
+    return _attend(q_BTNH, k_BKSH, v_BKSH, mask_BTS, softcap, sinks_N)
 
 
-def _attend(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, softcap: float) -> Array:
+def _attend(
+    q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, softcap: float,
+    sinks_N: Array | None,
+) -> Array:  # fmt: skip
     q, k, v = (x.astype(jnp.float32) for x in (q_BTNH, k_BKSH, v_BKSH))
     # Grouped queries (arXiv:2305.13245): G = N / K query heads in a row share a key head.
     B, T, N, H = q.shape
@@ -98,7 +106,8 @@ def _attend(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, softca
         scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
     # A large negative number, not -inf: a row that may see nothing gives 1 / S, not NaN.
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -1e30)
-    out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", jax.nn.softmax(scores_BKGTS), v)
+    weights_BKGTS = jax.nn.softmax(with_sinks(scores_BKGTS, sinks_N))[..., : v.shape[2]]
+    out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, v)
     return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 

@@ -30,24 +30,25 @@ class Piece(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def chunked_attention(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int,
-    softcap: float = 0.0,
+    softcap: float = 0.0, sinks_N: Array | None = None,
 ) -> Array:  # fmt: skip
     """Self-attention as `kernels.attention` defines it."""
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap)[0]
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap, sinks_N)[0]
 
 
 def _forward(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int,
-    softcap: float,
+    softcap: float, sinks_N: Array | None,
 ) -> tuple[Array, tuple]:  # fmt: skip
     q_BKGTH, k_BKTH, v_BKTH, piece = _whole_chunks(q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    out_BKGTH, norm_BKGT = attend(q_BKGTH, k_BKTH, v_BKTH, piece, piece, window, softcap)
+    found = attend(q_BKGTH, k_BKTH, v_BKTH, piece, piece, window, softcap)
+    out_BKGTH, norm_BKGT = sink(found, sinks_N)
     out_BTNH = tokens_first(out_BKGTH)[:, : q_BTNH.shape[1]].astype(q_BTNH.dtype)
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, norm_BKGT)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, out_BTNH, norm_BKGT)
 
 
 def _backward(window: int, softcap: float, saved: tuple, g_BTNH: Array) -> tuple:
-    q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, norm_BKGT = saved
+    q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, out_BTNH, norm_BKGT = saved
     T, K, dtype = q_BTNH.shape[1], k_BTKH.shape[2], q_BTNH.dtype
     q_BKGTH, k_BKTH, v_BKTH, piece = _whole_chunks(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     more = [(0, 0), (0, -T % chunk_size(T)), (0, 0), (0, 0)]
@@ -57,7 +58,8 @@ def _backward(window: int, softcap: float, saved: tuple, g_BTNH: Array) -> tuple
         q_BKGTH, k_BKTH, v_BKTH, piece, piece, window, g_BKGTH, norm_BKGT, delta_BKGT, softcap
     )
     dk_BTKH, dv_BTKH = (x.swapaxes(1, 2)[:, :T].astype(dtype) for x in (dk_BKTH, dv_BKTH))
-    return tokens_first(dq_BKGTH)[:, :T].astype(dtype), dk_BTKH, dv_BTKH, None
+    dsinks_N = pull_sinks(sinks_N, norm_BKGT, delta_BKGT)
+    return tokens_first(dq_BKGTH)[:, :T].astype(dtype), dk_BTKH, dv_BTKH, None, dsinks_N
 
 
 chunked_attention.defvjp(_forward, _backward)
@@ -112,6 +114,27 @@ def merge(mine: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array,
     norm_BKGT = jnp.logaddexp(mine[1], other[1])
     parts = (out * jnp.exp(norm - norm_BKGT)[..., None] for out, norm in (mine, other))
     return sum(parts, jnp.float32(0)), norm_BKGT
+
+
+def sink(found: tuple[Array, Array], sinks_N: Array | None) -> tuple[Array, Array]:
+    """What `attend` gave, with a key more: each head's sink is its score, zero its value."""
+    if sinks_N is None:
+        return found
+    out_BKGTH, norm_BKGT = found
+    sinks_BKGT = jnp.broadcast_to(_by_head(sinks_N, norm_BKGT), norm_BKGT.shape)
+    return merge(found, (jnp.zeros_like(out_BKGTH), sinks_BKGT))
+
+
+def pull_sinks(sinks_N: Array | None, norm_BKGT: Array, delta_BKGT: Array) -> Array | None:
+    """The sinks' gradient: their value is zero, so its cotangent is 0 - delta."""
+    if sinks_N is None:
+        return None
+    weight_BKGT = jnp.exp(_by_head(sinks_N, norm_BKGT) - norm_BKGT)
+    return -(weight_BKGT * delta_BKGT).sum((0, 3)).reshape(sinks_N.shape).astype(sinks_N.dtype)
+
+
+def _by_head(sinks_N: Array, like_BKGT: Array) -> Array:
+    return sinks_N.astype(jnp.float32).reshape(1, *like_BKGT.shape[1:3], 1)
 
 
 def deltas(g_BKGTH: Array, out_BKGTH: Array) -> Array:

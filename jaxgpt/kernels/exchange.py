@@ -48,13 +48,17 @@ class Journey(NamedTuple):
 def over_devices(
     one_device: Callable[..., Array], kernels: dict[str, Any], *arrays: Array
 ) -> Array:
-    """one_device(kernels, *arrays), each device on its own tokens [B, T, …] and its own experts."""
+    """one_device(kernels, *arrays), each device on its own tokens [B, T, …] and its own experts.
+
+    Args:
+        kernels: by name, such as up/kernel and up/bias.
+    """
     x_BTD = arrays[0]
     place = P(sharding.cut(x_BTD.shape[0], *sharding.ROWS), sharding.cut(x_BTD.shape[1], "context"))
     plain = all(isinstance(kernel, jax.Array) for kernel in kernels.values())
     # Codes, scales and low-rank factors have in common that experts are their first axis.
     there = lambda cut: P(*(axis if sharding.size(axis) > 1 else None for axis in cut))
-    own = lambda name: tree.first_match(sharding.RULES, f"moe/{name}/kernel") or P()
+    own = lambda name: tree.first_match(sharding.RULES, f"moe/{name}") or P()
     cuts = {name: there(own(name)[1:] if plain else (AXIS,)) for name in kernels}
 
     def gathered(kernels: dict[str, Any], *arrays: Array) -> Array:
@@ -63,8 +67,11 @@ def over_devices(
             if "fsdp" in cuts[name] else kernel
             for name, kernel in kernels.items()
         }  # fmt: skip
-        out_BTD = one_device(whole, *arrays)
-        return jax.lax.psum(out_BTD, "tensor") if "tensor" in cuts["up"] else out_BTD
+        if "tensor" not in cuts["up/kernel"]:
+            return one_device(whole, *arrays)
+        if "down/bias" in whole:  # which is added on every device that has a part of the sum
+            whole["down/bias"] = whole["down/bias"] / jax.lax.axis_size("tensor")
+        return jax.lax.psum(one_device(whole, *arrays), "tensor")
 
     inward = (cuts, *(place for _ in arrays))
     return sharding.per_device(gathered, inward, place, kernels, *arrays)

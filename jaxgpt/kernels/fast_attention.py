@@ -30,28 +30,27 @@ Kernel = Callable[..., Any]  # (q, k, v, segments, window) -> out
 
 def on_cpu(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None = None, window: int = 0,
-    softcap: float = 0.0,
+    softcap: float = 0.0, sinks_N: Array | None = None,
 ) -> Array:  # fmt: skip
     """Unrolled blocks of queries up to LONGEST_BLOCKED tokens, then a loop over chunks."""
     kernel = blocked_attention if q_BTNH.shape[1] <= LONGEST_BLOCKED else chunked_attention
-    return _per_device(kernel, q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap)
+    return _per_device(kernel, q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap, sinks_N)
 
 
 def on_tpu(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None = None, window: int = 0,
-    softcap: float = 0.0,
+    softcap: float = 0.0, sinks_N: Array | None = None,
 ) -> Array:  # fmt: skip
     """JAX's splash kernel from LANES tokens, where its blocks are whole; all scores below."""
-    if q_BTNH.shape[1] < LANES:
-        return _per_device(_all_scores("xla"), q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap)
-    from jaxgpt.kernels.splash_attention import splash_attention
-
-    return _per_device(splash_attention, q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap)
+    kernel = _all_scores("xla")
+    if q_BTNH.shape[1] >= LANES:
+        from jaxgpt.kernels.splash_attention import splash_attention as kernel
+    return _per_device(kernel, q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap, sinks_N)
 
 
 def on_gpu(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None = None, window: int = 0,
-    softcap: float = 0.0,
+    softcap: float = 0.0, sinks_N: Array | None = None,
 ) -> Array:  # fmt: skip
     """cuDNN's flash attention where it has the shape; else all scores, and chunks of long rows."""
     _, T, _, H = q_BTNH.shape
@@ -62,12 +61,13 @@ def on_gpu(
         kernel = _all_scores("cudnn")
     else:
         kernel = _all_scores("xla") if T <= LONGEST_SCORES else chunked_attention
-    return _per_device(kernel, q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap)
+    return _per_device(kernel, q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap, sinks_N)
 
 
 def cached(
-    q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, softcap: float = 0.0
-) -> Array:
+    q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, softcap: float = 0.0,
+    sinks_N: Array | None = None,
+) -> Array:  # fmt: skip
     """Attention of new queries to a cache, in the type of the cache."""
     (B, T, N, H), (_, K, S, _) = q_BTNH.shape, k_BKSH.shape
     G = N // K
@@ -78,13 +78,24 @@ def cached(
     scores_BKGTS = scores_BKQS.reshape(B, K, G, T, S) * H**-0.5
     if softcap:
         scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
-    weights_BKGTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -1e30))
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -1e30)
+    weights_BKGTS = jax.nn.softmax(with_sinks(scores_BKGTS, sinks_N))[..., :S]
     weights_BKQS = weights_BKGTS.reshape(B, K, G * T, S).astype(v_BKSH.dtype)
     out_BKQH = jnp.einsum(
         "BKQS,BKSH->BKQH", weights_BKQS, v_BKSH, preferred_element_type=jnp.float32
     )
     out_BKGTH = out_BKQH.reshape(B, K, G, T, H)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def with_sinks(scores_BKGTS: Array, sinks_N: Array | None) -> Array:
+    """The scores, behind which each head's sink stands as one more key's."""
+    if sinks_N is None:
+        return scores_BKGTS
+    B, K, G, T, _ = scores_BKGTS.shape
+    sinks_KG11 = sinks_N.astype(jnp.float32).reshape(K, G, 1, 1)
+    sinks_BKGT1 = jnp.broadcast_to(sinks_KG11[None], (B, K, G, T, 1))
+    return jnp.concatenate((scores_BKGTS, sinks_BKGT1), axis=-1)
 
 
 def _per_device(
@@ -95,25 +106,29 @@ def _per_device(
     segments_BT: Array | None,
     window: int,
     softcap: float,
+    sinks_N: Array | None,
 ) -> Array:
     """The kernel on the rows and heads of each device, or the ring where positions are cut.
 
-    Capped scores go chunk by chunk: no other kernel has them.
+    Capped scores and sinks go chunk by chunk: no other kernel has them.
     """
     (B, T), K = q_BTNH.shape[:2], k_BTKH.shape[2]
     rows, positions = sharding.cut(B, *sharding.ROWS), sharding.cut(T, "context")
     heads = P(rows, positions, sharding.cut(K, "tensor"), None)
     ring = Ring("context", sharding.size("context"))
 
-    def one_device(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+    def one_device(
+        q: Array, k: Array, v: Array, segments: Array | None, sinks: Array | None
+    ) -> Array:
         if positions:
-            return ring_attention(q, k, v, segments, window, ring, softcap)
-        if softcap:
-            return chunked_attention(q, k, v, segments, window, softcap)
+            return ring_attention(q, k, v, segments, window, ring, softcap, sinks)
+        if softcap or sinks is not None:
+            return chunked_attention(q, k, v, segments, window, softcap, sinks)
         return kernel(q, k, v, segments, window)
 
-    specs = (heads, heads, heads, P(rows, positions))
-    return sharding.per_device(one_device, specs, heads, q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    specs = (heads, heads, heads, P(rows, positions), P(heads[2]))
+    arrays = (q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
+    return sharding.per_device(one_device, specs, heads, *arrays)
 
 
 def _all_scores(implementation: Literal["cudnn", "xla"]) -> Kernel:

@@ -42,15 +42,15 @@ class Ring(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def ring_attention(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int, ring: Ring,
-    softcap: float = 0.0,
+    softcap: float = 0.0, sinks_N: Array | None = None,
 ) -> Array:  # fmt: skip
     """Self-attention as `kernels.attention` defines it, on one device's positions."""
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, ring, softcap)[0]
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, ring, softcap, sinks_N)[0]
 
 
 def _forward(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, window: int, ring: Ring,
-    softcap: float,
+    softcap: float, sinks_N: Array | None,
 ) -> tuple[Array, tuple]:  # fmt: skip
     _check(q_BTNH.shape[1], ring)
     q, k, v = (_pair(x, ring) for x in (q_BTNH, k_BTKH, v_BTKH))
@@ -79,13 +79,14 @@ def _forward(
 
     start = (meet(queries, k, v), (k, v, segments))
     (found, _), _ = jax.lax.scan(step, start, jnp.arange(1, ring.size))
+    found = [chunks.sink(pair, sinks_N) for pair in found]
     outs = [out_BKGTH.astype(q_BTNH.dtype) for out_BKGTH, _ in found]
-    saved = (q, k, v, segments, outs, [norm for _, norm in found])
+    saved = (q, k, v, segments, sinks_N, outs, [norm for _, norm in found])
     return _unpair([tokens_first(out) for out in outs], ring), saved
 
 
 def _backward(window: int, ring: Ring, softcap: float, saved: tuple, g_BTNH: Array) -> tuple:
-    q, k, v, segments, outs, norms = saved
+    q, k, v, segments, sinks_N, outs, norms = saved
     dtype = g_BTNH.dtype
     g = [heads_first(x, k[0].shape[1]) for x in _pair(g_BTNH, ring)]
     delta = [chunks.deltas(*pair) for pair in zip(g, outs, strict=True)]
@@ -112,7 +113,8 @@ def _backward(window: int, ring: Ring, softcap: float, saved: tuple, g_BTNH: Arr
     dk_BTKH, dv_BTKH = (
         _unpair([x.swapaxes(1, 2).astype(dtype) for x in total], ring) for total in (dk, dv)
     )
-    return dq_BTNH, dk_BTKH, dv_BTKH, None
+    own = [chunks.pull_sinks(sinks_N, *pair) for pair in zip(norms, delta, strict=True)]
+    return dq_BTNH, dk_BTKH, dv_BTKH, None, None if sinks_N is None else sum(own)
 
 
 ring_attention.defvjp(_forward, _backward)

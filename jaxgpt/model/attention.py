@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxgpt import kernels
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.platform import accumulator_dtype
-from jaxgpt.model.layers import Linear, RMSNorm, residual_std, rotate
+from jaxgpt.model.layers import INIT_STD, Linear, RMSNorm, parameter, residual_std, rotate
 from jaxgpt.model.slots import attend_by_row
 from jaxgpt.types import Array
 
@@ -92,7 +92,10 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = (
             checkpoint_name(a.astype(cfg.dtype), "qkv") for a in (q_BTNH, k_BTKH, v_BTKH)
         )
-        out_BTNH, slots = _attend(cfg, q_BTNH, k_BTKH, v_BTKH, inputs, slots)
+        sinks_N = None
+        if cfg.attention_sinks:
+            sinks_N = parameter(self, "sink_bias", INIT_STD, (cfg.num_heads,))
+        out_BTNH, slots = _attend(cfg, q_BTNH, k_BTKH, v_BTKH, inputs, slots, sinks_N)
         out_BTNH = checkpoint_name(out_BTNH, "attention")  # what model.remat keeps by name
         out_BTF = kernels.by_columns(out_BTNH.reshape(*x_BTD.shape[:2], -1))
         biased = cfg.bias in ("attention", "all")
@@ -130,22 +133,23 @@ def _attend(
     v_BTKH: Array,
     inputs: BlockInputs,
     slots: Slots | None,
+    sinks_N: Array | None,
 ) -> tuple[Array, Slots | None]:
     """What the queries read: each other's keys, or with a cache also those written before."""
-    window, softcap = cfg.sliding_window or 0, cfg.attention_softcap
+    window, how = cfg.sliding_window or 0, (cfg.attention_softcap, sinks_N)
     if slots is not None and inputs.first_row is not None:
         assert inputs.length is not None
         new = (q_BTNH, k_BTKH, v_BTKH)
-        return attend_by_row(*new, slots, inputs.length, inputs.first_row, window, softcap)
+        return attend_by_row(*new, slots, inputs.length, inputs.first_row, window, *how)
     if slots is not None:
         assert inputs.length is not None
         slots = (_write(slots[0], k_BTKH, inputs.length), _write(slots[1], v_BTKH, inputs.length))
     # A prompt that fills an empty cache sees only itself: the fast attention of whole rows does.
     if slots is None or inputs.mask_BTS is None:
         segments_BT = inputs.segments_BT
-        return kernels.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, softcap), slots
+        return kernels.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *how), slots
     k_BKSH, v_BKSH = map(rows_first, slots)
-    return kernels.cached_attention(q_BTNH, k_BKSH, v_BKSH, inputs.mask_BTS, softcap), slots
+    return kernels.cached_attention(q_BTNH, k_BKSH, v_BKSH, inputs.mask_BTS, *how), slots
 
 
 def init_cache(

@@ -20,7 +20,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.model import gpt
 from jaxgpt.model.attention import Attention, BlockInputs, scale_queries
 from jaxgpt.model.layers import make_norm, rotate
-from jaxgpt.model.moe import MoE, route
+from jaxgpt.model.moe import MoE
 from jaxgpt.types import Array, Params
 
 
@@ -51,7 +51,7 @@ def look(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Inside:
         elif isinstance(module, Attention):
             seen["q"], seen["k"] = _queries_and_keys(module.cfg, seen, args[1])
         elif isinstance(module, MoE):
-            _, seen["expert"], seen["gate"] = route(cfg, args[0], seen["MoE/router"], args[1])
+            _, seen["expert"], seen["gate"] = seen["MoE/router"]
         elif isinstance(module, gpt.Block):
             after_BTD, (_, slots) = out
             kept = {name: seen.get(name) for name in ("q", "k", "expert", "gate")}

@@ -3,6 +3,8 @@
 from functools import partial
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from jaxgpt import kernels
 from jaxgpt.config import ModelConfig
@@ -13,6 +15,16 @@ from jaxgpt.types import Array
 def activate(cfg: ModelConfig, x: Array) -> Array:
     """The config's activation, returned in the compute type."""
     return getattr(kernels, cfg.activation)(x, cfg.dtype)
+
+
+def gated(cfg: ModelConfig, gate: Array, up: Array) -> Array:
+    """act(gate) * up; with a limit, gate * sigmoid(1.702 gate) * (up + 1) of what it cuts off."""
+    if not cfg.gate_limit:
+        gate = activate(cfg, gate)
+        return gate * up.astype(gate.dtype)
+    gate = jnp.minimum(gate.astype(jnp.float32), cfg.gate_limit)
+    up = jnp.clip(up.astype(jnp.float32), -cfg.gate_limit, cfg.gate_limit)
+    return (gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)).astype(cfg.dtype)
 
 
 class Mlp(nn.Module):
@@ -35,10 +47,10 @@ class GatedMlp(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
         linear = partial(Linear, use_bias=self.cfg.bias in ("mlp", "all"), dtype=self.cfg.dtype)
-        gate_BTF = activate(self.cfg, linear(self.cfg.mlp_width, name="gate")(x_BTD))
+        gate_BTF = linear(self.cfg.mlp_width, name="gate")(x_BTD)
         up_BTF = linear(self.cfg.mlp_width, name="up")(x_BTD)
         down = linear(self.cfg.model_dim, std=residual_std(self.cfg), name="down")
-        return down(gate_BTF * up_BTF.astype(gate_BTF.dtype))
+        return down(gated(self.cfg, gate_BTF, up_BTF))
 
 
 class Adapter(nn.Module):

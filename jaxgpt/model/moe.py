@@ -5,6 +5,7 @@ sorted by expert (kernels/grouped.py), S slots of all experts. Notes: chapter 4.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from jaxgpt import weights
 from jaxgpt.config import ModelConfig
 from jaxgpt.kernels import exchange, grouped
 from jaxgpt.model.layers import INIT_STD, Linear, parameter, residual_std
-from jaxgpt.model.mlp import GatedMlp, Mlp, activate
+from jaxgpt.model.mlp import GatedMlp, Mlp, activate, gated
 from jaxgpt.types import Array
 
 
@@ -46,8 +47,7 @@ class MoE(nn.Module):
         self, x_BTD: Array, bias_E: Array | None, segments_BT: Array | None
     ) -> tuple[Array, RouterStats]:
         cfg, (B, T, D) = self.cfg, x_BTD.shape
-        router_DE = Kernel((D, cfg.num_experts), INIT_STD, name="router")()
-        scores_BTE, expert_BTJ, gate_BTJ = route(cfg, x_BTD, router_DE, bias_E)
+        scores_BTE, expert_BTJ, gate_BTJ = Router(cfg, name="router")(x_BTD, bias_E)
 
         real_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0
         kernels = self._expert_kernels(D)
@@ -73,30 +73,48 @@ class MoE(nn.Module):
         cfg = self.cfg
         inward = (cfg.num_experts, model_dim, cfg.mlp_width)
         outward = (cfg.num_experts, cfg.mlp_width, model_dim)
-        kernels = {"up": Kernel(inward, INIT_STD, name="up")()}
+        made = {"up": Kernel(inward, INIT_STD, cfg.expert_bias, name="up")()}
         if cfg.mlp == "gated":
-            kernels["gate"] = Kernel(inward, INIT_STD, name="gate")()
-        return kernels | {"down": Kernel(outward, residual_std(cfg), name="down")()}
+            made["gate"] = Kernel(inward, INIT_STD, cfg.expert_bias, name="gate")()
+        made["down"] = Kernel(outward, residual_std(cfg), cfg.expert_bias, name="down")()
+        return {f"{name}/{leaf}": x for name, own in made.items() for leaf, x in own.items()}
 
 
 class Kernel(nn.Module):
-    """A kernel that stands under its own name, as in `Linear`."""
+    """The kernels of experts under their own name, as in `Linear`, and the biases beside them."""
 
     shape: tuple[int, ...]
     std: float
+    use_bias: bool
 
     @nn.compact
-    def __call__(self) -> Array:
-        return parameter(self, "kernel", self.std, self.shape)
+    def __call__(self) -> dict[str, Array]:
+        found = {"kernel": parameter(self, "kernel", self.std, self.shape)}
+        if self.use_bias:
+            shape = (self.shape[0], self.shape[-1])
+            found["bias"] = self.param("bias", nn.initializers.zeros, shape)
+        return found
 
 
-def route(
-    cfg: ModelConfig, x_BTD: Array, router_DE: Array, bias_E: Array | None
-) -> tuple[Array, Array, Array]:
-    """The router's distribution [B, T, E], each token's experts [B, T, J] and their gates."""
-    scores_BTE = jax.nn.softmax(
-        jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE), axis=-1
-    )
+class Router(nn.Module):
+    """The distribution over experts [B, T, E], each token's experts [B, T, J] and their gates."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, bias_E: Array | None) -> tuple[Array, Array, Array]:
+        cfg = self.cfg
+        router_DE = parameter(self, "kernel", INIT_STD, (x_BTD.shape[-1], cfg.num_experts))
+        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE)
+        if cfg.expert_bias:
+            own_E = self.param("bias", nn.initializers.zeros, (cfg.num_experts,))
+            logits_BTE = logits_BTE + own_E[None, None]
+        return route(cfg, logits_BTE, bias_E)
+
+
+def route(cfg: ModelConfig, logits_BTE: Array, bias_E: Array | None) -> tuple[Array, Array, Array]:
+    """What `Router` returns, of its scores before the softmax."""
+    scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     choose_BTE = scores_BTE if bias_E is None else scores_BTE + bias_E[None, None]
     _, expert_BTJ = jax.lax.top_k(choose_BTE, cfg.experts_per_token)
     gate_BTJ = jnp.take_along_axis(scores_BTE, expert_BTJ, axis=-1)
@@ -177,8 +195,17 @@ def _dropless_on_one_device(
 def _grouped(
     cfg: ModelConfig, kernels: dict[str, Array], rows_RD: Array, layout: grouped.Layout
 ) -> Array:
-    matmul = lambda rows, name: weights.grouped_matmul(rows, kernels[name], layout)
-    return _expert(cfg, kernels, rows_RD, matmul)
+    def matmul(rows: Array, name: str) -> Array:
+        y_RF = weights.grouped_matmul(rows, kernels[f"{name}/kernel"], layout)
+        bias_EF = kernels.get(f"{name}/bias")
+        if bias_EF is None:
+            return y_RF
+        # A product, since the gradient of a gather would add up in no fixed order.
+        visits_RE = jax.nn.one_hot(layout.expert_R, len(bias_EF))
+        bias_RF = jnp.matmul(visits_RE, bias_EF, precision="highest")
+        return (y_RF + bias_RF).astype(y_RF.dtype)
+
+    return _expert(cfg, rows_RD, matmul)
 
 
 def _through_slots(
@@ -202,20 +229,24 @@ def _through_slots(
         x_CD, mode="drop"
     ))  # fmt: skip
     slots_BECD = put(slot_BC, x_BCD).reshape(B, cfg.num_experts, capacity, D)
-    matmul = lambda rows, name: weights.batched_matmul(rows, kernels[name])
-    out_BECD = _expert(cfg, kernels, exchange.swap(slots_BECD, outward=True), matmul)
+
+    def matmul(rows_BECD: Array, name: str) -> Array:
+        y_BECF = weights.batched_matmul(rows_BECD, kernels[f"{name}/kernel"])
+        bias_EF = kernels.get(f"{name}/bias")
+        if bias_EF is None:
+            return y_BECF
+        return (y_BECF + bias_EF[None, :, None]).astype(y_BECF.dtype)
+
+    out_BECD = _expert(cfg, exchange.swap(slots_BECD, outward=True), matmul)
     out_BSD = exchange.swap(out_BECD, outward=False).reshape(B, num_slots, D)
     take = jax.vmap(lambda out_SD, slot_C: out_SD.at[slot_C].get(mode="fill", fill_value=0))
     chosen_BTJD = take(out_BSD, slot_BC).reshape(B, T, -1, D)
     return jnp.einsum("BTJD,BTJ->BTD", chosen_BTJD, gate_BTJ.astype(chosen_BTJD.dtype))
 
 
-def _expert(cfg: ModelConfig, kernels: dict[str, Array], rows: Array, matmul) -> Array:
-    """The experts' MLP, with `matmul` pairing every row with its own expert's kernel."""
+def _expert(cfg: ModelConfig, rows: Array, matmul: Callable[[Array, str], Array]) -> Array:
+    """The experts' MLP, with `matmul` giving every row to its own expert's kernel and bias."""
     up = matmul(rows, "up")
-    if "gate" in kernels:
-        gate = activate(cfg, matmul(rows, "gate"))
-        hidden = gate * up.astype(gate.dtype)
-    else:
-        hidden = activate(cfg, up)
+    is_gated = cfg.mlp == "gated"
+    hidden = gated(cfg, matmul(rows, "gate"), up) if is_gated else activate(cfg, up)
     return matmul(hidden, "down")

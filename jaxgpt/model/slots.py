@@ -62,13 +62,14 @@ def attend_by_row(
     first_row: Array,
     window: int = 0,
     softcap: float = 0.0,
+    sinks_N: Array | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Writes new keys and values behind each row's own, and lets the queries read the row.
 
     Args:
         cache: keys and values of one layer, each [rows, K, S, H].
         window: tokens see only tokens fewer than this many places away; 0: all.
-        softcap: as in `kernels.attention`.
+        softcap, sinks_N: as in `kernels.attention`.
     """
     cache = (_write(cache[0], k_BTKH, length_B, first_row),
              _write(cache[1], v_BTKH, length_B, first_row))  # fmt: skip
@@ -108,8 +109,11 @@ def attend_by_row(
     first = jnp.maximum(index_BT.min() - window + 1, 0) // BLOCK if window else 0
     end = jnp.minimum(index_BT.max(), S - 1) // BLOCK + 1
     heads = q_BKQH.shape[:3]
-    empty = (jnp.full(heads, HIDDEN), jnp.zeros(heads), jnp.zeros((*heads, H)))
-    _, sum_BKQ, out_BKQH = jax.lax.fori_loop(first, end, read, empty)
+    begin = (jnp.full(heads, HIDDEN), jnp.zeros(heads), jnp.zeros((*heads, H)))
+    if sinks_N is not None:  # a key of value zero, seen by all before the first
+        sinks_KQ = jnp.repeat(sinks_N.astype(jnp.float32).reshape(K, -1), T, axis=1)
+        begin = (jnp.broadcast_to(sinks_KQ[None], heads), jnp.ones(heads), begin[2])
+    _, sum_BKQ, out_BKQH = jax.lax.fori_loop(first, end, read, begin)
     out_BKGTH = (out_BKQH / sum_BKQ[..., None]).reshape(B, K, N // K, T, H)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype), cache
 

@@ -100,6 +100,27 @@ def test_capped_scores_match_plain(rng, T):
         np.testing.assert_allclose(x, y, atol=1e-5 * max(1, np.abs(y).max()))
 
 
+@pytest.mark.parametrize("T", [65, 600])
+def test_sinks_match_plain(rng, T):
+    segments_BT = jnp.sort(jax.random.randint(rng, (2, T), 0, 4))
+    *arrays, g_BTNH = inputs(rng, 2, T, 4, 2, 16)
+    arrays.append(jax.random.normal(rng, (4,)))
+
+    def both(function):
+        run = lambda q, k, v, s: function(q, k, v, segments_BT, window=40, sinks_N=s)
+        out, pull = jax.vjp(run, *arrays)
+        return out, *pull(g_BTNH)
+
+    got, want = both(attention), both(plain_attention)
+    # By hand: one key more, whose value is zero, is a smaller share for all others.
+    bare_BTNH = plain_attention(*arrays[:3], segments_BT, 40)
+    assert np.all(np.abs(want[0]) <= np.abs(bare_BTNH) + 1e-6)
+    low = plain_attention(*arrays[:3], segments_BT, 40, sinks_N=jnp.full(4, -50.0))
+    np.testing.assert_allclose(low, bare_BTNH, atol=1e-6)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * max(1, np.abs(y).max()))
+
+
 def test_future_tokens_change_nothing(rng):
     q, k, v, _ = inputs(rng, 1, 100, 2, 2, 16)
     out = attention(q, k, v)

@@ -1,0 +1,125 @@
+"""Mixtures with more to them, by every way of running them: whole rows, caches, meshes."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import kernels, peft, scoring, sharding, tree
+from jaxgpt.config import MeshConfig, ModelConfig, PeftConfig
+from jaxgpt.model import gpt
+from jaxgpt.model.attention import init_cache
+from jaxgpt.model.slots import init_slots
+from jaxgpt.sampling.sample import for_decoding
+
+OSS = ModelConfig(
+    vocab_size=38, context_length=24, num_layers=3, model_dim=24, num_heads=4, num_kv_heads=2,
+    mlp_dim=40, mlp="gated", activation="silu", norm="rmsnorm", position="rope", bias="attention",
+    sliding_window=6, layer_pattern="LG", attention_sinks=True, gate_limit=0.5, expert_bias=True,
+    num_experts=4, balance="none", tie_embeddings=False,
+)  # fmt: skip
+KINDS = {"gpt-oss": OSS}
+TOKENS = np.random.default_rng(1).integers(0, OSS.vocab_size, (3, 24))
+QUICK = {"xla_backend_optimization_level": "0"}  # compiles faster
+
+
+@pytest.fixture(params=KINDS)
+def cfg(request):
+    return KINDS[request.param]
+
+
+def random_params(cfg: ModelConfig) -> dict:
+    random = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(random.normal(0, 0.3, leaf.shape), jnp.float32)
+    params = jax.tree.map(draw, jax.eval_shape(partial(gpt.init, cfg), jax.random.key(0)))
+    return tree.map_named(lambda name, leaf: leaf + name.endswith("scale"), params)
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def run(cfg, params, tokens_BT, **inputs):
+    output = gpt.apply(cfg, params, tokens_BT, **inputs)
+    return gpt.logits(params, output.hidden_BTD, cfg.logit_softcap), output.cache
+
+
+def loss_of(cfg, params):
+    batch = {
+        "tokens": np.resize(TOKENS, (4, 24)), "targets": np.roll(np.resize(TOKENS, (4, 24)), -1, 1),
+        "mask": np.ones((4, 24), np.float32),
+    }  # fmt: skip
+    return scoring.next_token_loss(cfg, params, batch)[0]
+
+
+def test_fast_programs_equal_the_equations(cfg):
+    params = random_params(cfg)
+    with kernels.use("plain"):
+        expected_BTV, _ = run.__wrapped__(cfg, params, TOKENS)
+    np.testing.assert_allclose(run(cfg, params, TOKENS)[0], expected_BTV, atol=1e-4)
+
+
+def test_cached_chunks_equal_one_pass(cfg):
+    """Ragged rows, in layers apart and in a stack."""
+    params = random_params(cfg)
+    start_B = np.array([0, 5, 2])
+    alone = [
+        run(cfg, params, TOKENS[row : row + 1, start:])[0] for row, start in enumerate(start_B)
+    ]
+    for held in (params, for_decoding(cfg, params, 3)):
+        cache, parts = init_cache(cfg, 3, 24, jnp.asarray(start_B)), []
+        for begin, end in [(0, 9), (9, 23), (23, 24)]:
+            part_BTV, cache = run(cfg, held, TOKENS[:, begin:end], cache=cache)
+            parts.append(part_BTV)
+        cached_BTV = np.concatenate(parts, axis=1)
+        for row, start in enumerate(start_B):
+            np.testing.assert_allclose(cached_BTV[row, start:], alone[row][0], atol=1e-4)
+
+
+def test_rows_of_their_own_lengths_equal_one_pass(cfg):
+    params = random_params(cfg)
+    apart = for_decoding(cfg, params, 3)
+    cache, parts = init_slots(cfg, 3, 24), []
+    for begin, end in [(0, 9), (9, 23), (23, 24)]:
+        part_BTV, cache = run(cfg, apart, TOKENS[:, begin:end], cache=cache)
+        parts.append(part_BTV)
+    whole_BTV, _ = run(cfg, params, TOKENS)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole_BTV, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mesh", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, expert=2), dict(context=2, expert=2)],
+    ids=lambda mesh: "-".join(mesh),
+)  # fmt: skip
+def test_a_mesh_gives_the_gradients_of_one_device(cfg, mesh):
+    params = random_params(cfg)
+    step = partial(
+        jax.jit, jax.value_and_grad(partial(loss_of, cfg)), compiler_options=QUICK
+    )  # fmt: skip
+    expected = step()(params)
+    devices = sharding.make_mesh(MeshConfig(**mesh), jax.devices()[: np.prod(list(mesh.values()))])
+    with jax.set_mesh(devices):
+        placed = jax.device_put(params, sharding.shardings(devices, params))
+        found = step()(placed)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * np.abs(y).max() + 1e-5)
+
+
+def test_capacity_large_enough_changes_nothing(cfg):
+    params = random_params(cfg)
+    room = dataclasses.replace(cfg, expert_capacity=float(cfg.num_experts))
+    found_BTV, expected_BTV = run(room, params, TOKENS)[0], run(cfg, params, TOKENS)[0]
+    np.testing.assert_allclose(found_BTV, expected_BTV, atol=1e-4)
+
+
+def test_adapters_on_all_kernels_begin_as_nothing_and_have_gradients(cfg):
+    params = random_params(cfg)
+    settings = PeftConfig(kind="lora", rank=2)
+    adapted = peft.add(settings, params, jax.random.key(0))
+    part, rest = tree.partition(adapted, peft.trainable(settings, ""))
+    loss = lambda part: loss_of(cfg, tree.combine(part, rest))
+    value, gradient = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(part)
+    np.testing.assert_allclose(value, jax.jit(partial(loss_of, cfg))(params), rtol=1e-5)
+    moved = {name: leaf for name, leaf in tree.flatten(gradient).items() if name.endswith("/b")}
+    assert {name.split("/")[-3] for name in moved} >= {"query", "key", "value", "gate", "down"}
+    assert all(np.abs(leaf).max() > 0 for leaf in moved.values())
