@@ -88,7 +88,10 @@ class Inspection:
 
     @cached_property
     def attention_LNTS(self) -> np.ndarray:
-        """How much token t of layer l and head n reads from token s; every row sums to one."""
+        """How much token t of layer l and head n reads from token s.
+
+        Every row sums to one, or with sinks to less.
+        """
         return np.stack([self.attention(layer) for layer in range(self.config.num_layers)])
 
     def attention(self, layer: int) -> np.ndarray:
@@ -96,7 +99,8 @@ class Inspection:
         T = len(self.tokens_T)
         q_1TNH, k_1SKH = (self._padded(x[layer])[None] for x in (self.q_LTNH, self.k_LSKH))
         cfg = self.config.of_layer(layer)
-        return np.asarray(_attention(cfg, q_1TNH, k_1SKH))[0, :, :T, :T]
+        sinks_N = inside.sinks(self.config, self.params, layer)
+        return np.asarray(_attention(cfg, q_1TNH, k_1SKH, sinks_N))[0, :, :T, :T]
 
     @cached_property
     def lens_ATV(self) -> np.ndarray:

@@ -15,17 +15,17 @@ BUDGET = {
     "__main__.py": 3,
     "checkpoint.py": 335,
     "config": 1399,  # 37 of them: models
-    "convert": 3784,  # 690 of them: models
+    "convert": 3869,  # 775 of them: models
     "data": 3270,
     "episodes.py": 130,
     "evals": 960,
     "files.py": 112,
-    "kernels": 1521,  # 46 of them: models
+    "kernels": 1558,  # 83 of them: models
     "language_model.py": 370,
     "losses.py": 70,
     "machine": 672,
     "metrics.py": 250,
-    "model": 833,  # 86 of them: models
+    "model": 882,  # 135 of them: models
     "optim.py": 90,
     "peft.py": 180,
     "plan": 781,  # with what a server needs
@@ -38,7 +38,7 @@ BUDGET = {
     "sampling": 865,  # 245 of them: a draft proposes
     "scoring.py": 190,
     "shapes.py": 35,
-    "sharding.py": 230,
+    "sharding.py": 231,
     "stages": 820,
     "tasks": 390,
     "train.py": 380,  # the loop in parts that are read one at a time
@@ -49,14 +49,15 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
 # that stay in a file's blocks, which were decoded before; 275: a draft proposes tokens.
-TOTAL = 18_962
+TOTAL = 19_140
 # 260 of the total: models of the Hub by name, fewer bits, tekken.json.
-# 864 of the total are "models": families, windows by layer, capped scores, fused projections.
+# 1036 of the total are "models": families, windows by layer, capped scores, fused projections,
+# sinks.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
     "commands": 659,  # what was scripts/ (480), the list of commands, the doctor
     "hub.py": 163,  # models by org/name, and their upload
-    "inspect.py": 180,
+    "inspect.py": 181,
     "judge.py": 60,
     "kernels/blocks.py": 107,
     "kernels/compiled.py": 60,

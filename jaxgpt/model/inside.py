@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.kernels.fast_attention import with_sinks
 from jaxgpt.model import gpt
 from jaxgpt.model.attention import Attention, BlockInputs, scale_queries
 from jaxgpt.model.layers import make_norm, rotate
@@ -67,7 +68,18 @@ def look(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Inside:
     return Inside(hidden_ABTD, logits_BTV, found["q"], found["k"], found["expert"], found["gate"])
 
 
-def attention_weights(cfg: ModelConfig, q_BTNH: Array, k_BSKH: Array) -> Array:
+def sinks(cfg: ModelConfig, params: Params, layer: int) -> Array | None:
+    """The sinks [N] of one layer, if its heads have some."""
+    if not cfg.attention_sinks:
+        return None
+    blocks = params["blocks"]
+    alone = blocks.get(str(layer))  # layers stand apart, as for decoding
+    return alone["attention"]["sink_bias"] if alone else blocks["attention"]["sink_bias"][layer]
+
+
+def attention_weights(
+    cfg: ModelConfig, q_BTNH: Array, k_BSKH: Array, sinks_N: Array | None = None
+) -> Array:
     """softmax(q k^T / sqrt(H)) of one layer, `cfg.of_layer`, [B, N, T, S] in float32."""
     (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
@@ -77,7 +89,8 @@ def attention_weights(cfg: ModelConfig, q_BTNH: Array, k_BSKH: Array) -> Array:
     distance_TS = jnp.arange(T)[:, None] - jnp.arange(S)[None]
     visible_TS = (distance_TS >= 0) & (distance_TS < (cfg.sliding_window or T))
     scores_BKGTS = jnp.where(visible_TS[None, None, None], scores_BKGTS, -jnp.inf)
-    return jax.nn.softmax(scores_BKGTS, axis=-1).reshape(B, N, T, S)
+    weights_BKGTS = jax.nn.softmax(with_sinks(scores_BKGTS, sinks_N), axis=-1)[..., :S]
+    return weights_BKGTS.reshape(B, N, T, S)
 
 
 def lens(cfg: ModelConfig, params: Params, hidden_BTD: Array) -> Array:

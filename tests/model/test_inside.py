@@ -49,10 +49,12 @@ def both(request):
 
 
 def test_attention_maps_equal_theirs(both):
-    _, _, theirs, cfg, _, ours = both
+    _, _, theirs, cfg, params, ours = both
     assert len(theirs.attentions) == cfg.num_layers
     for layer, expected_BNTS in enumerate(theirs.attentions):
-        found_BNTS = inside.attention_weights(cfg, ours.q_LBTNH[layer], ours.k_LBSKH[layer])
+        own, sinks_N = cfg.of_layer(layer), inside.sinks(cfg, params, layer)
+        met = ours.q_LBTNH[layer], ours.k_LBSKH[layer]
+        found_BNTS = inside.attention_weights(own, *met, sinks_N)
         assert expected_BNTS.std() > 0.01
         np.testing.assert_allclose(found_BNTS, expected_BNTS, atol=1e-5)
 
