@@ -113,8 +113,9 @@ def _backward(window: int, ring: Ring, softcap: float, saved: tuple, g_BTNH: Arr
     dk_BTKH, dv_BTKH = (
         _unpair([x.swapaxes(1, 2).astype(dtype) for x in total], ring) for total in (dk, dv)
     )
-    own = [chunks.pull_sinks(sinks_N, *pair) for pair in zip(norms, delta, strict=True)]
-    return dq_BTNH, dk_BTKH, dv_BTKH, None, None if sinks_N is None else sum(own)
+    of_pieces = [chunks.pull_sinks(sinks_N, *pair) for pair in zip(norms, delta, strict=True)]
+    dsinks_N = jax.tree.map(lambda *parts: sum(parts), *of_pieces)
+    return dq_BTNH, dk_BTKH, dv_BTKH, None, dsinks_N
 
 
 ring_attention.defvjp(_forward, _backward)
