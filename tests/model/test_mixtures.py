@@ -16,13 +16,13 @@ from jaxgpt.model.slots import init_slots
 from jaxgpt.sampling.sample import for_decoding
 
 OSS = ModelConfig(
-    vocab_size=38, context_length=24, num_layers=3, model_dim=24, num_heads=4, num_kv_heads=2,
+    vocab_size=38, context_length=12, num_layers=2, model_dim=24, num_heads=4, num_kv_heads=2,
     mlp_dim=40, mlp="gated", activation="silu", norm="rmsnorm", position="rope", bias="attention",
-    sliding_window=6, layer_pattern="LG", attention_sinks=True, gate_limit=0.5, expert_bias=True,
+    sliding_window=4, layer_pattern="LG", attention_sinks=True, gate_limit=0.5, expert_bias=True,
     num_experts=4, balance="none", tie_embeddings=False,
 )  # fmt: skip
 KINDS = {"gpt-oss": OSS}
-TOKENS = np.random.default_rng(1).integers(0, OSS.vocab_size, (3, 24))
+TOKENS = np.random.default_rng(1).integers(0, OSS.vocab_size, (3, 12))
 QUICK = {"xla_backend_optimization_level": "0"}  # compiles faster
 
 
@@ -46,8 +46,8 @@ def run(cfg, params, tokens_BT, **inputs):
 
 def loss_of(cfg, params):
     batch = {
-        "tokens": np.resize(TOKENS, (4, 24)), "targets": np.roll(np.resize(TOKENS, (4, 24)), -1, 1),
-        "mask": np.ones((4, 24), np.float32),
+        "tokens": np.resize(TOKENS, (4, 12)), "targets": np.roll(np.resize(TOKENS, (4, 12)), -1, 1),
+        "mask": np.ones((4, 12), np.float32),
     }  # fmt: skip
     return scoring.next_token_loss(cfg, params, batch)[0]
 
@@ -62,13 +62,13 @@ def test_fast_programs_equal_the_equations(cfg):
 def test_cached_chunks_equal_one_pass(cfg):
     """Ragged rows, in layers apart and in a stack."""
     params = random_params(cfg)
-    start_B = np.array([0, 5, 2])
+    start_B = np.array([0, 3, 1])
     alone = [
         run(cfg, params, TOKENS[row : row + 1, start:])[0] for row, start in enumerate(start_B)
     ]
     for held in (params, for_decoding(cfg, params, 3)):
-        cache, parts = init_cache(cfg, 3, 24, jnp.asarray(start_B)), []
-        for begin, end in [(0, 9), (9, 23), (23, 24)]:
+        cache, parts = init_cache(cfg, 3, 12, jnp.asarray(start_B)), []
+        for begin, end in [(0, 5), (5, 11), (11, 12)]:
             part_BTV, cache = run(cfg, held, TOKENS[:, begin:end], cache=cache)
             parts.append(part_BTV)
         cached_BTV = np.concatenate(parts, axis=1)
@@ -79,8 +79,8 @@ def test_cached_chunks_equal_one_pass(cfg):
 def test_rows_of_their_own_lengths_equal_one_pass(cfg):
     params = random_params(cfg)
     apart = for_decoding(cfg, params, 3)
-    cache, parts = init_slots(cfg, 3, 24), []
-    for begin, end in [(0, 9), (9, 23), (23, 24)]:
+    cache, parts = init_slots(cfg, 3, 12), []
+    for begin, end in [(0, 5), (5, 11), (11, 12)]:
         part_BTV, cache = run(cfg, apart, TOKENS[:, begin:end], cache=cache)
         parts.append(part_BTV)
     whole_BTV, _ = run(cfg, params, TOKENS)
