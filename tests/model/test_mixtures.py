@@ -59,6 +59,7 @@ def test_fast_programs_equal_the_equations(cfg):
     np.testing.assert_allclose(run(cfg, params, TOKENS)[0], expected_BTV, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_cached_chunks_equal_one_pass(cfg):
     """Ragged rows, in layers apart and in a stack."""
     params = random_params(cfg)
@@ -76,6 +77,7 @@ def test_cached_chunks_equal_one_pass(cfg):
             np.testing.assert_allclose(cached_BTV[row, start:], alone[row][0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_of_their_own_lengths_equal_one_pass(cfg):
     params = random_params(cfg)
     apart = for_decoding(cfg, params, 3)
@@ -89,7 +91,7 @@ def test_rows_of_their_own_lengths_equal_one_pass(cfg):
 
 @pytest.mark.parametrize(
     "mesh",
-    [dict(data=2, fsdp=2, tensor=2),
+    [pytest.param(dict(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
      pytest.param(dict(fsdp=2, expert=2), marks=pytest.mark.slow),
      pytest.param(dict(context=2, expert=2), marks=pytest.mark.slow)],
     ids=lambda mesh: "-".join(mesh),
@@ -108,6 +110,7 @@ def test_a_mesh_gives_the_gradients_of_one_device(cfg, mesh):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * np.abs(y).max() + 1e-5)
 
 
+@pytest.mark.slow
 def test_capacity_large_enough_changes_nothing(cfg):
     params = random_params(cfg)
     room = dataclasses.replace(cfg, expert_capacity=float(cfg.num_experts))
@@ -115,6 +118,7 @@ def test_capacity_large_enough_changes_nothing(cfg):
     np.testing.assert_allclose(found_BTV, expected_BTV, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_on_all_kernels_begin_as_nothing_and_have_gradients(cfg):
     params = random_params(cfg)
     settings = PeftConfig(kind="lora", rank=2)
