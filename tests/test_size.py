@@ -49,9 +49,9 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
 # that stay in a file's blocks, which were decoded before; 275: a draft proposes tokens.
-TOTAL = 19_140
+TOTAL = 19_142
 # 260 of the total: models of the Hub by name, fewer bits, tekken.json.
-# 1039 of the total are "models": families, windows by layer, capped scores, fused projections,
+# 1041 of the total are "models": families, windows by layer, capped scores, fused projections,
 # sinks.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
