@@ -133,8 +133,9 @@ def figure(name: str, pairs: list[tuple[dict[str, float], dict[str, float]]]) ->
     more = name.endswith("speed")
     ratios = [one / other if more else other / one for one, other in values]
     unit = "tokens/s" if more else "s" if "first" in name else "MB"
-    medians = (statistics.median(column) for column in zip(*values, strict=True))
-    return Figure(name, unit, *medians, statistics.median(ratios), (min(ratios), max(ratios)))
+    ours, theirs = (statistics.median(column) for column in zip(*values, strict=True))
+    spread = min(ratios), max(ratios)
+    return Figure(name, unit, ours, theirs, statistics.median(ratios), spread)
 
 
 def measure(side: Side, args: argparse.Namespace) -> dict[str, float]:
