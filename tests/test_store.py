@@ -362,7 +362,8 @@ def test_a_run_lives_in_a_store_as_it_does_here(bucket, command, tmp_path):
     assert "model.safetensors" in store.listing(bucket / "hf")
     code, _, err = command("convert.py", f"--checkpoint={run}", f"--output={bucket}/hf")
     assert code == 2 and "is there already" in err
-    one, other = (jaxgpt.load(place) for place in (f"{bucket}/hf", str(local)))
+    both = (jaxgpt.load(place, dtype="float32") for place in (f"{bucket}/hf", str(local)))
+    one, other = both
     np.testing.assert_array_equal(one.logits([[1, 2, 3]]), other.logits([[1, 2, 3]]))
     code, out, err = command("lineage.py", str(run))
     assert code == 0 and "pretrain, seed 0: step 4" in out, err

@@ -92,8 +92,8 @@ class ModelConfig:
     parallel_residual: bool = False
     """true: x + attention(norm(x)) + mlp(norm(x)) (GPT-NeoX); false: first attention, then the
     MLP on its result."""
-    embedding_scale: float = 1.0
-    """Factor of the embeddings (Gemma, Granite)."""
+    embedding_scale: float | None = 1.0
+    """Factor of the embeddings (Granite); null: sqrt(model_dim) (Gemma)."""
     residual_scale: float = 1.0
     """Factor of what attention and MLP add to the residual stream (Granite)."""
     attention_scale: float | None = None
@@ -231,6 +231,10 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         return self.model_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def embedding_factor(self) -> float:
+        return self.model_dim**0.5 if self.embedding_scale is None else self.embedding_scale
 
     @property
     def rotary_width(self) -> int:

@@ -192,6 +192,7 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
     stated: dict[str, Any] = {
         "num_kv_heads": cfg.kv_heads, "head_dim": cfg.head_width, "mlp_dim": cfg.mlp_width,
         "attention_scale": cfg.attention_scale or cfg.head_width**-0.5,
+        "embedding_scale": cfg.embedding_factor,
     }  # fmt: skip
     idle = [] if cfg.qk_norm else ["qk_norm_over"]
     if cfg.gate_limit:

@@ -138,8 +138,8 @@ class GPT(nn.Module):
         positions_BT = index_BT if positions_BT is None else positions_BT
 
         x_BTD = Table(cfg.vocab_size, cfg.model_dim, name="embed")(tokens_BT)
-        if cfg.embedding_scale != 1:
-            x_BTD = x_BTD * cfg.embedding_scale
+        if cfg.embedding_factor != 1:
+            x_BTD = x_BTD * cfg.embedding_factor
         if cfg.position == "learned":
             x_BTD += Table(cfg.context_length, cfg.model_dim, name="positions")(positions_BT)
         x_BTD = by_rows(dropout(x_BTD, rng_B, 0, cfg.dropout))

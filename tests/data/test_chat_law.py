@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_templates import KINDS, SPECIAL, TEMPLATES, WITH_CALLS, WITHOUT_SYSTEM, make, save
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.data import chat
@@ -128,6 +128,8 @@ def test_ids_are_those_of_transformers(name, both, data) -> None:
     if theirs is None:
         pytest.skip("transformers is not installed")
     said = data.draw(conversations(name))
+    # Such a word stays text with us, which the next law holds; hypothesis tries constants of ours.
+    assume(not any(word in repr(said) for word in [*SPECIAL, *NAMED.values()]))
     form = form_of(name, ours)
     options = {"chat_template": TEMPLATES[name], "tools": TOOLS, "return_dict": False}
     whole = theirs.apply_chat_template(said, tokenize=False, **options)
