@@ -150,6 +150,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"))
     parser.add_argument("--list", action="store_true", help="name the claims and end")
     args = parser.parse_args()
+    if args.seeds < 0:
+        parser.error(f"--seeds={args.seeds}: must be 0 or more; 0: only --seed")
     if args.list or args.name is None:
         for name, claim in CLAIMS.items():
             print(f"{name:20} {claim.__doc__}")

@@ -27,6 +27,9 @@ def test_the_defaults_and_the_examples_are_used_whole(stage):
     [
         ("pretrain", "--model.experts_per_token=1", "is for a mixture"),
         ("pretrain", "--model.rope_base=5.0", "is for model.position=rope"),
+        ("pretrain", "--model.expert_bias=true", "is for a mixture"),
+        ("pretrain", "--model.gate_limit=7", "is for model.mlp=gated"),
+        ("pretrain", "--model.mlp=gated --model.gate_limit=7 --model.activation=silu", "its own"),
         ("pretrain", "--optim.schedule=constant --optim.min_ratio=0.5", "never falls"),
         ("pretrain", "--optim.decay_fraction=0.5", "is for optim.schedule=wsd"),
         ("pretrain", "--peft.rank=4", "is for peft.kind=lora and qlora"),

@@ -121,7 +121,7 @@ def test_text_becomes_a_model_that_writes(command, tmp_path):
         (("--checkpoint", "run", "--prompt", "the cat sat on the mat"), "context"),
         (("--checkpoint", "run", "--prompt", "a", "--top_p", "2"), "top_p"),
         (("--checkpoint", "run", "--prompt", "a", "--heat", "2"), "heat"),
-        (("--checkpoint", "run", "--prompt", "a", "--draft", "absent"), "absent"),
+        (("--checkpoint", "run", "--prompt", "a", "--draft", "absent"), "draft=absent: does"),
         (("--checkpoint", "run", "--chat", "--tools", "calculator", "--draft", "prompt"), "draft"),
     ):
         code, _, err = command("sample.py", *args)

@@ -14,7 +14,7 @@ BUDGET = {
     "__init__.py": 42,
     "__main__.py": 3,
     "checkpoint.py": 335,
-    "config": 1405,  # 40 of them: models
+    "config": 1409,  # 40 of them: models
     "convert": 3870,  # 775 of them: models
     "data": 3270,
     "episodes.py": 130,
@@ -49,13 +49,13 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
 # that stay in a file's blocks, which were decoded before; 275: a draft proposes tokens.
-TOTAL = 19_146
+TOTAL = 19_150
 # 260 of the total: models of the Hub by name, fewer bits, tekken.json.
 # 1041 of the total are "models": families, windows by layer, capped scores, fused projections,
 # sinks.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
-    "commands": 659,  # what was scripts/ (480), the list of commands, the doctor
+    "commands": 663,  # what was scripts/ (480), the list of commands, the doctor
     "hub.py": 163,  # models by org/name, and their upload
     "inspect.py": 181,
     "judge.py": 60,

@@ -3,7 +3,7 @@
 import sys
 from functools import partial
 
-from jaxgpt import config
+from jaxgpt import config, files
 from jaxgpt.config import idle
 
 
@@ -22,11 +22,17 @@ def main() -> None:
 
 
 def write(cfg: config.WriteConfig) -> None:
-    from jaxgpt import language_model, lineage, machine, rundir
+    from jaxgpt import hub, language_model, lineage, machine, rundir
     from jaxgpt.tasks import tools
 
     settings = config.sampling(cfg)
     lineage.require_writer("checkpoint", cfg.checkpoint)
+    draft = cfg.draft or None
+    if draft not in (None, "prompt"):
+        draft = str(hub.find("draft", draft))
+        if not files.path(draft).exists():
+            raise ValueError(f"draft={draft}: does not exist; give prompt, or a smaller model")
+        lineage.require_writer("draft", draft)
     tools.check(cfg.tools)
     if cfg.chat and not cfg.adapter:
         for line in rundir.untuned("checkpoint", cfg.checkpoint):
@@ -39,9 +45,7 @@ def write(cfg: config.WriteConfig) -> None:
         adapters={path: path for path in chosen if path},
         quantize=cfg.quantize,
     )
-    draft = cfg.draft or None
     if draft not in (None, "prompt"):
-        lineage.require_writer("draft", draft)
         draft = language_model.load(draft, cfg.dtype, quantize=cfg.quantize)
     adapter = chosen[0] if len(chosen) == 1 else chosen or None
     prompts = cfg.prompt or [sys.stdin.read().rstrip("\n")]

@@ -83,8 +83,8 @@ class WriteConfig(Sampling, Weights):
     """Strings before which the text ends."""
     draft: ModelPath = ""
     """What proposes tokens, of which the model checks several at a time, so that the same text is
-    written faster: prompt, which proposes what stands earlier in the text, or a smaller model with
-    the same vocabulary; empty: nothing."""
+    written in fewer passes: prompt, which proposes what stands earlier in the text, or a smaller
+    model with the same vocabulary; empty: nothing."""
     seed: int = 0
     """Seed of the draws: the same seed writes the same text."""
     chat: bool = False

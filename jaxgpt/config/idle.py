@@ -19,10 +19,14 @@ Rule = tuple[str, Callable[[Any], bool], str]
 _GREEDY = "temperature=0 always takes the likeliest token"
 _LORA = ("lora", "qlora")
 _OF_ALL: tuple[Rule, ...] = (
-    (r"model\.(experts_per_token|normalize_expert_weights|expert_capacity|balance|balance_weight)",
+    (r"model\.(experts_per_token|normalize_expert_weights|expert_(capacity|bias)|balance(_weight)?)",
      lambda c: c.model.num_experts > 0 or bool(c.init), "is for a mixture, model.num_experts"),
     (r"model\.(rope_base|rope_local_base|rope_scaling.*|rope_share|rope_pairs|rope_skip)",
      lambda c: c.model.position == "rope" or bool(c.init), "is for model.position=rope"),
+    (r"model\.gate_limit", lambda c: c.model.mlp == "gated" or bool(c.init),
+     "is for model.mlp=gated"),
+    (r"model\.activation", lambda c: not c.model.gate_limit or c.model.mlp == "plain",
+     "model.gate_limit brings its own"),
     (r"model\.adapter_parallel", lambda c: c.model.adapter_dim > 0, "is for model.adapter_dim"),
     (r"optim\.(min_ratio|decay_steps)", lambda c: c.optim.schedule != "constant",
      "a constant learning rate never falls"),

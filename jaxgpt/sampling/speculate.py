@@ -129,8 +129,8 @@ def generate(
 def _cost(num_rows: int, params: Params, draft: Draft | None) -> float:
     """What a check costs beyond a step of one token, in such steps.
 
-    As measured on a CPU with float32 and with blocks (benchmarks/speculate.py); an accelerator has
-    products to spare.
+    Estimated, on a busy CPU; on a quiet one drafts of text still lost 5 to 13 % with SmolLM2
+    (benchmarks/speculate.py). An accelerator has products to spare.
     """
     spent = min(1.1 * (num_rows + 1), FROM_TEXT) if platform() == "cpu" else 0.25
     if draft is None:
