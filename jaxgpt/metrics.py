@@ -351,10 +351,19 @@ def flops_per_token(cfg: ModelConfig, context: int) -> float:
     """
     query_dim = cfg.num_heads * cfg.head_width
     attention = 2 * cfg.model_dim * (query_dim + cfg.kv_heads * cfg.head_width)
-    mlp = cfg.model_dim * cfg.mlp_width * (3 if cfg.mlp == "gated" else 2)
-    if cfg.num_experts:
-        shared = mlp // cfg.mlp_width * cfg.shared_mlp_dim
-        mlp = mlp * cfg.experts_per_token + cfg.model_dim * cfg.num_experts + shared
+    if (latent := cfg.latent) is not None:
+        values = cfg.num_heads * latent.value_dim
+        read = latent.query_dim or cfg.model_dim
+        attention = cfg.model_dim * (latent.query_dim + latent.dim + latent.rope_dim + values)
+        expanded = query_dim - cfg.num_heads * latent.rope_dim + values
+        attention += read * query_dim + latent.dim * expanded
     adapters = 2 * cfg.model_dim * cfg.adapter_dim * (1 if cfg.adapter_parallel else 2)
-    weights = cfg.num_layers * (attention + mlp + adapters) + cfg.model_dim * cfg.vocab_size
+    weights = cfg.num_layers * (attention + adapters) + cfg.model_dim * cfg.vocab_size
+    for _, _, part in cfg.parts:
+        column = cfg.model_dim * (3 if cfg.mlp == "gated" else 2)
+        mlp = column * part.mlp_width
+        if part.num_experts:
+            mlp = mlp * cfg.experts_per_token + cfg.model_dim * cfg.num_experts
+            mlp += column * cfg.shared_mlp_dim
+        weights += part.num_layers * mlp
     return 6.0 * weights + 12.0 * cfg.num_layers * query_dim * context

@@ -25,10 +25,11 @@ from jaxgpt.types import Array, Batch, LossFn, Metrics, Params
 from jaxgpt.weights import Int8, Kernel, Lora, Nf4
 
 PRESETS = {
-    "attention": r"^blocks/attention/(query|key|value|output)/kernel$",
-    "mlp": r"^blocks/(mlp|moe|moe/shared)/(gate|up|down)/kernel$",
-    "all-linear": r"^blocks/(attention|mlp|moe|moe/shared)/"
-    r"(query|key|value|output|gate|up|down)/kernel$",
+    "attention": r"^(dense_)?blocks/attention/"
+    r"(query|key|value|output|latent|query_latent|query_up|key_value)/kernel$",
+    "mlp": r"^(dense_)?blocks/(mlp|moe|moe/shared)/(gate|up|down)/kernel$",
+    "all-linear": r"^(dense_)?blocks/(attention|mlp|moe|moe/shared)/"
+    r"(query|key|value|output|latent|query_latent|query_up|key_value|gate|up|down)/kernel$",
 }
 
 

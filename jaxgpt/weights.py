@@ -101,8 +101,10 @@ def batched_matmul(slots_BECD: Array, kernel: Kernel) -> Array:
     return _apply(product, lambda y_EF, _: y_EF[None, :, None], slots_BECD, kernel)
 
 
-def dense(kernel: Kernel | Int8Rows) -> Array:
+def dense(kernel: Kernel | Int8Rows | Transposed) -> Array:
     """The kernel as one plain array; adapters are merged in float32."""
+    if isinstance(kernel, Transposed):
+        return kernel.rows.mT
     if isinstance(kernel, Int8):
         return kernel.codes * kernel.scale[..., None, :]
     if isinstance(kernel, Int8Rows):

@@ -232,6 +232,45 @@ NEWEST |= {
         num_experts_per_tok=1, layer_types=(PATTERN * 2)[:5], rope_parameters=LLAMA3,
     ),
 }  # fmt: skip
+LATENT = SHAPE | dict(
+    num_key_value_heads=4, kv_lora_rank=14, q_lora_rank=18, qk_rope_head_dim=6, qk_nope_head_dim=10,
+    v_head_dim=8, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=20,
+    num_hidden_layers=3,
+)  # fmt: skip
+NEWEST |= {
+    "deepseek_v3": lambda t: t.DeepseekV3Config(
+        **LATENT, **PLAIN, n_group=3, topk_group=2, first_k_dense_replace=1, num_mtp_layers=0,
+    ),
+    "deepseek_v3-halves": lambda t: t.DeepseekV3Config(
+        **LATENT | {"q_lora_rank": None, "v_head_dim": 20}, **PLAIN, n_group=1, topk_group=1,
+        first_k_dense_replace=0, rope_interleave=False, norm_topk_prob=False, n_shared_experts=2,
+        num_mtp_layers=0, rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.7},
+    ),
+    "deepseek_v3-tied": lambda t: t.DeepseekV3Config(
+        **LATENT, **PLAIN, n_group=2, topk_group=1, first_k_dense_replace=2, num_mtp_layers=0,
+        tie_word_embeddings=True, rope_parameters=YARN,
+    ),
+    "deepseek_v2": lambda t: t.DeepseekV2Config(
+        **LATENT | {"q_lora_rank": None}, **PLAIN, first_k_dense_replace=1,
+        rope_parameters=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    ),
+    "deepseek_v2-groups": lambda t: t.DeepseekV2Config(
+        **LATENT, **PLAIN, topk_method="group_limited_greedy", n_group=3, topk_group=2,
+        routed_scaling_factor=1.7,
+    ),
+    "deepseek_v2-tied": lambda t: t.DeepseekV2Config(
+        **LATENT | {"qk_rope_head_dim": 4}, **PLAIN, first_k_dense_replace=2, n_shared_experts=1,
+        tie_word_embeddings=True,
+    ),
+    "glm4_moe_lite": lambda t: t.Glm4MoeLiteConfig(**LATENT, **PLAIN),
+    "glm4_moe_lite-scaled": lambda t: t.Glm4MoeLiteConfig(
+        **LATENT | {"v_head_dim": 16}, **PLAIN, mlp_layer_types=["sparse"] * 3, n_group=3,
+        topk_group=1, rope_parameters=YARN, norm_topk_prob=False,
+    ),
+    "glm4_moe_lite-tied": lambda t: t.Glm4MoeLiteConfig(
+        **LATENT, **PLAIN, mlp_layer_types=["dense", "dense", "sparse"], tie_word_embeddings=True
+    ),
+}  # fmt: skip
 CONFIGS |= NEWEST
 
 
@@ -247,7 +286,8 @@ def randomize(model: Any) -> Any:
     """The model with other numbers: fresh ones are alike, or zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        buffers = ((k, b) for k, b in model.named_buffers() if k.endswith("correction_bias"))
+        for key, parameter in (*model.named_parameters(), *buffers):
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
             around_one = ("norm" in key or "ln_" in key) and key.endswith("weight")
             added = "gemma" in model.config.model_type  # whose norms add it

@@ -24,7 +24,7 @@ from jaxgpt.config.commands import (
     WriteConfig,
     planned,
 )
-from jaxgpt.config.model import ModelConfig, RopeScaling
+from jaxgpt.config.model import Latent, ModelConfig, RopeScaling
 from jaxgpt.config.named import with_recipe
 from jaxgpt.config.policy import GrpoConfig, PolicyConfig, PpoConfig, RolloutConfig, TaskConfig
 from jaxgpt.config.run import (
@@ -54,12 +54,12 @@ from jaxgpt.config.tuning import (
 __all__ = [
     "RUN_CONFIGS", "ChatConfig", "ChatDataConfig", "CheckpointConfig", "ConversationConfig",
     "ConvertConfig", "DataConfig", "DistillConfig", "DpoConfig", "EvalConfig", "EvaluateConfig",
-    "GrpoConfig", "InspectConfig", "LogConfig", "MeshConfig", "ModelConfig", "OptimConfig",
-    "PeftConfig", "PlanSettings", "PolicyConfig", "PpoConfig", "PrepareConfig", "PretrainConfig",
-    "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig", "SampleConfig", "Sampling",
-    "ServeConfig", "SftConfig", "TaskConfig", "TokenizerConfig", "TrainConfig", "WriteConfig",
-    "as_args", "complete", "exit_cleanly", "extras", "join_lists", "parse", "planned", "sampling",
-    "to_yaml", "with_recipe",
+    "GrpoConfig", "InspectConfig", "Latent", "LogConfig", "MeshConfig", "ModelConfig",
+    "OptimConfig", "PeftConfig", "PlanSettings", "PolicyConfig", "PpoConfig", "PrepareConfig",
+    "PretrainConfig", "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig", "SampleConfig",
+    "Sampling", "ServeConfig", "SftConfig", "TaskConfig", "TokenizerConfig", "TrainConfig",
+    "WriteConfig", "as_args", "complete", "exit_cleanly", "extras", "join_lists", "parse",
+    "planned", "sampling", "to_yaml", "with_recipe",
 ]  # fmt: skip
 
 # Of the training commands, by the name of their stage.

@@ -49,6 +49,24 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Widths of multi-head latent attention (arXiv:2405.04434). model.head_dim is that of a query:
+    a plain part, and the last rope_dim entries, which are rotated."""
+
+    dim: int = 512
+    """Width of the latent of which a token's keys and values are made."""
+    query_dim: int = 0
+    """Width of the latent of which the queries are made; 0: of the residual stream itself."""
+    rope_dim: int = 64
+    """Width of the rotated part of each query, and of the one key for all heads that meets it."""
+    value_dim: int = 128
+    """Width of a head's values."""
+
+    def __post_init__(self) -> None:
+        at_least("model.latent", self, dim=1, query_dim=0, rope_dim=2, value_dim=1)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of the network. GPT-2, Llama, Qwen and Mixtral are settings of this one class."""
 
@@ -96,6 +114,9 @@ class ModelConfig:
     """Factor of the embeddings (Granite); null: sqrt(model_dim) (Gemma)."""
     residual_scale: float = 1.0
     """Factor of what attention and MLP add to the residual stream (Granite)."""
+    latent: Latent | None = None
+    """Multi-head latent attention, whose cache is one narrow vector a token (DeepSeek-V2 and V3);
+    null: every head has keys and values of its own."""
     attention_scale: float | None = None
     """Factor of the products of queries and keys; null: 1 / sqrt(head_dim)."""
     attention_sinks: bool = False
@@ -143,11 +164,26 @@ class ModelConfig:
     normalize_expert_weights: bool = True
     """true: the gate weights of a token's experts sum to one (Mixtral); false: they are those of
     the softmax over all experts."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """Scores of the experts: softmax: over all of them; sigmoid: of each one by itself, chosen with
+    a correction that is a parameter without a gradient (DeepSeek-V3)."""
+    expert_groups: int = 1
+    """Groups of experts, of which a token visits some only (DeepSeek)."""
+    groups_per_token: int = 1
+    """Groups that each token visits: by their best expert, or with sigmoid by their best two."""
+    expert_scale: float = 1.0
+    """Factor of the gate weights."""
+    dense_layers: int = 0
+    """First layers that have a dense MLP in place of the mixture (DeepSeek)."""
+    dense_mlp_dim: int | None = None
+    """Hidden width of the MLP in these layers; null: 4 * model_dim."""
     expert_bias: bool = False
     """true: the experts and their router have biases (gpt-oss)."""
     shared_mlp_dim: int = 0
-    """Hidden width of a further expert that every token visits, behind a gate of its own
-    (Qwen2-MoE); 0: none."""
+    """Hidden width of a further expert that every token visits; 0: none."""
+    shared_gate: bool = True
+    """true: the shared expert stands behind a gate of its own (Qwen2-MoE); false: it does not
+    (DeepSeek)."""
     expert_capacity: float = 0.0
     """Most tokens that an expert takes, as a multiple of an even share; 0: all that choose it."""
     balance: Literal["loss", "bias", "none"] = "loss"
@@ -172,8 +208,21 @@ class ModelConfig:
             "model", self, context_length=1, num_layers=1, model_dim=1, num_heads=1,
             num_kv_heads=1, head_dim=1, mlp_dim=1, vocab_size=0, num_experts=0, expert_capacity=0,
             shared_mlp_dim=0, adapter_dim=0, norm_eps=0, sliding_window=1, rope_skip=0,
-            attention_softcap=0, logit_softcap=0, gate_limit=0,
+            attention_softcap=0, logit_softcap=0, gate_limit=0, expert_groups=1,
+            groups_per_token=1, dense_layers=0, dense_mlp_dim=1,
         )  # fmt: skip
+        self._check_mixture()
+        if self.latent is not None:
+            require(
+                self.head_width > self.latent.rope_dim, "model.head_dim", self.head_width,
+                f"must be above model.latent.rope_dim={self.latent.rope_dim}",
+            )  # fmt: skip
+            for name, usual in (("kv_heads", self.num_heads), ("qk_norm", False), ("bias", "none"),
+                                ("attention_sinks", False), ("rope_share", 1.0)):  # fmt: skip
+                value = getattr(self, name)
+                require(
+                    value == usual, f"model.{name}", value, f"must be {usual} with model.latent"
+                )
         if self.head_dim is None:
             require(
                 self.model_dim % self.num_heads == 0, "model.num_heads", self.num_heads,
@@ -224,6 +273,31 @@ class ModelConfig:
             f"must be between 1 and model.num_experts={self.num_experts}",
         )  # fmt: skip
 
+    def _check_mixture(self) -> None:
+        for name, most, least in (
+            ("groups_per_token", self.expert_groups, "model.expert_groups"),
+            ("dense_layers", self.num_layers - 1, "model.num_layers - 1"),
+        ):
+            value = getattr(self, name)
+            require(value <= most, f"model.{name}", value, f"must be at most {least}={most}")
+        groups = self.expert_groups
+        if groups > 1:
+            size = self.num_experts // groups
+            require(
+                self.num_experts % groups == 0 and size > 1, "model.expert_groups", groups,
+                f"must cut model.num_experts={self.num_experts} into groups of two or more",
+            )  # fmt: skip
+            require(
+                self.experts_per_token <= self.groups_per_token * size, "model.groups_per_token",
+                self.groups_per_token, f"has too few experts for {self.experts_per_token} a token",
+            )  # fmt: skip
+        require(
+            not self.dense_layers or (self.num_experts > 0 and len(self.period) == 1),
+            "model.dense_layers", self.dense_layers,
+            "stands before a mixture whose layers are alike; set model.num_experts, and neither "
+            "model.layer_pattern nor model.rope_skip",
+        )  # fmt: skip
+
     @property
     def kv_heads(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
@@ -239,7 +313,32 @@ class ModelConfig:
     @property
     def rotary_width(self) -> int:
         """Entries of a head that RoPE rotates."""
+        if self.latent is not None:
+            return self.latent.rope_dim
         return int(self.head_width * self.rope_share)
+
+    @property
+    def cached(self) -> tuple[int, int, int]:
+        """Heads that a cache holds, and the widths of their keys and of their values.
+
+        Of latent attention this is one vector, a part of which is the value too.
+        """
+        if self.latent is not None:
+            return 1, self.latent.dim + self.latent.rope_dim, 0
+        return self.kv_heads, self.head_width, self.head_width
+
+    @property
+    def parts(self) -> tuple[tuple[str, int, "ModelConfig"], ...]:
+        """Stacks of layers with parameters alike: name, first layer, and config as of a model."""
+        first = self.dense_layers
+        if not first:
+            return (("blocks", 0, self),)
+        rest = replace(self, num_layers=self.num_layers - first, dense_layers=0)
+        dense = replace(
+            rest, num_layers=first, num_experts=0, shared_mlp_dim=0, mlp_dim=self.dense_mlp_dim,
+            expert_groups=1, groups_per_token=1,
+        )  # fmt: skip
+        return (("dense_blocks", 0, dense), ("blocks", first, rest))
 
     @property
     def period(self) -> tuple["ModelConfig", ...]:

@@ -202,10 +202,20 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
     elif cfg.rope_skip > cfg.num_layers:
         idle += ["rope_skip"]
     if not cfg.num_experts:
-        idle += ["experts_per_token", "normalize_expert_weights", "expert_capacity", "balance",
-                 "expert_bias"]  # fmt: skip
+        idle += [
+            "experts_per_token", "normalize_expert_weights", "expert_capacity", "balance",
+            "expert_bias", "router", "expert_groups", "expert_scale", "dense_layers",
+        ]  # fmt: skip
     elif cfg.balance == "none":
         idle += ["balance"]  # how the experts were kept busy in training is no part of the function
+    if not cfg.num_experts or cfg.expert_groups == 1:
+        idle += ["groups_per_token"]
+    if not cfg.shared_mlp_dim:
+        idle += ["shared_gate"]
+    if cfg.num_experts and cfg.dense_layers:
+        stated["dense_mlp_dim"] = cfg.dense_mlp_dim or 4 * cfg.model_dim
+    else:
+        idle += ["dense_mlp_dim"]
     if not cfg.adapter_dim:
         idle += ["adapter_parallel"]
     default = ModelConfig()

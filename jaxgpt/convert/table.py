@@ -62,6 +62,16 @@ def rows(text: str, layer: str = "") -> tuple[Row, ...]:
     return tuple(found)
 
 
+def of_dense_layers(table: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows for the layers in front that have no mixture (ModelConfig.dense_layers)."""
+    own = lambda name: name.replace("blocks/", "dense_blocks/", 1)
+    return tuple(
+        (own(ours) if isinstance(ours, str) else tuple(map(own, ours)), theirs,
+         re.sub(r"\bmlp\b", "dense", pattern))
+        for ours, theirs, pattern in table
+    )  # fmt: skip
+
+
 def rearrange(array: np.ndarray, pattern: str, sizes: Mapping[str, int]) -> np.ndarray:
     """einops.rearrange where every axis has a size: "(a b) c -> c (a b)"."""
     left, right = _sides(pattern)
@@ -87,7 +97,12 @@ def sizes(cfg: ModelConfig, parts: int = 1) -> dict[str, int]:
         "heads": cfg.num_heads, "kv_heads": cfg.kv_heads, "width": cfg.head_width,
         "half": cfg.head_width // 2, "two": 2, "mlp": cfg.mlp_width, "expert": cfg.num_experts,
         "shared": cfg.shared_mlp_dim, "one": 1, "part": parts,
-    }  # fmt: skip
+        "dense": cfg.dense_mlp_dim or 4 * cfg.model_dim,
+    } | ({} if cfg.latent is None else {
+        "latent": cfg.latent.dim, "query_latent": cfg.latent.query_dim,
+        "stored": cfg.latent.dim + cfg.latent.rope_dim, "value": cfg.latent.value_dim,
+        "pair": cfg.head_width - cfg.latent.rope_dim + cfg.latent.value_dim,
+    })  # fmt: skip
 
 
 def parameter_shapes(cfg: ModelConfig) -> dict[str, Shape]:
@@ -104,21 +119,27 @@ def parameters(row: Row) -> tuple[str, ...]:
 def pieces(row: Row, cfg: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Their tensors of one row, each with its place in our stacked arrays."""
     _, name, _ = row
-    layers = range(cfg.num_layers) if "{layer}" in name else (None,)
+    dense = parameters(row)[0].startswith("dense_")
+    first, end = (0, cfg.dense_layers) if dense else (cfg.dense_layers, cfg.num_layers)
+    layers = range(first, end) if "{layer}" in name else (None,)
     experts = range(cfg.num_experts) if "{expert}" in name else (None,)
     # Lazily, and so without itertools.product: a hostile config may ask for 10^9 layers.
     for layer in layers:
         for expert in experts:
-            index = tuple(i for i in (layer, expert) if i is not None)
+            place = None if layer is None else layer - first
+            index = tuple(i for i in (place, expert) if i is not None)
             yield name.format(layer=layer, expert=expert), index
 
 
-def select(table: tuple[Row, ...], ours: Mapping[str, Any], present: Any = ()) -> list[Row]:
+def select(
+    table: tuple[Row, ...], ours: Mapping[str, Any], present: Any = (), layer: int = 0
+) -> list[Row]:
     """The rows that together hold each of our parameters once.
 
-    Of several rows for one parameter, the first whose tensor is `present`, else the first of all.
+    Of several rows for one parameter, the first whose tensor is `present` in that layer, else the
+    first of all.
     """
-    first = {"layer": 0, "expert": 0}
+    first = {"layer": layer, "expert": 0}
     ordered = sorted(table, key=lambda row: row[1].format(**first) not in present)  # stable
     chosen, covered = [], set()
     for row in ordered:
@@ -151,7 +172,7 @@ def read(
     """
     place = place or (lambda _, array: jax.device_put(array))
     ours = parameter_shapes(cfg)
-    rows = select(table, ours, source.shapes)
+    rows = select(table, ours, source.shapes, cfg.dense_layers)
     _check(rows, cfg, source)
     placed: dict[str, Any] = {}
     for row in rows:

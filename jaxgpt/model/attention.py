@@ -95,7 +95,7 @@ class Attention(nn.Module):
         sinks_N = None
         if cfg.attention_sinks:
             sinks_N = parameter(self, "sink_bias", INIT_STD, (cfg.num_heads,))
-        out_BTNH, slots = _attend(cfg, q_BTNH, k_BTKH, v_BTKH, inputs, slots, sinks_N)
+        out_BTNH, slots = attend(cfg, q_BTNH, k_BTKH, v_BTKH, inputs, slots, sinks_N)
         out_BTNH = checkpoint_name(out_BTNH, "attention")  # what model.remat keeps by name
         out_BTF = kernels.by_columns(out_BTNH.reshape(*x_BTD.shape[:2], -1))
         biased = cfg.bias in ("attention", "all")
@@ -119,23 +119,28 @@ class Attention(nn.Module):
 
 def scale_queries(cfg: ModelConfig, q_BTNH: Array, inputs: BlockInputs) -> Array:
     """The queries times what the config asks for; the kernels divide by sqrt(H)."""
-    if cfg.attention_scale is not None:
-        q_BTNH = q_BTNH * (cfg.attention_scale * cfg.head_width**0.5)
+    width = q_BTNH.shape[-1]
+    if cfg.attention_scale is not None or width != cfg.head_width:
+        scale = cfg.attention_scale or cfg.head_width**-0.5
+        q_BTNH = q_BTNH * (scale * width**0.5)
     if inputs.growth_BT is not None:
         q_BTNH = q_BTNH * inputs.growth_BT[..., None, None]
     return q_BTNH
 
 
-def _attend(
+def attend(
     cfg: ModelConfig,
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKH: Array,
     inputs: BlockInputs,
     slots: Slots | None,
-    sinks_N: Array | None,
+    sinks_N: Array | None = None,
 ) -> tuple[Array, Slots | None]:
-    """What the queries read: each other's keys, or with a cache also those written before."""
+    """What the queries read: each other's keys, or with a cache also those written before.
+
+    Values without a width are the keys.
+    """
     window, how = cfg.sliding_window or 0, (cfg.attention_softcap, sinks_N)
     if slots is not None and inputs.first_row is not None:
         assert inputs.length is not None
@@ -143,12 +148,16 @@ def _attend(
         return attend_by_row(*new, slots, inputs.length, inputs.first_row, window, *how)
     if slots is not None:
         assert inputs.length is not None
-        slots = (_write(slots[0], k_BTKH, inputs.length), _write(slots[1], v_BTKH, inputs.length))
+        slots = (
+            write_slots(slots[0], k_BTKH, inputs.length),
+            write_slots(slots[1], v_BTKH, inputs.length),
+        )
     # A prompt that fills an empty cache sees only itself: the fast attention of whole rows does.
     if slots is None or inputs.mask_BTS is None:
         segments_BT = inputs.segments_BT
         return kernels.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *how), slots
-    k_BKSH, v_BKSH = map(rows_first, slots)
+    k_BKSH = rows_first(slots[0])
+    v_BKSH = rows_first(slots[1]) if slots[1].shape[-1] else k_BKSH
     return kernels.cached_attention(q_BTNH, k_BKSH, v_BKSH, inputs.mask_BTS, *how), slots
 
 
@@ -158,16 +167,18 @@ def init_cache(
     """An empty cache of `capacity` slots (default: the context length)."""
     capacity = cfg.context_length if capacity is None else capacity
     rows = () if batch_size == 1 else (batch_size,)
-    shape = (*rows, cfg.kv_heads, capacity, cfg.head_width)
+    heads, *widths = cfg.cached
     # A CPU has no batched product of bfloat16 that sums in float32, and would widen the cache for
     # every token.
     dtype = accumulator_dtype(cfg.dtype)
-    empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers))
+    empty = lambda width: tuple(
+        jnp.zeros((*rows, heads, capacity, width), dtype) for _ in range(cfg.num_layers)
+    )
     start_B = jnp.zeros(batch_size, jnp.int32) if start_B is None else start_B
-    return KVCache(empty(), empty(), jnp.int32(0), start_B)
+    return KVCache(*map(empty, widths), jnp.int32(0), start_B)
 
 
-def _write(slots: Array, new_BTKH: Array, length: Array) -> Array:
+def write_slots(slots: Array, new_BTKH: Array, length: Array) -> Array:
     new_BKTH = new_BTKH.swapaxes(1, 2).astype(slots.dtype)
     new = new_BKTH.reshape(*slots.shape[:-2], *new_BKTH.shape[-2:])
     return jax.lax.dynamic_update_slice(slots, new, (*(0,) * (slots.ndim - 2), length, 0))

@@ -21,6 +21,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.kernels import by_rows
 from jaxgpt.kernels.platform import layer_unroll
 from jaxgpt.model.attention import Attention, BlockInputs, KVCache, Slots
+from jaxgpt.model.latent import LatentAttention
 from jaxgpt.model.layers import (
     INIT_STD,
     Linear,
@@ -63,7 +64,8 @@ class Block(nn.Module):
         # reaches the head, and gradients reach the embedding, without passing through a norm.
         before = cfg.norm_place != "after"
         read_BTD = make_norm(cfg, "attention_norm")(x_BTD) if before else x_BTD
-        attended_BTD, slots = Attention(cfg, name="attention")(read_BTD, inputs, slots)
+        attention = Attention if cfg.latent is None else LatentAttention
+        attended_BTD, slots = attention(cfg, name="attention")(read_BTD, inputs, slots)
         if cfg.adapter_dim and not cfg.adapter_parallel:
             attended_BTD += Adapter(cfg, name="attention_adapter")(attended_BTD)
         # Dropout numbers its places in the network: 0 the embedding, then two for each layer.
@@ -152,22 +154,19 @@ class GPT(nn.Module):
         elif cache is not None:
             length = cache.length
         common = BlockInputs(None, segments_BT, rng_B, length, mask_BTS, first_row)
-        kinds = cfg.period
-        inputs = {kind: _of_kind(kind, common, positions_BT) for kind in kinds}
-        layers_L = jnp.arange(cfg.num_layers)
-        if weights.layers_apart(self.variables.get("params", {})):
-            blocks = Unstacked(cfg, name="blocks")
-            x_BTD, (router, slots) = blocks(x_BTD, (layers_L, bias_LE, slots), inputs)
-        else:
-            own = (layers_L, bias_LE, slots and jax.tree.map(lambda *x: jnp.stack(x), *slots))
-            quantized = weights.is_quantized(self.variables)
-            if len(kinds) == 1 or self.is_initializing():
-                blocks = _stack(kinds[0], quantized)(kinds[0], name="blocks")
-                x_BTD, (router, written) = blocks(x_BTD, own, inputs[kinds[0]])
-            else:
-                params = self.variables["params"]["blocks"]
-                x_BTD, (router, written) = _by_period(kinds, quantized, params, x_BTD, own, inputs)
-            slots = slots and tuple(zip(*written, strict=True))  # cut again into one pair a layer
+        found, written = [], ()
+        for name, first, part in cfg.parts:
+            end = first + part.num_layers
+            own = (jnp.arange(first, end), bias_LE if part.num_experts else None)
+            x_BTD, stats, part_slots = self._run(
+                name, part, x_BTD, (*own, slots and slots[first:end]), common, positions_BT
+            )
+            found.append(stats)
+            written += part_slots or ()
+        # Dense layers have no statistics, unless somebody watches (inside.py).
+        found = [stats for stats in found if stats is not None]
+        join = lambda *x_L: x_L[0] if len(x_L) == 1 else jnp.concatenate(x_L)
+        router = jax.tree.map(join, *found) if found else None
 
         if not cfg.tie_embeddings and self.is_initializing():
             # `logits` reads this kernel; calling it on one token is how Linen makes it exist.
@@ -175,10 +174,33 @@ class GPT(nn.Module):
         hidden_BTD = make_norm(cfg, "final_norm")(x_BTD)
         if cfg.logit_divisor != 1:  # here, since the heads know no config
             hidden_BTD = hidden_BTD / cfg.logit_divisor
-        if cache is not None and slots is not None:
-            keys, values = zip(*slots, strict=True)
+        if cache is not None:
+            keys, values = zip(*written, strict=True)
             cache = cache.grown(keys, values, tokens_BT.shape[1])
         return Output(hidden_BTD, cache, router)
+
+    def _run(
+        self, name: str, cfg: ModelConfig, x_BTD: Array,
+        own: tuple[Array, Array | None, tuple[Slots, ...] | None], common: BlockInputs,
+        positions_BT: Array,
+    ) -> tuple[Array, RouterStats | None, tuple[Slots, ...] | None]:  # fmt: skip
+        """One stack of layers: the stream behind it, and the layers' statistics and slots."""
+        kinds = cfg.period
+        inputs = {kind: _of_kind(kind, common, positions_BT) for kind in kinds}
+        layers_L, bias_LE, slots = own
+        if weights.layers_apart(self.variables.get("params", {})):
+            x_BTD, (stats, slots) = Unstacked(cfg, name=name)(x_BTD, own, inputs)
+            return x_BTD, stats, slots
+        own = (layers_L, bias_LE, slots and jax.tree.map(lambda *x: jnp.stack(x), *slots))
+        quantized = weights.is_quantized(self.variables)
+        if len(kinds) == 1 or self.is_initializing():
+            blocks = _stack(kinds[0], quantized)(kinds[0], name=name)
+            x_BTD, (stats, written) = blocks(x_BTD, own, inputs[kinds[0]])
+        else:
+            params = self.variables["params"][name]
+            x_BTD, (stats, written) = _by_period(kinds, quantized, params, x_BTD, own, inputs)
+        # The slots are cut again into one pair a layer.
+        return x_BTD, stats, slots and tuple(zip(*written, strict=True))
 
 
 class Unstacked(nn.Module):

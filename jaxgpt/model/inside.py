@@ -20,6 +20,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.fast_attention import with_sinks
 from jaxgpt.model import gpt
 from jaxgpt.model.attention import Attention, BlockInputs, scale_queries
+from jaxgpt.model.latent import LatentAttention, expanded, rotated
 from jaxgpt.model.layers import make_norm, rotate
 from jaxgpt.model.moe import MoE
 from jaxgpt.types import Array, Params
@@ -32,7 +33,7 @@ class Inside(NamedTuple):
     logits_BTV: Array
     q_LBTNH: Array  # queries and keys as they meet: normed, rotated and scaled
     k_LBSKH: Array
-    expert_LBTJ: Array | None  # each token's experts, best first; None without experts
+    expert_LBTJ: Array | None  # each token's experts, best first, -1: none; None without experts
     gate_LBTJ: Array | None  # their weights
 
 
@@ -47,15 +48,20 @@ def look(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Inside:
         if context.method_name != "__call__":
             return out
         parent = type(module.parent)
-        if issubclass(parent, Attention) or issubclass(parent, MoE):
+        if issubclass(parent, (Attention, LatentAttention, MoE)):
             seen[f"{parent.__name__}/{module.name}"] = out
         elif isinstance(module, Attention):
             seen["q"], seen["k"] = _queries_and_keys(module.cfg, seen, args[1])
+        elif isinstance(module, LatentAttention):
+            seen["q"], seen["k"] = _expanded(module.cfg, seen, args[1])
         elif isinstance(module, MoE):
             _, seen["expert"], seen["gate"] = seen["MoE/router"]
         elif isinstance(module, gpt.Block):
             after_BTD, (_, slots) = out
             kept = {name: seen.get(name) for name in ("q", "k", "expert", "gate")}
+            if cfg.num_experts and not module.cfg.num_experts:  # a dense layer before the mixtures
+                none_BTJ = jnp.zeros((*after_BTD.shape[:2], cfg.experts_per_token))
+                kept |= {"expert": none_BTJ.astype(int) - 1, "gate": none_BTJ}
             # What a block returns in the place of its router's statistics is stacked over layers.
             return after_BTD, ({**kept, "before": args[0], "after": after_BTD}, slots)
         return out
@@ -113,3 +119,13 @@ def _queries_and_keys(
 
     q_BTNH = scale_queries(cfg, heads("query"), inputs)
     return q_BTNH.astype(cfg.dtype), heads("key").astype(cfg.dtype)
+
+
+def _expanded(cfg: ModelConfig, seen: dict[str, Array], inputs: BlockInputs) -> tuple[Array, Array]:
+    """The same of latent attention."""
+    name = "LatentAttention"
+    assert cfg.latent is not None
+    query = "query_up" if cfg.latent.query_dim else "query"
+    q_BTNH, r_BT1H = rotated(cfg, seen[f"{name}/{query}"], seen[f"{name}/latent"], inputs)
+    k_BTNH, _ = expanded(cfg, r_BT1H, seen[f"{name}/key_value"])
+    return scale_queries(cfg, q_BTNH, inputs).astype(cfg.dtype), k_BTNH.astype(cfg.dtype)

@@ -1,7 +1,8 @@
 """Mixture of experts: a float32 router sends every token to its top-k expert MLPs.
 
-Axes of this file: J choices of a token, Z choices of all tokens, C slots of one expert, R rows
-sorted by expert (kernels/grouped.py), S slots of all experts. Notes: chapter 4.
+Axes of this file: X groups of experts, J choices of a token, Z choices of all tokens, C slots of
+one expert or experts of one group, R rows sorted by expert (kernels/grouped.py), S slots of all
+experts. Notes: chapter 4.
 """
 
 import math
@@ -62,9 +63,11 @@ class MoE(nn.Module):
         return out_BTD, router_stats(scores_BTE, expert_BTJ, kept_BTJ, real_BT)
 
     def _shared(self, x_BTD: Array) -> Array:
-        """sigmoid(gate(x)) * mlp(x), of an expert that is always visited."""
+        """sigmoid(gate(x)) * mlp(x), of an expert that is always visited; or without the gate."""
         cfg = replace(self.cfg, mlp_dim=self.cfg.shared_mlp_dim, bias="none")
         mlp = GatedMlp if cfg.mlp == "gated" else Mlp
+        if not cfg.shared_gate:
+            return mlp(cfg, name="shared")(x_BTD)
         gate_BT1 = Linear(1, False, cfg.dtype, name="shared_gate")(x_BTD)
         gate_BT1 = jax.nn.sigmoid(gate_BT1.astype(jnp.float32))
         return gate_BT1 * mlp(cfg, name="shared")(x_BTD)
@@ -109,18 +112,39 @@ class Router(nn.Module):
         if cfg.expert_bias:
             own_E = self.param("bias", nn.initializers.zeros, (cfg.num_experts,))
             logits_BTE = logits_BTE + own_E[None, None]
+        if cfg.router == "sigmoid":
+            # Whoever trained it moved it by the experts' load (arXiv:2408.15664).
+            choice_E = self.param("choice_bias", nn.initializers.zeros, (cfg.num_experts,))
+            bias_E = choice_E if bias_E is None else bias_E + choice_E
         return route(cfg, logits_BTE, bias_E)
 
 
 def route(cfg: ModelConfig, logits_BTE: Array, bias_E: Array | None) -> tuple[Array, Array, Array]:
     """What `Router` returns, of its scores before the softmax."""
-    scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    one_by_one = cfg.router == "sigmoid"
+    scores_BTE = jax.nn.sigmoid(logits_BTE) if one_by_one else jax.nn.softmax(logits_BTE, axis=-1)
     choose_BTE = scores_BTE if bias_E is None else scores_BTE + bias_E[None, None]
+    if cfg.expert_groups > 1:
+        choose_BTE = _in_best_groups(cfg, choose_BTE)
     _, expert_BTJ = jax.lax.top_k(choose_BTE, cfg.experts_per_token)
     gate_BTJ = jnp.take_along_axis(scores_BTE, expert_BTJ, axis=-1)
     if cfg.normalize_expert_weights:
         gate_BTJ = gate_BTJ / gate_BTJ.sum(-1, keepdims=True)
+    if cfg.expert_scale != 1:
+        gate_BTJ = gate_BTJ * cfg.expert_scale
+    if one_by_one:  # as a distribution, for the statistics
+        scores_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)
     return scores_BTE, expert_BTJ, gate_BTJ
+
+
+def _in_best_groups(cfg: ModelConfig, choose_BTE: Array) -> Array:
+    """-inf for the experts of all groups but each token's best."""
+    choose_BTXC = choose_BTE.reshape(*choose_BTE.shape[:2], cfg.expert_groups, -1)
+    best = 2 if cfg.router == "sigmoid" else 1
+    group_BTX = jax.lax.top_k(choose_BTXC, best)[0].sum(-1)
+    _, chosen_BTJ = jax.lax.top_k(group_BTX, cfg.groups_per_token)
+    kept_BTX = jax.nn.one_hot(chosen_BTJ, cfg.expert_groups).sum(2) > 0
+    return jnp.where(kept_BTX[..., None], choose_BTXC, -jnp.inf).reshape(choose_BTE.shape)
 
 
 def router_stats(

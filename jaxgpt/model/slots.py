@@ -47,10 +47,12 @@ class SlotCache:
 def init_slots(cfg: ModelConfig, num_rows: int, capacity: int) -> SlotCache:
     """An empty cache of at least `capacity` slots a row."""
     capacity = -(-capacity // BLOCK) * BLOCK
-    shape = (num_rows, cfg.kv_heads, capacity, cfg.head_width)
+    heads, *widths = cfg.cached
     dtype = accumulator_dtype(cfg.dtype)  # as in attention.init_cache
-    empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers))
-    return SlotCache(empty(), empty(), jnp.zeros(num_rows, jnp.int32), jnp.int32(0))
+    empty = lambda width: tuple(
+        jnp.zeros((num_rows, heads, capacity, width), dtype) for _ in range(cfg.num_layers)
+    )
+    return SlotCache(*map(empty, widths), jnp.zeros(num_rows, jnp.int32), jnp.int32(0))
 
 
 def attend_by_row(
@@ -73,6 +75,7 @@ def attend_by_row(
     """
     cache = (_write(cache[0], k_BTKH, length_B, first_row),
              _write(cache[1], v_BTKH, length_B, first_row))  # fmt: skip
+    values = cache[1] if v_BTKH.shape[-1] else cache[0]  # without a width they are the keys
     (B, T, N, H), (_, K, S, _) = q_BTNH.shape, cache[0].shape
     index_BT = length_B[:, None] + jnp.arange(T)[None]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
@@ -83,7 +86,9 @@ def attend_by_row(
     def read(number: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         largest_BKQ, sum_BKQ, out_BKQH = so_far
         place = (first_row, 0, number * BLOCK, 0)
-        k_BKSH, v_BKSH = (jax.lax.dynamic_slice(x, place, (B, K, BLOCK, H)) for x in cache)
+        k_BKSH, v_BKSH = (
+            jax.lax.dynamic_slice(x, place, (B, K, BLOCK, H)) for x in (cache[0], values)
+        )
         key_S = number * BLOCK + jnp.arange(BLOCK)
         seen_BQS = key_S[None, None] <= index_BQ[..., None]
         if window:

@@ -62,7 +62,8 @@ def serving(cfg: ServeConfig, model: ModelConfig, devices: dict[str, int]) -> Se
 def token_bytes(cfg: ModelConfig) -> int:
     """Keys and values of one token in all layers."""
     width = accumulator_dtype(cfg.dtype).itemsize
-    return 2 * cfg.num_layers * cfg.kv_heads * cfg.head_width * width
+    heads, key, value = cfg.cached
+    return cfg.num_layers * heads * (key + value) * width
 
 
 def available_memory() -> int:

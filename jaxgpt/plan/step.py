@@ -128,7 +128,7 @@ def compile_step(outline: Outline, cfg: RunConfig, mesh: Mesh) -> Step:
         memory=_memory(held, compiled.memory_analysis(), mesh.devices.flat[0].platform),
         memory_traffic=seen.memory_bytes,
         collectives=seen.collectives,
-        num_layers=cfg.model.num_layers,
+        num_layers=cfg.model.num_layers - cfg.model.dense_layers,  # of the scan
     )
 
 

@@ -171,12 +171,15 @@ def for_decoding(cfg: ModelConfig, params: Params, num_rows: int | None = None) 
     alone = num_rows == 1
     faster = {"cpu": alone or cfg.dtype != "float32", "gpu": alone}  # see `weights.Transposed`
     outputs_first = faster.get(platform(), False)
-    blocks = params["blocks"]
-    ends = {name: part for name, part in params.items() if name != "blocks"}
-    layers = range(jax.tree.leaves(blocks)[0].shape[0])
+    stacks = {name: part for name, part in params.items() if name.endswith("blocks")}
+    ends = {name: part for name, part in params.items() if name not in stacks}
+    layers = lambda stack: range(jax.tree.leaves(stack)[0].shape[0])
     # A program for one layer, run for each: one for all layers takes longer to compile.
-    apart = {str(n): _decoding_layer(cfg.dtype, outputs_first, blocks, n) for n in layers}
-    return _decoding_ends(cfg.dtype, outputs_first, ends) | {"blocks": apart}
+    apart = {
+        name: {str(n): _decoding_layer(cfg.dtype, outputs_first, stack, n) for n in layers(stack)}
+        for name, stack in stacks.items()
+    }
+    return _decoding_ends(cfg.dtype, outputs_first, ends) | apart
 
 
 @partial(jax.jit, static_argnames=("dtype", "outputs_first"))

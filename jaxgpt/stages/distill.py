@@ -120,6 +120,11 @@ def some_layers(cfg: ModelConfig, params: Params, count: int) -> Params:
     """
     if count > cfg.num_layers:
         raise ValueError(f"layers={count}: the teacher has only {cfg.num_layers}")
+    if cfg.dense_layers:
+        raise ValueError(
+            f"layers={count}: the teacher's layers are not alike (model.dense_layers="
+            f"{cfg.dense_layers}); leave layers out"
+        )
     last = cfg.num_layers - 1
     chosen = [round(i * last / (count - 1)) for i in range(count)] if count > 1 else [0]
     kept = jnp.array(chosen)

@@ -105,7 +105,7 @@ def _token_paths(cfg: PretrainConfig) -> list[str | Path]:
 
 
 def _no_bias(model: ModelConfig) -> np.ndarray:
-    return np.zeros((model.num_layers, model.num_experts), np.float32)
+    return np.zeros((model.num_layers - model.dense_layers, model.num_experts), np.float32)
 
 
 def _move_bias(speed: float) -> CarryFn:

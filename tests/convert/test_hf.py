@@ -30,7 +30,10 @@ LATER = [name for name in reference_models.CONFIGS if name.split("-")[0] not in 
 # Of the families that came last one setting is enough every day.
 VARIANTS = [name for name in reference_models.NEWEST if "-" in name and name != "gemma2-capped"]
 PLAIN = [name for name in reference_models.CONFIGS if name not in VARIANTS]
-WRITTEN_AS = {"phi3-whole": "llama"}  # other names for the same function
+WRITTEN_AS = {  # other names for the same function
+    "phi3-whole": "llama", "glm4_moe_lite": "deepseek_v3", "glm4_moe_lite-scaled": "deepseek_v3",
+    "glm4_moe_lite-tied": "deepseek_v3",
+}  # fmt: skip
 
 
 def slow(name):
@@ -166,8 +169,12 @@ def test_gradients_of_one_step_equal_transformers(name, tmp_path):
     expected = dict(model.named_parameters())
     largest = max(float(parameter.grad.abs().max()) for parameter in expected.values())
     names = [key for key, _ in table.write(theirs.table, cfg, found)]
-    assert len(names) == len(expected)
+    buffers = {key for key, _ in model.named_buffers()}  # the correction of a router's choice
+    assert len(set(names) - buffers) == len(expected)
     for key, gradient in table.write(theirs.table, cfg, found):
+        if key in buffers:
+            assert not np.any(gradient)
+            continue
         np.testing.assert_allclose(gradient, expected[key].grad, rtol=1e-3, atol=1e-4 * largest)
 
 

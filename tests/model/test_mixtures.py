@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jaxgpt import kernels, peft, scoring, sharding, tree
-from jaxgpt.config import MeshConfig, ModelConfig, PeftConfig
+from jaxgpt.config import Latent, MeshConfig, ModelConfig, PeftConfig
 from jaxgpt.model import gpt
 from jaxgpt.model.attention import init_cache
+from jaxgpt.model.moe import route
 from jaxgpt.model.slots import init_slots
 from jaxgpt.sampling.sample import for_decoding
 
@@ -21,7 +22,15 @@ OSS = ModelConfig(
     sliding_window=4, layer_pattern="LG", attention_sinks=True, gate_limit=0.5, expert_bias=True,
     num_experts=4, balance="none", tie_embeddings=False,
 )  # fmt: skip
-KINDS = {"gpt-oss": OSS}
+DEEPSEEK = ModelConfig(
+    vocab_size=38, context_length=12, num_layers=2, model_dim=24, num_heads=4, head_dim=14,
+    mlp_dim=20, mlp="gated", activation="silu", norm="rmsnorm", position="rope",
+    rope_pairs="neighbours", latent=Latent(dim=12, query_dim=16, rope_dim=6, value_dim=10),
+    num_experts=8, balance="none", router="sigmoid", expert_groups=4, groups_per_token=2,
+    expert_scale=1.5, shared_mlp_dim=28, shared_gate=False, dense_layers=1, dense_mlp_dim=40,
+    tie_embeddings=False,
+)  # fmt: skip
+KINDS = {"gpt-oss": OSS, "deepseek": DEEPSEEK}
 TOKENS = np.random.default_rng(1).integers(0, OSS.vocab_size, (3, 12))
 QUICK = {"xla_backend_optimization_level": "0"}  # compiles faster
 
@@ -129,5 +138,28 @@ def test_adapters_on_all_kernels_begin_as_nothing_and_have_gradients(cfg):
         value, gradient = jax.value_and_grad(loss)(part)
         np.testing.assert_allclose(value, loss_of(cfg, params), rtol=1e-5)
     moved = {name: leaf for name, leaf in tree.flatten(gradient).items() if name.endswith("/b")}
-    assert {name.split("/")[-3] for name in moved} >= {"query", "key", "value", "gate", "down"}
+    own = {"query_up", "latent"} if cfg.latent else {"query", "value"}
+    assert {name.split("/")[-3] for name in moved} >= own | {"gate", "down", "output"}
     assert all(np.abs(leaf).max() > 0 for leaf in moved.values())
+
+
+def test_the_cache_of_latent_attention_is_one_vector_a_token():
+    cache = init_cache(DEEPSEEK, 2, 10)
+    assert {x.shape for x in cache.keys} == {(2, 1, 10, 12 + 6)}
+    assert sum(x.size for x in cache.values) == 0
+
+
+def test_a_token_visits_experts_of_its_best_groups_and_the_correction_is_no_gate():
+    logits_BTE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)))
+    correction_E = jnp.asarray(np.random.default_rng(1).normal(size=8))
+    _, expert_BTJ, gate_BTJ = route(DEEPSEEK, logits_BTE, correction_E)
+    scores_BTE = 1 / (1 + np.exp(-np.asarray(logits_BTE)))
+    for b, t in np.ndindex(2, 5):
+        choose_E = scores_BTE[b, t] + np.asarray(correction_E)
+        best_two = [np.sort(choose_E[2 * g : 2 * g + 2]).sum() for g in range(4)]
+        groups = np.argsort(best_two)[-2:]
+        allowed = [e for e in range(8) if e // 2 in groups]
+        chosen = sorted(allowed, key=lambda e: -choose_E[e])[:2]
+        assert expert_BTJ[b, t].tolist() == chosen
+        gates = scores_BTE[b, t, chosen]
+        np.testing.assert_allclose(gate_BTJ[b, t], 1.5 * gates / gates.sum(), rtol=1e-5)
