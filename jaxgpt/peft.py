@@ -182,8 +182,13 @@ def for_rows(networks: Sequence[Params], choice: Sequence[int]) -> Params:
         changes = [k for k in kernels if isinstance(k, Lora)]
         if not changes:
             return kernels[0]
-        if "moe/" in name or any(k.magnitude is not None for k in changes):
-            raise ValueError(f"{name}: adapters by row change dense layers, and without DoRA")
+        # Against a cache, latent attention takes key_value as one array for all rows.
+        whole = "moe/" in name or "/key_value/" in name
+        if whole or any(k.magnitude is not None for k in changes):
+            raise ValueError(
+                f"{name}: adapters by row change dense layers other than key_value, and without "
+                "DoRA; serve this one alone"
+            )
         rank = max(k.a.shape[-1] for k in changes)
         pairs = [_padded(k, changes[0], rank) for k in kernels]
         a, b = (jnp.stack(parts, axis=-3)[..., rows, :, :] for parts in zip(*pairs, strict=True))

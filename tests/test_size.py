@@ -14,8 +14,8 @@ BUDGET = {
     "__init__.py": 42,
     "__main__.py": 3,
     "checkpoint.py": 335,
-    "config": 1409,  # 40 of them: models
-    "convert": 3870,  # 775 of them: models
+    "config": 1486,  # 117 of them: models
+    "convert": 4093,  # 998 of them: models
     "data": 3270,
     "episodes.py": 130,
     "evals": 960,
@@ -24,21 +24,21 @@ BUDGET = {
     "language_model.py": 370,
     "losses.py": 70,
     "machine": 672,
-    "metrics.py": 250,
-    "model": 882,  # 135 of them: models
+    "metrics.py": 259,  # 9 of them: models
+    "model": 1035,  # 288 of them: models
     "optim.py": 90,
-    "peft.py": 180,
-    "plan": 781,  # with what a server needs
+    "peft.py": 183,
+    "plan": 783,  # with what a server needs
     "policy_losses.py": 90,
     "report.py": 300,
     "rollouts.py": 230,
     "run.py": 240,
     "rundir.py": 165,
     "runlog.py": 110,
-    "sampling": 865,  # 245 of them: a draft proposes
+    "sampling": 867,  # 245 of them: a draft proposes
     "scoring.py": 190,
     "shapes.py": 35,
-    "sharding.py": 231,
+    "sharding.py": 232,
     "stages": 820,
     "tasks": 390,
     "train.py": 380,  # the loop in parts that are read one at a time
@@ -49,10 +49,10 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
 # that stay in a file's blocks, which were decoded before; 275: a draft proposes tokens.
-TOTAL = 19_150
+TOTAL = 19_630
 # 260 of the total: models of the Hub by name, fewer bits, tekken.json.
-# 1041 of the total are "models": families, windows by layer, capped scores, fused projections,
-# sinks.
+# 1521 of the total are "models": families, windows by layer, capped scores, fused projections,
+# sinks, latent attention.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
     "commands": 663,  # what was scripts/ (480), the list of commands, the doctor

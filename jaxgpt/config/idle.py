@@ -19,8 +19,13 @@ Rule = tuple[str, Callable[[Any], bool], str]
 _GREEDY = "temperature=0 always takes the likeliest token"
 _LORA = ("lora", "qlora")
 _OF_ALL: tuple[Rule, ...] = (
-    (r"model\.(experts_per_token|normalize_expert_weights|expert_(capacity|bias)|balance(_weight)?)",
+    (r"model\.(experts_per_token|normalize_expert_weights|expert_(capacity|bias|scale)|router"
+     r"|balance(_weight)?)",
      lambda c: c.model.num_experts > 0 or bool(c.init), "is for a mixture, model.num_experts"),
+    (r"model\.shared_gate", lambda c: c.model.shared_mlp_dim > 0 or bool(c.init),
+     "is for model.shared_mlp_dim"),
+    (r"model\.dense_mlp_dim", lambda c: c.model.dense_layers > 0 or bool(c.init),
+     "is for model.dense_layers"),
     (r"model\.(rope_base|rope_local_base|rope_scaling.*|rope_share|rope_pairs|rope_skip)",
      lambda c: c.model.position == "rope" or bool(c.init), "is for model.position=rope"),
     (r"model\.gate_limit", lambda c: c.model.mlp == "gated" or bool(c.init),

@@ -64,6 +64,7 @@ class Latent:
 
     def __post_init__(self) -> None:
         at_least("model.latent", self, dim=1, query_dim=0, rope_dim=2, value_dim=1)
+        require(self.rope_dim % 2 == 0, "model.latent.rope_dim", self.rope_dim, "must be even")
 
 
 @dataclass(frozen=True)

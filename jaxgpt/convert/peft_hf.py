@@ -195,11 +195,15 @@ def changes(rows: list[Row], cfg: ModelConfig, params: Params) -> Iterator[Chang
 
 
 def _rows(cfg: ModelConfig) -> list[Row]:
-    """The table's rows of single kernels; PEFT wraps modules, and experts are none."""
+    """The table's rows of single kernels; PEFT wraps modules, and experts are none.
+
+    Beside experts it takes the projections of a dense or shared MLP for theirs, by their names.
+    """
     family = _family(cfg)
     kernels = [name for name in table.parameter_shapes(cfg) if name.endswith("kernel")]
     rows = table.select(family.table, dict.fromkeys(kernels))
-    return [row for row in rows if "moe/" not in "".join(table.parameters(row))]
+    without = re.compile("moe/|dense_blocks/mlp/").search
+    return [row for row in rows if not without("".join(table.parameters(row)))]
 
 
 def _family(cfg: ModelConfig) -> Any:

@@ -49,10 +49,12 @@ def serving(cfg: ServeConfig, model: ModelConfig, devices: dict[str, int]) -> Se
         return for_decoding(model, params, cfg.slots)
 
     ways = devices.get("data", 1), devices.get("tensor", 1)
+    # The one vector of latent attention is whole on each device that `tensor` cuts the heads over.
+    apart = ways[1] if model.cached[0] % ways[1] == 0 else 1
     one_slot = jax.eval_shape(lambda: slots.init_state(model, 1, 0))
     return Serving(
         _bytes(jax.eval_shape(weights, jax.random.key(0))) // ways[1],
-        token_bytes(model) // ways[1] // ways[0], _bytes(one_slot) // ways[0],
+        token_bytes(model) // apart // ways[0], _bytes(one_slot) // ways[0],
         cfg.prefix_cache << 20,
         PROCESS + model.num_layers * PROGRAMS if platform() == "cpu" else 0,
         available_memory(),

@@ -34,8 +34,10 @@ TARGETS = {
     "phi3-long": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "glm4": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
     "gemma3_text": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "deepseek_v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
 }
-MORE = [name for name in TARGETS if name not in ("llama", "gpt2")]
+SLOW = [pytest.param("deepseek_v3", marks=pytest.mark.slow)]
+MORE = [name for name in TARGETS if name not in ("llama", "gpt2", "deepseek_v3")] + SLOW
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -117,7 +119,7 @@ def test_adapters_of_fused_and_patterned_families_go_both_ways(model, name, tmp_
     np.testing.assert_allclose(reference.logits(opened, tokens_BT), expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("model", ["llama"], indirect=True)
+@pytest.mark.parametrize("model", ["llama", *SLOW], indirect=True)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_of_one_step_equal_theirs(model, name, tmp_path):
     family, path, cfg, params = model
@@ -141,8 +143,8 @@ def test_gradients_of_one_step_equal_theirs(model, name, tmp_path):
         return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], -1).mean()
 
     compared = 0
-    for row, (key, got_L) in ours_by_their_names(cfg, gradient(part)):
-        for layer, got in enumerate(got_L):
+    for row, (key, got_L), first in ours_by_their_names(cfg, gradient(part)):
+        for layer, got in enumerate(got_L, first):
             want = expected[key.format(layer=layer)]
             np.testing.assert_allclose(got.T, want, atol=1e-4 * np.abs(want).max(), err_msg=row)
             compared += 1
@@ -167,7 +169,8 @@ def ours_by_their_names(cfg, gradients):
         for name, suffix in field.items():
             if f"{row[0]}/{name}" in found:
                 module = f"base_model.model.{row[1].removesuffix('.weight')}.{suffix}"
-                yield row[0], (module, np.asarray(found[f"{row[0]}/{name}"]))
+                first = 0 if row[0].startswith("dense_") else cfg.dense_layers
+                yield row[0], (module, np.asarray(found[f"{row[0]}/{name}"])), first
 
 
 @pytest.mark.parametrize("model", ["llama"], indirect=True)

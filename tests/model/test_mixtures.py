@@ -1,6 +1,7 @@
 """Mixtures with more to them, by every way of running them: whole rows, caches, meshes."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import kernels, peft, scoring, sharding, tree
-from jaxgpt.config import Latent, MeshConfig, ModelConfig, PeftConfig
+from jaxgpt import kernels, peft, scoring, sharding, tree, weights
+from jaxgpt.config import Latent, MeshConfig, ModelConfig, PeftConfig, ServeConfig
 from jaxgpt.model import gpt
 from jaxgpt.model.attention import init_cache
 from jaxgpt.model.moe import route
 from jaxgpt.model.slots import init_slots
+from jaxgpt.plan import serving
 from jaxgpt.sampling.sample import for_decoding
 
 OSS = ModelConfig(
@@ -61,6 +63,7 @@ def loss_of(cfg, params):
     return scoring.next_token_loss(cfg, params, batch)[0]
 
 
+@pytest.mark.slow
 def test_fast_programs_equal_the_equations(cfg):
     params = random_params(cfg)
     with kernels.use("plain"):
@@ -143,10 +146,42 @@ def test_adapters_on_all_kernels_begin_as_nothing_and_have_gradients(cfg):
     assert all(np.abs(leaf).max() > 0 for leaf in moved.values())
 
 
+@pytest.mark.slow
+def test_kernels_in_fewer_bits_compute_what_their_codes_say(cfg):
+    """As whole rows, and against a cache."""
+    chosen = re.compile(peft.PRESETS["all-linear"]).search
+
+    def quantize(name, kernel):
+        if not chosen(name):
+            return kernel
+        return weights.quantize(kernel, "int8" if kernel[0].size % 64 else "nf4")
+
+    stored = weights.map_kernels(quantize, random_params(cfg))
+    plain = weights.map_kernels(lambda _, kernel: weights.dense(kernel), stored)
+    expected_BTV, _ = run(cfg, plain, TOKENS)
+    np.testing.assert_allclose(run(cfg, stored, TOKENS)[0], expected_BTV, atol=1e-4)
+    held, cache, parts = for_decoding(cfg, stored, 3), init_cache(cfg, 3, 12), []
+    for begin, end in [(0, 9), (9, 12)]:
+        part_BTV, cache = run(cfg, held, TOKENS[:, begin:end], cache=cache)
+        parts.append(part_BTV)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected_BTV, atol=1e-4)
+
+
 def test_the_cache_of_latent_attention_is_one_vector_a_token():
     cache = init_cache(DEEPSEEK, 2, 10)
     assert {x.shape for x in cache.keys} == {(2, 1, 10, 12 + 6)}
     assert sum(x.size for x in cache.values) == 0
+    a_token = sum(x.nbytes for x in cache.keys) // (2 * 10)
+    for devices in ({}, {"tensor": 2}):  # which cuts heads, and so not this vector
+        assert serving.serving(ServeConfig("x"), DEEPSEEK, devices).token == a_token
+
+
+def test_rows_may_not_have_changes_of_what_a_cache_takes_whole():
+    settings = PeftConfig(kind="lora", rank=2, targets="attention")
+    params = random_params(DEEPSEEK)
+    networks = [params, peft.add(settings, params, jax.random.key(0))]
+    with pytest.raises(ValueError, match="key_value/kernel: adapters by row"):
+        peft.for_rows(networks, [0, 1])
 
 
 def test_a_token_visits_experts_of_its_best_groups_and_the_correction_is_no_gate():
