@@ -31,8 +31,8 @@ def main() -> None:
             continue
         data["measured"][name] = found = measure(name)
         print(name, found, flush=True)
-    content = yaml.safe_dump(data, sort_keys=False, width=100, allow_unicode=True)
-    FILE.write_text(content)
+    by_line = {"default_flow_style": None, "sort_keys": False, "width": 1000}
+    FILE.write_text(yaml.safe_dump(data, **by_line, allow_unicode=True))
 
 
 def measure(name: str) -> dict:

@@ -37,7 +37,7 @@ TABLE = ENDS + BOTH + EXPERTS + FUSED_EXPERTS + SHARED + table.of_dense_layers(B
 OWN = (
     "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
     "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", KV_HEADS, "qk_head_dim",
-    "num_nextn_predict_layers", "aux_loss_alpha", "seq_aux", "ep_size", "head_dim",
+    "num_nextn_predict_layers", "aux_loss_alpha", "seq_aux", "ep_size",
 )  # fmt: skip
 
 
@@ -140,7 +140,10 @@ DEEPSEEK3 = replace(
         expert_scale=("routed_scaling_factor", 2.5),
     ),
     table=TABLE + CORRECTION,
-    renamed={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+    renamed={
+        "num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers",
+        "head_dim": "qk_rope_head_dim",
+    },
     neutral={
         "attention_bias": False, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
         "moe_layer_freq": 1,
@@ -182,7 +185,6 @@ GLM4_LITE = replace(
         experts_per_token=("num_experts_per_tok", 4),
         expert_scale=("routed_scaling_factor", 1.8),
     ),
-    renamed=DEEPSEEK3.renamed | {"head_dim": "qk_rope_head_dim"},
     inert=(*DEEPSEEK3.inert, "mlp_layer_types"),
     derived=_glm,
     buffers=r"rotary_emb\.inv_freq$|^model\.layers\.47\.",
@@ -216,7 +218,7 @@ DEEPSEEK2 = replace(
         expert_scale=("routed_scaling_factor", 1.0),
     ),
     table=TABLE,
-    renamed={"num_experts": "n_routed_experts"},
+    renamed={"num_experts": "n_routed_experts", "head_dim": "qk_rope_head_dim"},
     neutral={
         "attention_bias": False, "mlp_bias": False, "norm_topk_prob": False,
         "scoring_func": "softmax", "moe_layer_freq": 1,
