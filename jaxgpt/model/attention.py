@@ -167,7 +167,7 @@ def init_cache(
     """An empty cache of `capacity` slots (default: the context length)."""
     capacity = cfg.context_length if capacity is None else capacity
     rows = () if batch_size == 1 else (batch_size,)
-    heads, *widths = cfg.cached
+    heads, key_width, value_width = cfg.cached
     # A CPU has no batched product of bfloat16 that sums in float32, and would widen the cache for
     # every token.
     dtype = accumulator_dtype(cfg.dtype)
@@ -175,7 +175,7 @@ def init_cache(
         jnp.zeros((*rows, heads, capacity, width), dtype) for _ in range(cfg.num_layers)
     )
     start_B = jnp.zeros(batch_size, jnp.int32) if start_B is None else start_B
-    return KVCache(*map(empty, widths), jnp.int32(0), start_B)
+    return KVCache(empty(key_width), empty(value_width), jnp.int32(0), start_B)
 
 
 def write_slots(slots: Array, new_BTKH: Array, length: Array) -> Array:

@@ -47,12 +47,13 @@ class SlotCache:
 def init_slots(cfg: ModelConfig, num_rows: int, capacity: int) -> SlotCache:
     """An empty cache of at least `capacity` slots a row."""
     capacity = -(-capacity // BLOCK) * BLOCK
-    heads, *widths = cfg.cached
+    heads, key_width, value_width = cfg.cached
     dtype = accumulator_dtype(cfg.dtype)  # as in attention.init_cache
     empty = lambda width: tuple(
         jnp.zeros((num_rows, heads, capacity, width), dtype) for _ in range(cfg.num_layers)
     )
-    return SlotCache(*map(empty, widths), jnp.zeros(num_rows, jnp.int32), jnp.int32(0))
+    lengths_B = jnp.zeros(num_rows, jnp.int32)
+    return SlotCache(empty(key_width), empty(value_width), lengths_B, jnp.int32(0))
 
 
 def attend_by_row(
