@@ -271,6 +271,14 @@ NEWEST |= {
         **LATENT, **PLAIN, mlp_layer_types=["dense", "dense", "sparse"], tie_word_embeddings=True
     ),
 }  # fmt: skip
+OPT = {key: NEOX[key] for key in NEOX if key != "intermediate_size"} | {"ffn_dim": 40}
+NEWEST |= {
+    "opt": lambda t: t.OPTConfig(**OPT, **PLAIN),
+    "opt-untied": lambda t: t.OPTConfig(
+        **OPT | {"num_attention_heads": 3}, **PLAIN, tie_word_embeddings=False
+    ),
+    "opt-gelu": lambda t: t.OPTConfig(**OPT, **PLAIN, activation_function="gelu"),
+}  # fmt: skip
 CONFIGS |= NEWEST
 
 

@@ -28,6 +28,7 @@ def test_the_defaults_and_the_examples_are_used_whole(stage):
         ("pretrain", "--model.experts_per_token=1", "is for a mixture"),
         ("pretrain", "--model.rope_base=5.0", "is for model.position=rope"),
         ("pretrain", "--model.expert_bias=true", "is for a mixture"),
+        ("pretrain", "--model.position=none --model.position_offset=2", "is for model.pos"),
         ("pretrain", "--model.router=sigmoid", "is for a mixture"),
         ("pretrain", "--model.shared_gate=false", "is for model.shared_mlp_dim"),
         ("pretrain", "--model.dense_mlp_dim=8", "is for model.dense_layers"),

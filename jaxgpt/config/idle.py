@@ -28,6 +28,8 @@ _OF_ALL: tuple[Rule, ...] = (
      "is for model.dense_layers"),
     (r"model\.(rope_base|rope_local_base|rope_scaling.*|rope_share|rope_pairs|rope_skip)",
      lambda c: c.model.position == "rope" or bool(c.init), "is for model.position=rope"),
+    (r"model\.position_offset", lambda c: c.model.position == "learned" or bool(c.init),
+     "is for model.position=learned"),
     (r"model\.gate_limit", lambda c: c.model.mlp == "gated" or bool(c.init),
      "is for model.mlp=gated"),
     (r"model\.activation", lambda c: not c.model.gate_limit or c.model.mlp == "plain",

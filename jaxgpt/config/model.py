@@ -89,7 +89,7 @@ class ModelConfig:
     """Hidden width of the MLP (of each expert); null: 4 * model_dim."""
     mlp: Literal["plain", "gated"] = "plain"
     """plain: down(act(up(x))); gated: down(act(gate(x)) * up(x))."""
-    activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
     """gelu is the exact erf form, gelu_tanh GPT-2's approximation; silu with gated is SwiGLU."""
     gate_limit: float = 0.0
     """Above 0, mlp=gated is gpt-oss's, whatever the activation: gate * sigmoid(1.702 * gate) *
@@ -132,6 +132,8 @@ class ModelConfig:
     position: Literal["learned", "rope", "none"] = "learned"
     """How positions are told apart: learned: by a trained vector each; rope: by rotating queries
     and keys; none: by the causal mask alone."""
+    position_offset: int = 0
+    """Rows of the table of learned positions before that of the first position (OPT has 2)."""
     sliding_window: int | None = None
     """Tokens that attention sees, the present one included (Mistral); null: all before it."""
     layer_pattern: str = ""
@@ -210,7 +212,7 @@ class ModelConfig:
             num_kv_heads=1, head_dim=1, mlp_dim=1, vocab_size=0, num_experts=0, expert_capacity=0,
             shared_mlp_dim=0, adapter_dim=0, norm_eps=0, sliding_window=1, rope_skip=0,
             attention_softcap=0, logit_softcap=0, gate_limit=0, expert_groups=1,
-            groups_per_token=1, dense_layers=0, dense_mlp_dim=1,
+            groups_per_token=1, dense_layers=0, dense_mlp_dim=1, position_offset=0,
         )  # fmt: skip
         self._check_mixture()
         if self.latent is not None:

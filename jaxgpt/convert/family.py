@@ -19,6 +19,7 @@ ACTIVATIONS = {  # ours -> theirs, the first of which is written
     "gelu": ("gelu",),
     "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
     "silu": ("silu", "swish"),
+    "relu": ("relu",),
 }
 # Settings that change the function in ways the model does not have, with the value that does not.
 NEUTRAL = {
@@ -197,6 +198,8 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
     idle = [] if cfg.qk_norm else ["qk_norm_over"]
     if cfg.gate_limit:
         idle += ["activation"]
+    if cfg.position != "learned":
+        idle += ["position_offset"]
     if cfg.position != "rope":
         idle += ["rope_base", "rope_scaling", "rope_share", "rope_skip", "rope_pairs"]
     elif cfg.rope_skip > cfg.num_layers:

@@ -22,7 +22,7 @@ from jaxgpt.convert import tokenizer_files as side_files
 from jaxgpt.convert.deepseek import DEEPSEEK2, DEEPSEEK3, GLM4_LITE
 from jaxgpt.convert.family import Family
 from jaxgpt.convert.gemma import GEMMA, GEMMA2, GEMMA3
-from jaxgpt.convert.gpt2 import GPT2
+from jaxgpt.convert.gpt2 import GPT2, OPT
 from jaxgpt.convert.gpt_oss import GPT_OSS
 from jaxgpt.convert.llama import (
     ERNIE45,
@@ -44,7 +44,7 @@ from jaxgpt.types import Params
 FAMILIES = (
     GPT2, LLAMA, MISTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, MIXTRAL, GRANITE, SMOLLM3, GEMMA,
     GEMMA2, GEMMA3, OLMO2, OLMO3, EXAONE4, NEOX, STARCODER2, MINISTRAL, MINISTRAL3, PHI3,
-    ERNIE45, GLM, GLM4, SEED_OSS, GPT_OSS, DEEPSEEK3, DEEPSEEK2, GLM4_LITE,
+    ERNIE45, GLM, GLM4, SEED_OSS, GPT_OSS, DEEPSEEK3, DEEPSEEK2, GLM4_LITE, OPT,
 )  # fmt: skip
 # Directories that hold more than a language model, and the type of that model, if it is unsaid.
 COMPOSITE = {

@@ -93,7 +93,8 @@ def their_shape(pattern: str, sizes: Mapping[str, int]) -> Shape:
 def sizes(cfg: ModelConfig, parts: int = 1) -> dict[str, int]:
     """Every axis that a pattern may name."""
     return {
-        "vocab": cfg.vocab_size, "position": cfg.context_length, "dim": cfg.model_dim,
+        "vocab": cfg.vocab_size, "position": cfg.context_length + cfg.position_offset,
+        "dim": cfg.model_dim,
         "heads": cfg.num_heads, "kv_heads": cfg.kv_heads, "width": cfg.head_width,
         "half": cfg.head_width // 2, "two": 2, "mlp": cfg.mlp_width, "expert": cfg.num_experts,
         "shared": cfg.shared_mlp_dim, "one": 1, "part": parts,

@@ -202,6 +202,11 @@ def silu(x: Array, dtype: DTypeLike) -> Array:
     return jax.nn.silu(x.astype(jnp.float32)).astype(dtype)
 
 
+def relu(x: Array, dtype: DTypeLike) -> Array:
+    """max(x, 0), of which every platform has one program."""
+    return jax.nn.relu(x).astype(dtype)
+
+
 # ---- losses of a linear head
 
 

@@ -143,7 +143,11 @@ class GPT(nn.Module):
         if cfg.embedding_factor != 1:
             x_BTD = x_BTD * cfg.embedding_factor
         if cfg.position == "learned":
-            x_BTD += Table(cfg.context_length, cfg.model_dim, name="positions")(positions_BT)
+            rows = cfg.context_length + cfg.position_offset
+            places = Table(rows, cfg.model_dim, name="positions")
+            x_BTD += places(
+                positions_BT + cfg.position_offset if cfg.position_offset else positions_BT
+            )
         x_BTD = by_rows(dropout(x_BTD, rng_B, 0, cfg.dropout))
 
         # What layers share: rotary tables, segments, dropout keys, the place in the cache.

@@ -17,7 +17,7 @@ NAMES = [
     "smollm3", "gemma", "olmo2", "gpt_neox", "starcoder2", "gemma2", "gemma3_text", "olmo3",
     "exaone4", "ministral", "ministral3", "phi3", "phi3-long", "glm", "glm4", "ernie4_5",
     "seed_oss", "qwen2-windows", "qwen3-windows", "gpt_oss", "deepseek_v3",
-    "deepseek_v2", "glm4_moe_lite",
+    "deepseek_v2", "glm4_moe_lite", "opt",
 ]  # fmt: skip
 # transformers reads these too, though none of its own files states them.
 UNSTATED = {

@@ -11,6 +11,7 @@ PLAIN = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
 }
 
 
