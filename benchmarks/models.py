@@ -52,7 +52,7 @@ def measure(name: str) -> dict:
     tokens_BT = reference.tokens()
     with jax.disable_jit():  # a program for every setting would take long to compile
         hidden_BTD = gpt.apply(cfg, params, jnp.asarray(tokens_BT)).hidden_BTD
-        ours = np.asarray(gpt.logits(params, hidden_BTD, cfg.logit_softcap))
+        ours = np.asarray(gpt.logits(cfg, params, hidden_BTD))
     expected = reference.logits(model, tokens_BT)
     off = np.abs(ours - expected).max() / np.abs(expected).max()
     try:

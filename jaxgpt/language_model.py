@@ -513,4 +513,4 @@ def _ready(text: str, stop: Sequence[str]) -> str:
 @partial(jax.jit, static_argnames="cfg")
 def _logits(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Array:
     output = gpt.apply(likelihood.rolled(cfg), params, tokens_BT)
-    return gpt.logits(params, output.hidden_BTD, cfg.logit_softcap)
+    return gpt.logits(cfg, params, output.hidden_BTD)

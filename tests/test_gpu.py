@@ -86,7 +86,9 @@ def test_a_single_row_is_continued_as_the_whole_forward_pass_says(kind):
         how = sample.Sampling(max_new_tokens=40, temperature=0.0)
         written = sample.generate(cfg, fast, [[5, 6, 7]], how)[0].tokens
     row = np.array([[5, 6, 7, *written]], np.int32)
-    scores = on("cpu", lambda p, t: gpt.logits(p, gpt.apply(cfg, p, t).hidden_BTD), params, row)
+    scores = on(
+        "cpu", lambda p, t: gpt.logits(cfg, p, gpt.apply(cfg, p, t).hidden_BTD), params, row
+    )
     for index, token in enumerate(written):
         step = scores[0, 2 + index]
         assert step.max() - step[token] < 1e-4

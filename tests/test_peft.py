@@ -57,7 +57,7 @@ def tokens(rows: int = 2) -> jax.Array:
 
 @partial(jax.jit, static_argnums=0)
 def logits(cfg, params, tokens_BT):
-    return gpt.logits(params, gpt.apply(cfg, params, tokens_BT).hidden_BTD)
+    return gpt.logits(cfg, params, gpt.apply(cfg, params, tokens_BT).hidden_BTD)
 
 
 def trained(params, seed: int = 2):

@@ -158,7 +158,7 @@ def test_the_loss_is_the_mean_over_all_targets(plain):
         model, stage.params["policy"], BATCH["tokens"], positions_BT=BATCH["positions"],
         segments_BT=BATCH["segments"],
     )  # fmt: skip
-    logits_BTV = np.float64(gpt.logits(stage.params["policy"], output.hidden_BTD))
+    logits_BTV = np.float64(gpt.logits(model, stage.params["policy"], output.hidden_BTD))
     logprobs_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
     gold_BT = np.take_along_axis(logprobs_BTV, BATCH["targets"][..., None], axis=-1)[..., 0]
     expected = -(gold_BT * BATCH["mask"]).sum() / BATCH["mask"].sum()

@@ -270,17 +270,14 @@ def head(params: Params) -> Array:
     return weights.table(params["embed"]["embedding"])
 
 
-def logits(params: Params, hidden_BTD: Array, softcap: float = 0.0) -> Array:
-    """Scores [B, T, V] in float32; apart from GPT so that the chunked loss never builds them.
-
-    Args:
-        softcap: ModelConfig.logit_softcap.
-    """
+def logits(cfg: ModelConfig, params: Params, hidden_BTD: Array) -> Array:
+    """Scores [B, T, V] in float32; apart from GPT so that the chunked loss never builds them."""
     kernel = params["head"]["kernel"] if "head" in params else None
     if kernel is None:
         kernel = weights.transpose(params["embed"]["embedding"])
     logits_BTV = weights.scores(hidden_BTD, kernel)
-    return softcap * jnp.tanh(logits_BTV / softcap) if softcap else logits_BTV
+    cap = cfg.logit_softcap
+    return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
 
 
 def _stack(cfg: ModelConfig, quantized: bool) -> Any:

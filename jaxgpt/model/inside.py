@@ -70,7 +70,7 @@ def look(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Inside:
         output = gpt.apply(cfg, params, tokens_BT)
     found: Any = output.router
     hidden_ABTD = jnp.concatenate([found["before"][:1], found["after"]])
-    logits_BTV = gpt.logits(params, output.hidden_BTD, cfg.logit_softcap)
+    logits_BTV = gpt.logits(cfg, params, output.hidden_BTD)
     return Inside(hidden_ABTD, logits_BTV, found["q"], found["k"], found["expert"], found["gate"])
 
 
@@ -105,7 +105,7 @@ def lens(cfg: ModelConfig, params: Params, hidden_BTD: Array) -> Array:
     normed_BTD: Any = norm.clone(name=None).apply({"params": params["final_norm"]}, hidden_BTD)
     if cfg.logit_divisor != 1:
         normed_BTD = normed_BTD / cfg.logit_divisor
-    return gpt.logits(params, normed_BTD, cfg.logit_softcap)
+    return gpt.logits(cfg, params, normed_BTD)
 
 
 def _queries_and_keys(

@@ -147,7 +147,7 @@ def _score(
     hidden_RCD = gpt.apply(rolled(cfg), params, tokens_RC, cache=cache).hidden_BTD
 
     def judge(hidden_CD: Array, targets_C: Array) -> tuple[Array, Array]:
-        logits_CV = gpt.logits(params, hidden_CD[None], cfg.logit_softcap)[0]
+        logits_CV = gpt.logits(cfg, params, hidden_CD[None])[0]
         gold_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
         return gold_C - jax.nn.logsumexp(logits_CV, axis=-1), logits_CV.argmax(-1) == targets_C
 

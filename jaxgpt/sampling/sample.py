@@ -214,7 +214,7 @@ def prefill(
     cache = init_cache(cfg, tokens_BT.shape[0], capacity, start_B)
     output = gpt.apply(cfg, params, tokens_BT, cache=cache)
     last_B1D = output.hidden_BTD[:, -1:]  # rows end together, on the right
-    logits_BTV = gpt.logits(params, last_B1D, cfg.logit_softcap)
+    logits_BTV = gpt.logits(cfg, params, last_B1D)
     seen_BV = None
     if settings.repetition_penalty != 1:
         real_BT = jnp.arange(tokens_BT.shape[1])[None] >= start_B[:, None]
@@ -246,7 +246,7 @@ def decode(
         seen_BV = state.seen_BV
         if seen_BV is not None:
             seen_BV |= jax.nn.one_hot(token_B, cfg.vocab_size, dtype=bool)
-        logits_BV = gpt.logits(params, output.hidden_BTD, cfg.logit_softcap)[:, 0]
+        logits_BV = gpt.logits(cfg, params, output.hidden_BTD)[:, 0]
         done_B = state.done_B | stopped_B
         new = DecodeState(output.cache, logits_BV, state.index_B + 1, done_B, seen_BV)  # type: ignore[arg-type]
         return new, (token_B, logprob_B)

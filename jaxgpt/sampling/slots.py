@@ -158,10 +158,10 @@ def read(
     real_C = jnp.arange(len(tokens_C)) < count
     sum_D = jnp.where(real_C[:, None], hidden_CD, 0).sum(0)
     last_1TD = jax.lax.dynamic_slice_in_dim(output.hidden_BTD, count - 1, 1, axis=1)
-    logits_V = gpt.logits(params, last_1TD, cfg.logit_softcap)[0, 0]
+    logits_V = gpt.logits(cfg, params, last_1TD)[0, 0]
 
     def score(_: None) -> tuple[Array, Array, Array]:
-        logits_CV = gpt.logits(params, output.hidden_BTD, cfg.logit_softcap)[0]
+        logits_CV = gpt.logits(cfg, params, output.hidden_BTD)[0]
         logprobs_CV = jax.nn.log_softmax(logits_CV, axis=-1)
         target_C = jnp.take_along_axis(logprobs_CV, targets_C[:, None], axis=-1)[:, 0]
         top_logprobs_CJ, top_ids_CJ = jax.lax.top_k(logprobs_CV, _num_top(cfg))
@@ -204,7 +204,7 @@ def write(
         rows_B, new_B = jnp.arange(B), settings.active_B.astype(jnp.int32)
         # Rows that are not active keep their length and scores: what was written behind their end
         # is overwritten by the next chunk of their prompt.
-        logits_BV = gpt.logits(params, output.hidden_BTD, cfg.logit_softcap)[:, 0]
+        logits_BV = gpt.logits(cfg, params, output.hidden_BTD)[:, 0]
         state = state._replace(
             keys=output.cache.keys, values=output.cache.values,
             length_B=state.length_B + new_B,

@@ -320,7 +320,7 @@ def _read(
     index_BT = first_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
     positions_BT = jnp.minimum(index_BT, cfg.context_length - 1)  # a table has no more rows
     output = gpt.apply(cfg, params, tokens_BT, cache=cache, positions_BT=positions_BT)
-    return gpt.logits(params, output.hidden_BTD, cfg.logit_softcap), output.cache
+    return gpt.logits(cfg, params, output.hidden_BTD), output.cache
 
 
 def _shortened(cache: KVCache | SlotCache, back_B: Array) -> KVCache | SlotCache:

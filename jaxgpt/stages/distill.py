@@ -244,7 +244,7 @@ def _divergence(
     student_AD = flat(scoring.run(cfg.model, params["policy"], batch, rng_B).hidden_BTD)
 
     def said(model: ModelConfig, params: Params, hidden_AD: Array) -> Array:
-        return losses.tempered(gpt.logits(params, hidden_AD, model.logit_softcap), temperature)
+        return losses.tempered(gpt.logits(model, params, hidden_AD), temperature)
 
     if cfg.top_k:
         known = (batch["teacher_ids"], batch["teacher_logprobs"])
@@ -278,7 +278,7 @@ def _with_top_k(cfg: DistillConfig, teacher: Loaded, rows: Examples, name: str) 
         hidden_BTD = scoring.run(teacher.config, params, batch).hidden_BTD
 
         def one(hidden_CD: Array) -> Array:
-            logits_CV = gpt.logits(params, hidden_CD, teacher.config.logit_softcap)
+            logits_CV = gpt.logits(teacher.config, params, hidden_CD)
             logprobs_CV = losses.tempered(logits_CV, cfg.temperature)
             kept_CK, ids_CK = jax.lax.top_k(logprobs_CV, K)
             return jnp.stack([kept_CK, ids_CK.astype(jnp.float32)], axis=-1)

@@ -64,7 +64,7 @@ def whole(request, tmp_path):
 
 def logits(cfg, params, tokens_BT):
     with jax.disable_jit():
-        return np.asarray(gpt.logits(params, gpt.apply(cfg, params, tokens_BT).hidden_BTD))
+        return np.asarray(gpt.logits(cfg, params, gpt.apply(cfg, params, tokens_BT).hidden_BTD))
 
 
 def test_the_language_model_is_read_said_and_written_alone(whole, tmp_path, capsys):

@@ -368,7 +368,7 @@ def test_smollm2_gives_the_known_ids_logits_and_likelihood(smollm2):
     cfg, params, files = smollm2
     engine = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     assert engine.encode(SENTENCE).ids == IDS
-    forward = jax.jit(lambda p, ids: gpt.logits(p, gpt.apply(cfg, p, ids).hidden_BTD))
+    forward = jax.jit(lambda p, ids: gpt.logits(cfg, p, gpt.apply(cfg, p, ids).hidden_BTD))
     logits_TV = np.asarray(forward(params, np.array([IDS])))[0]
     leading = np.argsort(-logits_TV[-1])[:5]
     assert leading.tolist() == list(LEADING)

@@ -61,9 +61,7 @@ def random_params(cfg):
 
 
 def logits(cfg, params, tokens_BT):
-    forward = lambda params: gpt.logits(
-        params, gpt.apply(cfg, params, tokens_BT).hidden_BTD, cfg.logit_softcap
-    )
+    forward = lambda params: gpt.logits(cfg, params, gpt.apply(cfg, params, tokens_BT).hidden_BTD)
     # A lower level compiles faster.
     return jax.jit(forward, compiler_options={"xla_backend_optimization_level": "0"})(params)
 
@@ -120,7 +118,7 @@ def test_export_restores_every_tensor_and_transformers_logits(name, tmp_path, ca
     assert_same_bits(params_again, params)
     with jax.disable_jit():  # a program for every family would take long to compile
         hidden_BTD = gpt.apply(cfg, params, tokens_BT).hidden_BTD
-        ours_BTV = gpt.logits(params, hidden_BTD, cfg.logit_softcap)
+        ours_BTV = gpt.logits(cfg, params, hidden_BTD)
     np.testing.assert_allclose(
         ours_BTV, reference_models.logits(model, tokens_BT), rtol=1e-4, atol=2e-4
     )

@@ -66,7 +66,7 @@ def wrap(family: str, path: Path, name: str):
 
 @partial(jax.jit, static_argnums=0)
 def logits(cfg, params, tokens_BT):
-    return gpt.logits(params, gpt.apply(cfg, params, tokens_BT).hidden_BTD)
+    return gpt.logits(cfg, params, gpt.apply(cfg, params, tokens_BT).hidden_BTD)
 
 
 # Another factor on the same sum: the one that CI leaves out.

@@ -35,7 +35,7 @@ TEXTS = {
 def logits(cfg, params, tokens_BT):
     with jax.disable_jit():  # a program for every config would take minutes to compile
         hidden = gpt.apply(cfg, params, tokens_BT).hidden_BTD
-        return np.asarray(gpt.logits(params, hidden, cfg.logit_softcap))
+        return np.asarray(gpt.logits(cfg, params, hidden))
 
 
 def others(key, value):

@@ -38,7 +38,7 @@ def random_params(cfg: ModelConfig, scale: float = 0.3) -> dict:
 @partial(jax.jit, static_argnums=0)
 def run(cfg, params, tokens_BT, **inputs):
     output = gpt.apply(cfg, params, tokens_BT, **inputs)
-    return gpt.logits(params, output.hidden_BTD), output.cache
+    return gpt.logits(cfg, params, output.hidden_BTD), output.cache
 
 
 def tokens(rows: int = 3, length: int = 24, seed: int = 1) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_no_gradient_crosses_from_one_document_to_another(family):
     def second_document(embedding_VD):
         changed = {**params, "embed": {"embedding": embedding_VD}, "head": HEAD}
         output = gpt.apply(cfg, changed, tokens_BT, **PACKED)
-        return (gpt.logits(changed, output.hidden_BTD)[:, 7:12] ** 2).sum()
+        return (gpt.logits(cfg, changed, output.hidden_BTD)[:, 7:12] ** 2).sum()
 
     HEAD = params.get("head", {"kernel": params["embed"]["embedding"].T})
     gradient_VD = np.asarray(jax.jit(jax.grad(second_document))(params["embed"]["embedding"]))

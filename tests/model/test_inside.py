@@ -95,7 +95,7 @@ def test_looking_changes_nothing_whether_layers_are_stacked_or_apart(tiny, rng):
 
     params = gpt.init(tiny, rng)
     tokens_BT = jax.random.randint(rng, (2, 9), 0, tiny.vocab_size)
-    logits_BTV = gpt.logits(params, gpt.apply(tiny, params, tokens_BT).hidden_BTD)
+    logits_BTV = gpt.logits(tiny, params, gpt.apply(tiny, params, tokens_BT).hidden_BTD)
     for cfg in (tiny, likelihood.rolled(tiny)):
         found = inside.look(cfg, params, tokens_BT)
         np.testing.assert_allclose(found.logits_BTV, logits_BTV, atol=1e-5)

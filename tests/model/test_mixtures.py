@@ -52,7 +52,7 @@ def random_params(cfg: ModelConfig) -> dict:
 def run(cfg, params, tokens_BT, **inputs):
     with jax.disable_jit():  # programs for so many shapes would take a minute to compile
         output = gpt.apply(cfg, params, tokens_BT, **inputs)
-        return gpt.logits(params, output.hidden_BTD, cfg.logit_softcap), output.cache
+        return gpt.logits(cfg, params, output.hidden_BTD), output.cache
 
 
 def loss_of(cfg, params):

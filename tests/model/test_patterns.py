@@ -36,7 +36,7 @@ def random_params(cfg: ModelConfig) -> dict:
 @partial(jax.jit, static_argnums=0)
 def run(cfg, params, tokens_BT, **inputs):
     output = gpt.apply(cfg, params, tokens_BT, **inputs)
-    return gpt.logits(params, output.hidden_BTD, cfg.logit_softcap), output.cache
+    return gpt.logits(cfg, params, output.hidden_BTD), output.cache
 
 
 def one_by_one(cfg, params):

@@ -47,7 +47,7 @@ def compiled(fn):
 
 def token_losses(cfg, params, tokens_BT):
     hidden_BTD = gpt.apply(cfg, params, tokens_BT[:, :-1]).hidden_BTD
-    logits_BTV = gpt.logits(params, hidden_BTD, cfg.logit_softcap)
+    logits_BTV = gpt.logits(cfg, params, hidden_BTD)
     logprobs_BTV = jax.nn.log_softmax(logits_BTV)
     return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)
 
@@ -58,9 +58,7 @@ def test_logits_equal_those_of_transformers(name):
     model, tokens_BT = reference_models.build(name), reference_models.tokens()
     cfg, params = imported(model, model.named_parameters())
     expected_BTV = reference_models.logits(model, tokens_BT)
-    forward = lambda params: gpt.logits(
-        params, gpt.apply(cfg, params, tokens_BT).hidden_BTD, cfg.logit_softcap
-    )
+    forward = lambda params: gpt.logits(cfg, params, gpt.apply(cfg, params, tokens_BT).hidden_BTD)
     found_BTV = compiled(forward)(params)
     assert np.abs(expected_BTV).max() > 1  # far above the tolerance
     np.testing.assert_allclose(found_BTV, expected_BTV, atol=1e-4, rtol=0)

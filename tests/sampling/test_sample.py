@@ -38,7 +38,7 @@ PARAMS = {name: random_params(cfg) for name, cfg in MODELS.items()}
 
 @partial(jax.jit, static_argnums=0)
 def full_logits(cfg, params, tokens_BT):
-    return gpt.logits(params, gpt.apply(cfg, params, tokens_BT).hidden_BTD)
+    return gpt.logits(cfg, params, gpt.apply(cfg, params, tokens_BT).hidden_BTD)
 
 
 def score(cfg: ModelConfig, params: dict, sequence: list[int]) -> np.ndarray:

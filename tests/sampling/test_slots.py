@@ -160,7 +160,7 @@ def test_the_scores_of_a_prompt_are_those_of_one_pass():
     rows = Rows(DENSE, PARAMS["dense"])
     read = rows.read(1, SHORT)
     output = gpt.apply(DENSE, PARAMS["dense"], jnp.array([SHORT]))
-    logprobs_TV = jax.nn.log_softmax(gpt.logits(PARAMS["dense"], output.hidden_BTD)[0])
+    logprobs_TV = jax.nn.log_softmax(gpt.logits(DENSE, PARAMS["dense"], output.hidden_BTD)[0])
     expected = [logprobs_TV[0, SHORT[1]], logprobs_TV[1, SHORT[2]]]
     np.testing.assert_allclose(read.logprobs_C[:2], expected, rtol=1e-5)
     order = np.argsort(-np.asarray(logprobs_TV[1]))[: slots.NUM_TOP]

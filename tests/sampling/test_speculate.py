@@ -52,7 +52,7 @@ def near(name: str) -> Draft:
 
 @partial(jax.jit, static_argnums=0)
 def full_logits(cfg, params, tokens_BT):
-    return gpt.logits(params, gpt.apply(cfg, params, tokens_BT).hidden_BTD)
+    return gpt.logits(cfg, params, gpt.apply(cfg, params, tokens_BT).hidden_BTD)
 
 
 def distribution(logits_V: np.ndarray, settings: Sampling) -> np.ndarray:
