@@ -14,18 +14,18 @@ BUDGET = {
     "__init__.py": 42,
     "__main__.py": 3,
     "checkpoint.py": 335,
-    "config": 1486,  # 117 of them: models
-    "convert": 4095,  # 1000 of them: models
+    "config": 1489,  # 120 of them: models
+    "convert": 4158,  # 1063 of them: models
     "data": 3270,
     "episodes.py": 130,
     "evals": 960,
     "files.py": 112,
-    "kernels": 1558,  # 83 of them: models
+    "kernels": 1559,  # 84 of them: models
     "language_model.py": 370,
     "losses.py": 70,
     "machine": 672,
     "metrics.py": 259,  # 9 of them: models
-    "model": 1036,  # 289 of them: models
+    "model": 1041,  # 294 of them: models
     "optim.py": 90,
     "peft.py": 183,
     "plan": 783,  # with what a server needs
@@ -49,9 +49,9 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
 # that stay in a file's blocks, which were decoded before; 275: a draft proposes tokens.
-TOTAL = 19_633
+TOTAL = 19_706
 # 260 of the total: models of the Hub by name, fewer bits, tekken.json.
-# 1524 of the total are "models": families, windows by layer, capped scores, fused projections,
+# 1597 of the total are "models": families, windows by layer, capped scores, fused projections,
 # sinks, latent attention.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
