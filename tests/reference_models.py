@@ -271,13 +271,17 @@ NEWEST |= {
         **LATENT, **PLAIN, mlp_layer_types=["dense", "dense", "sparse"], tie_word_embeddings=True
     ),
 }  # fmt: skip
-OPT = {key: NEOX[key] for key in NEOX if key != "intermediate_size"} | {"ffn_dim": 40}
+OPT = {key: NEOX[key] for key in NEOX if key != "intermediate_size"} | dict(
+    ffn_dim=40, num_hidden_layers=3
+)
 NEWEST |= {
     "opt": lambda t: t.OPTConfig(**OPT, **PLAIN),
     "opt-untied": lambda t: t.OPTConfig(
         **OPT | {"num_attention_heads": 3}, **PLAIN, tie_word_embeddings=False
     ),
-    "opt-gelu": lambda t: t.OPTConfig(**OPT, **PLAIN, activation_function="gelu"),
+    "opt-gelu": lambda t: t.OPTConfig(
+        **OPT | {"num_attention_heads": 2}, **PLAIN, activation_function="gelu"
+    ),
 }  # fmt: skip
 CONFIGS |= NEWEST
 

@@ -1,6 +1,8 @@
 """GPT-NeoX (Pythia) and StarCoder2: LayerNorm, biases, a plain MLP and rotary positions."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from jaxgpt.convert import table
 from jaxgpt.convert.family import changed
@@ -14,6 +16,7 @@ from jaxgpt.convert.llama import (
     SETTINGS,
     UNBIASED,
 )
+from jaxgpt.convert.rope import refuse
 
 FIXED = {"norm": "layernorm", "mlp": "plain", "position": "rope", "bias": "all"}
 BLOCK = table.rows("""
@@ -41,6 +44,15 @@ AROUND = table.rows("""
     head/kernel       gpt_neox.embed_out.weight         vocab dim -> dim vocab
 """)
 
+
+def _whole_heads(theirs: Mapping[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """transformers has no head_dim here, but rotates by it where one is stated."""
+    width = ours["model_dim"] // ours["num_heads"]
+    if theirs.get("head_dim") not in (None, width):
+        refuse("head_dim", theirs["head_dim"], f"must be {width}: hidden_size by heads")
+    return {}
+
+
 NEOX = replace(
     UNBIASED,
     model_type="gpt_neox",
@@ -58,7 +70,8 @@ NEOX = replace(
     rope_share=0.25,
     renamed={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
     neutral={"attention_bias": True},
-    inert=("hidden_dropout", "classifier_dropout"),
+    inert=("hidden_dropout", "classifier_dropout", "head_dim"),
+    derived=_whole_heads,
     buffers=r"rotary_emb\.inv_freq$|\.attention\.(bias|masked_bias)$",
 )
 
