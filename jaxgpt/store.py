@@ -27,6 +27,7 @@ import numpy as np
 B = TypeVar("B")
 
 AT_ONCE = 32  # requests
+PART = 16_000_000  # bytes that one request asks for
 # Listings are never kept: other processes write too. boto's 12 tries take about a minute.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"retries": {"max_attempts": 12, "mode": "standard"}}},
@@ -162,6 +163,18 @@ def fetch(path: Any, target: Path) -> None:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
         theirs = [f"{root}/{name}".rstrip("/") for name in names]
         together(path.fs.get_file, theirs, [str(target / name) for name in names])
+
+
+def read_range(path: Any, first: int, end: int) -> bytes:
+    """A file's bytes from `first` to before `end`, asked for in parts at the same time.
+
+    Raises:
+        OSError: naming `path`.
+    """
+    starts = range(first, end, PART)
+    get = lambda start: path.fs.cat_file(path.path, start=start, end=min(start + PART, end))
+    with _named(path):
+        return b"".join(together(get, starts))
 
 
 def upload(source: Path, path: Any, last: str = "") -> None:

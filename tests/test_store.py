@@ -1,5 +1,6 @@
 """Object stores, by the one that is in memory; real ones are in test_buckets.py."""
 
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -10,18 +11,22 @@ import threading
 import time
 from pathlib import Path
 
+import chex
 import fsspec
+import jax
 import numpy as np
 import pytest
 
 import jaxgpt
 from jaxgpt import checkpoint, files, metrics, store
 from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.convert import hf
 from jaxgpt.data import batches, rows, token_files
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.documents import Corpus
 from jaxgpt.evals.records import Results
 from jaxgpt.machine import lock
+from jaxgpt.model import gpt
 
 pytest.importorskip("upath")
 
@@ -419,3 +424,37 @@ def test_a_run_in_a_store_is_taken_over_from_one_that_is_gone(bucket, monkeypatc
     with lock.hold(bucket):
         assert json.loads((bucket / lock.NAME).read_text())["process"] == os.getpid()
     assert not (bucket / lock.NAME).exists()
+
+
+def test_weights_of_a_directory_go_tensor_by_tensor_and_not_by_the_disk(
+    bucket, tiny, tmp_path, monkeypatch
+):
+    """Equal to those of the same directory here, from shards, without a copy of one of them."""
+    cfg = dataclasses.replace(tiny, num_kv_heads=4)
+    params = gpt.init(cfg, jax.random.key(0))
+    hf.save(tmp_path / "hf", cfg, params, shard_bytes=20_000)
+    for file in (tmp_path / "hf").iterdir():
+        files.write(bucket / "hf" / file.name, file.read_bytes())
+    monkeypatch.setattr(store, "PART", 1000)  # several requests for a tensor
+    monkeypatch.setattr(store, "fetch", None)
+    placed = []
+    place = lambda name, leaf: placed.append(name) or leaf
+    found_cfg, found = hf.load(bucket / "hf", place=place)
+    here_cfg, here = hf.load(tmp_path / "hf")
+    assert found_cfg == here_cfg and len(placed) == len(jax.tree.leaves(here))
+    chex.assert_trees_all_equal(found, here)
+    assert not list(store._scratch().glob("*/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:5], lambda b: b[:-8], lambda b: b"\xff" * 8 + b[8:]]
+)
+def test_damaged_weights_in_a_store_are_one_line(bucket, tiny, tmp_path, damage):
+    cfg = dataclasses.replace(tiny, num_kv_heads=4)
+    hf.save(tmp_path / "hf", cfg, gpt.init(cfg, jax.random.key(0)))
+    for file in (tmp_path / "hf").iterdir():
+        content = file.read_bytes()
+        harmed = damage(content) if file.suffix == ".safetensors" else content
+        files.write(bucket / "hf" / file.name, harmed)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        hf.load(bucket / "hf")

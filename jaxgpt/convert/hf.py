@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import tree
+from jaxgpt import files, tree
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert import family as families
 from jaxgpt.convert import quantized, rope, table, tensors
@@ -73,7 +73,7 @@ def load(
         ValueError: a setting the model does not have, tensors missing or left over, or a
             damaged file.
     """
-    path = Path(path)
+    path = files.path(path)
     whole = tensors.read_json(path / "config.json")
     settings, stored = _text(whole)
     family = _family(settings)
@@ -84,17 +84,17 @@ def load(
             f"{family.model_type}; they change nothing here, as in transformers",
             file=sys.stderr,
         )
-    with tensors.Tensors(path, quantized.STORED if stored else ()) as files:
+    with tensors.Tensors(path, quantized.STORED if stored else ()) as found:
         if whole.get("model_type") in COMPOSITE:
-            _pick_text(files)
+            _pick_text(found)
             if "tie_word_embeddings" not in settings:
-                cfg = dataclasses.replace(cfg, tie_embeddings="lm_head.weight" not in files.shapes)
+                cfg = dataclasses.replace(cfg, tie_embeddings="lm_head.weight" not in found.shapes)
             print(
                 f"note: {path}: is a {whole['model_type']}; its language model "
                 f"({family.model_type}) is read, and what sees is left out",
                 file=sys.stderr,
             )
-        source = quantized.Decoded(files, stored) if stored else files
+        source = quantized.Decoded(found, stored) if stored else found
         return cfg, table.read(family.table, cfg, _Canonical(source, family, cfg), place, dtype)
 
 

@@ -56,7 +56,8 @@ def load(
     path = paths.path(hub.find("checkpoint", path))
     if not path.exists():
         raise ValueError(f"checkpoint={path}: does not exist; a model on the Hub is named org/name")
-    if not paths.is_local(path) and not rundir.is_run(path):
+    exported = (path / "config.json").is_file() and not peft_hf.is_adapter(path)
+    if not paths.is_local(path) and not rundir.is_run(path) and not exported:
         return _load_copy(path, place, merged, stored)
     if rundir.is_run(path):
         files = own_files(tokenizer_files.read(path))

@@ -4,8 +4,10 @@ The `safetensors` library checks every header against its file's length before i
 that a header cannot claim more than the file holds.
 """
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from jaxgpt import files as paths
 from jaxgpt.convert.table import Shape
 from jaxgpt.data import engines
 
@@ -26,12 +29,16 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # The library knows these names and has no arrays of them.
 FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
+INTEGERS = {"I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64"}
 LARGEST_JSON = 100_000_000  # bytes; the index of a model of a million tensors
 SHARD_BYTES = 5_000_000_000
 
 
 class Tensors:
     """The tensors of a checkpoint directory by name; a `table.Source`, open within `with`.
+
+    Those of a directory in a store are read by ranges, one when it is asked for: neither this
+    machine's disk nor its memory has to hold all of them.
 
     Args:
         more: types that may be there beside DTYPES.
@@ -43,6 +50,7 @@ class Tensors:
         self._more = more
         self._files: dict[str, Any] = {}
         self._paths: dict[str, Path] = {}
+        self._spans: dict[Path, dict[str, tuple[int, int]]] = {}  # where bytes of a name lie
         self._stored: dict[str, str] = {}  # a name -> that in the file, if it is another
         self._stack = ExitStack()
         try:
@@ -65,10 +73,12 @@ class Tensors:
 
     def read(self, name: str) -> np.ndarray:
         stored = self._stored.get(name, name)
-        if self.kinds[name] in FLOAT8:
-            content = _content(self._paths[name], stored)
-            return np.frombuffer(content, FLOAT8[self.kinds[name]]).reshape(self.shapes[name])
-        return self._files[name].get_tensor(stored)
+        kind, path = self.kinds[name], self._paths[name]
+        if paths.is_local(path) and kind not in FLOAT8:
+            return self._files[name].get_tensor(stored)
+        dtype = FLOAT8.get(kind) or as_dtype((DTYPES | INTEGERS)[kind])
+        content = _content(path, *self._spans[path][stored])
+        return np.frombuffer(content, dtype).reshape(self.shapes[name])
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Keeps these tensors alone, under new names -> those in the files."""
@@ -80,13 +90,15 @@ class Tensors:
 
     def _open(self, file: Path, expected: set[str] | None) -> None:
         try:
-            opened = self._stack.enter_context(safetensors.safe_open(file, "np"))
+            here = file if paths.is_local(file) else self._stack.enter_context(_header_of(file))
+            opened = self._stack.enter_context(safetensors.safe_open(here, "np"))
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
         names = set(opened.keys())
         if expected is not None and names != expected:
             odd = ", ".join(sorted(names ^ expected)[:8])
             raise ValueError(f"{file}: the index and the file disagree about {odd}")
+        self._spans[file] = _read_spans(here)
         for name in opened.keys():  # noqa: SIM118 (not a mapping)
             tensor = opened.get_slice(name)
             if tensor.get_dtype() not in (*DTYPES, *self._more):
@@ -98,13 +110,41 @@ class Tensors:
             self._files[name], self._paths[name] = opened, file
 
 
-def _content(file: Path, name: str) -> bytes:
-    """A tensor as it lies in a file whose header the library has checked."""
+def _read_spans(file: Path) -> dict[str, tuple[int, int]]:
+    """First byte and end of every tensor of a file whose header the library has checked."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        first, end = json.loads(stream.read(length))[name]["data_offsets"]
-        stream.seek(8 + length + first)
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    spans = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: (8 + length + first, 8 + length + end) for name, (first, end) in spans.items()}
+
+
+def _content(file: Path, first: int, end: int) -> bytes:
+    if not paths.is_local(file):
+        from jaxgpt import store
+
+        return store.read_range(file, first, end)
+    with file.open("rb") as stream:
+        stream.seek(first)
         return stream.read(end - first)
+
+
+@contextlib.contextmanager
+def _header_of(file: Path) -> Iterator[Path]:
+    """A file of this machine with the header and the length of one in a store, and no more.
+
+    The rest is a hole, which takes no place on the disk: the library checks it like a whole file.
+    """
+    from jaxgpt import store
+
+    size = file.stat().st_size
+    length = int.from_bytes(store.read_range(file, 0, min(8, size)), "little")
+    with store.scratch() as folder:
+        copy = folder / file.name
+        copy.write_bytes(store.read_range(file, 0, min(8 + length, size, LARGEST_JSON)))
+        os.truncate(copy, size)
+        yield copy
 
 
 def read_json(path: Path) -> dict[str, Any]:
