@@ -3,9 +3,11 @@
     python scripts/notes.py build [CHAPTER …] [--output notes/_site] [--notebooks]
     python scripts/notes.py check [CHAPTER …]
     python scripts/notes.py serve [--output notes/_site] [--port 8000]
+    python scripts/notes.py notebook FILE.md …
 
 A chapter is named by its number, its file's name or a part of it. `build` and `check` run every
-block of code; a failing one stops with its file and line, and exit status 2.
+block of code; a failing one stops with its file and line, and exit status 2. `check` takes other
+Markdown files too, such as docs/python.md, and `notebook` writes a .ipynb beside each one.
 """
 
 import argparse
@@ -24,7 +26,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "action", choices=("build", "check", "serve"), help="what to do with the notes"
+        "action", choices=("build", "check", "serve", "notebook"), help="what to do with the notes"
     )
     parser.add_argument("chapter", nargs="*", help="chapters, by number or name; none: all")
     parser.add_argument(
@@ -49,12 +51,20 @@ def main() -> None:
     from jaxgpt import machine
     from jaxgpt.notes import chapter, site
 
+    if args.action == "notebook":
+        for path in map(Path, args.chapter):
+            made = site.notebook(chapter.read(path))
+            print(files.write(path.with_suffix(".ipynb"), made))
+        return
     machine.use_compilation_cache()
     every = [chapter.read(path) for path in sorted((ROOT / "notes").glob("[0-9]*.md"))]
     broken = site.broken_links(every, ROOT)
     if broken:
         raise ValueError(f"links that lead nowhere: {'; '.join(broken)}")
-    wanted = chosen(every, args.chapter)
+    pages = [n for n in args.chapter if args.action == "check" and Path(n).is_file()]
+    names = [name for name in args.chapter if name not in pages]
+    wanted = [chapter.read(Path(page)) for page in pages]
+    wanted += chosen(every, names) if names or not pages else []
     for one in wanted:
         chapter.run(one)
         print(f"{one.seconds:6.1f} s  {one.name}", flush=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,11 +50,16 @@ def between_steps() -> Iterator[None]:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs; JAX_COMPILATION_CACHE_DIR chooses the folder."""
+    """Keeps compiled programs between runs; JAX_COMPILATION_CACHE_DIR chooses the folder.
+
+    Each Python has a folder of its own: from 3.14 on JAX packs an entry otherwise under the same
+    name, so that an older Python would warn of every program that it cannot unpack.
+    """
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        folder = Path.home() / ".cache" / "jaxgpt" / "xla"
+        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        folder = Path.home() / ".cache" / "jaxgpt" / "xla" / python
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
