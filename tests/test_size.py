@@ -15,7 +15,7 @@ BUDGET = {
     "__main__.py": 3,
     "checkpoint.py": 335,
     "config": 1489,  # 120 of them: models
-    "convert": 4167,  # 1072 of them: models
+    "convert": 4195,  # 1072 of them: models; 28: weights of a store, tensor by tensor
     "data": 3270,
     "episodes.py": 130,
     "evals": 960,
@@ -23,7 +23,7 @@ BUDGET = {
     "kernels": 1559,  # 84 of them: models
     "language_model.py": 370,
     "losses.py": 70,
-    "machine": 672,
+    "machine": 673,
     "metrics.py": 259,  # 9 of them: models
     "model": 1041,  # 294 of them: models
     "optim.py": 90,
@@ -49,7 +49,7 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
 # that stay in a file's blocks, which were decoded before; 275: a draft proposes tokens.
-TOTAL = 19_715
+TOTAL = 19_744
 # 260 of the total: models of the Hub by name, fewer bits, tekken.json.
 # 1606 of the total are "models": families, windows by layer, capped scores, fused projections,
 # sinks, latent attention.
@@ -66,7 +66,7 @@ NEW: dict[str, int] = {
     "lineage.py": 325,
     "notes": 310,
     "serve": 2070,
-    "store.py": 180,
+    "store.py": 183,
 }
 
 _NO_CODE = {
