@@ -298,14 +298,19 @@ def randomize(model: Any) -> Any:
     """The model with other numbers: fresh ones are alike, or zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        buffers = ((k, b) for k, b in model.named_buffers() if k.endswith("correction_bias"))
-        for key, parameter in (*model.named_parameters(), *buffers):
+        for key, parameter in tensors(model):
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
             around_one = ("norm" in key or "ln_" in key) and key.endswith("weight")
             added = "gemma" in model.config.model_type  # whose norms add it
             around_one = around_one and not added
             parameter.copy_(noise + around_one)
     return model
+
+
+def tensors(model: Any) -> list[tuple[str, Any]]:
+    """Parameters, and what corrects a router's choice, which no gradient moves."""
+    buffers = ((k, b) for k, b in model.named_buffers() if k.endswith("correction_bias"))
+    return [*model.named_parameters(), *buffers]
 
 
 def open_hf(path: Any) -> Any:

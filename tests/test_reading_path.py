@@ -32,6 +32,7 @@ DOORS = {
     "peft": "low-rank adapters",
     "moe": "mixture of experts",
     "mlp": "feed-forward layers",
+    "latent": "attention whose keys and values are made of one narrow vector",
     "slots": "a cache whose rows have lengths of their own",
 }
 

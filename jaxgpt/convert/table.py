@@ -120,7 +120,7 @@ def parameters(row: Row) -> tuple[str, ...]:
 def pieces(row: Row, cfg: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Their tensors of one row, each with its place in our stacked arrays."""
     _, name, _ = row
-    dense = parameters(row)[0].startswith("dense_")
+    dense = any(name.startswith("dense_") for name in parameters(row))
     first, end = (0, cfg.dense_layers) if dense else (cfg.dense_layers, cfg.num_layers)
     layers = range(first, end) if "{layer}" in name else (None,)
     experts = range(cfg.num_experts) if "{expert}" in name else (None,)

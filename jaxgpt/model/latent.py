@@ -12,6 +12,8 @@ A cache holds [c, r] alone. Against it the products are taken in another order: 
 tokens: q (c W^K)^T = (q W^K^T) c^T.
 
 Axes of this file: C the latent, M the latent and the rotated key behind it.
+
+Notes: chapter 3.
 """
 
 from functools import partial

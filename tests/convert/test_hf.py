@@ -97,8 +97,11 @@ def test_export_restores_every_tensor_and_transformers_logits(name, tmp_path, ca
 
     transformers.logging.enable_propagation()
     with caplog.at_level(logging.WARNING):
+        open_hf(tmp_path / "theirs")  # a longrope of Phi-3 is warned of in their own directory
+        theirs = {record.message for record in caplog.records}
+        caplog.clear()
         again = open_hf(tmp_path / "ours")
-    assert not caplog.records
+    assert {record.message for record in caplog.records} <= theirs
     assert again.config.dtype == reference_models.torch.float32
     tokens_BT = reference_models.tokens()
     if again.state_dict().keys() == model.state_dict().keys():

@@ -275,6 +275,13 @@ GOOD = {
         "n_head": 2,
     },
 }  # fmt: skip
+LATENT = dict(
+    num_key_value_heads=2, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
+    v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, n_group=1,
+    topk_group=1, first_k_dense_replace=1,
+)  # fmt: skip
+for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"):
+    GOOD[name] |= LATENT
 
 
 @pytest.fixture(scope="module")
