@@ -15,8 +15,10 @@ import pytest
 
 from jaxgpt import config, kernels, machine
 from jaxgpt.config import ModelConfig
+from jaxgpt.machine import memory
 
 machine.keep_collectives_in_order()
+memory.give_back = lambda: None  # the heap of all tests so far would be searched at every save
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -26,6 +28,27 @@ CACHE = (
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
 )
+
+
+# Compiling takes most of the time. What these compare within a tolerance is compiled without most
+# optimisations; what holds to the bit, or is about a compiled program, is compiled as for users.
+IN_HASTE = {
+    "convert", "evals", "kernels", "life", "model", "stages", "test_idle.py", "test_launching.py",
+    "test_peft.py", "test_scripts.py", "test_train.py", "test_weights.py",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_haste(request):
+    """Less optimisation for the modules and folders of IN_HASTE."""
+    room = Path(request.module.__file__).relative_to(ROOT / "tests").parts[0]
+    if room not in IN_HASTE:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # of functions that other modules call, too
 
 
 @pytest.fixture

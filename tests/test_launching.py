@@ -14,7 +14,9 @@ from jaxgpt.config import own
 from jaxgpt.tasks import Task, tools
 from jaxgpt.tasks.environment import Turn
 
+ROWS = [{"prompt": f"{n}?", "completion": f"{n}."} for n in range(60)]
 TINY = {
+    "data": ROWS,
     "model": {"context_length": 64, "num_layers": 1, "model_dim": 16, "num_heads": 2},
     "train": {"steps": 2, "batch_size": 16},
     "eval": {"every": 0, "batches": 1},
@@ -53,6 +55,14 @@ def worth(problem, answer):
 
 number = 7
 '''
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rows_of_tests(tmp_path_factory):
+    """Rows are written into a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxgpt.launching.ROWS", tmp_path_factory.mktemp("rows"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -208,13 +218,11 @@ def test_a_run_in_a_thread_can_be_asked_to_stop(tmp_path):
         failed.wait()
 
 
-def test_rows_are_data(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxgpt.launching.ROWS", tmp_path / "rows")
-    rows = [{"prompt": f"{n}?", "completion": f"{n}."} for n in range(60)]
-    run = jaxgpt.launch("sft", data=rows, run=tmp_path / "run", **TINY)
+def test_rows_are_data(tmp_path):
+    run = jaxgpt.launch("sft", run=tmp_path / "run", **TINY)
     path = recorded(run)["data"]["path"]
     with open(path) as file:
-        assert [json.loads(line) for line in file] == rows
+        assert [json.loads(line) for line in file] == ROWS
 
 
 # ---- by name
