@@ -88,7 +88,6 @@ def test_the_scan_by_period_is_the_layers_one_by_one(name):
             np.testing.assert_allclose(found_BTD, expected_BTD, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("name", KINDS)
 def test_cached_chunks_and_layers_apart_equal_one_pass(name):
     """Ragged rows; the window is shorter than the texts."""

@@ -10,15 +10,20 @@ pytest.importorskip("transformers", reason="the reference extra is not installed
 import reference_models
 import torch
 
-from jaxgpt import tree
+from jaxgpt import kernels, tree
 from jaxgpt.convert import hf, table
 from jaxgpt.model import gpt
 
-# The variants of a family differ from it in settings that the forward pass checks well enough.
-GRADIENTS = [
-    pytest.param(name, marks=[pytest.mark.slow] if "-" in name else [])
-    for name in reference_models.CONFIGS
-]
+# Each has layers of its own kind. The others are made of the same, which the forward pass checks.
+DAILY = ("gpt2", "llama", "gpt_neox", "gemma3_text", "qwen3_moe", "gpt_oss", "deepseek_v3")
+
+
+def slow_but(*daily):
+    """Every model; those that are not named are slow."""
+    return [
+        pytest.param(name, marks=[] if name in daily else [pytest.mark.slow])
+        for name in reference_models.CONFIGS
+    ]
 
 
 class Arrays:
@@ -52,9 +57,18 @@ def token_losses(cfg, params, tokens_BT):
     return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)
 
 
-@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("name", reference_models.CONFIGS)
 def test_logits_equal_those_of_transformers(name):
+    equal_logits(name)
+
+
+@pytest.mark.parametrize("name", slow_but(*DAILY))
+def test_logits_of_the_plain_equations_equal_those_of_transformers(name):
+    with kernels.use("plain"):
+        equal_logits(name)
+
+
+def equal_logits(name):
     model, tokens_BT = reference_models.build(name), reference_models.tokens()
     cfg, params = imported(model, reference_models.tensors(model))
     expected_BTV = reference_models.logits(model, tokens_BT)
@@ -64,7 +78,7 @@ def test_logits_equal_those_of_transformers(name):
     np.testing.assert_allclose(found_BTV, expected_BTV, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("name", slow_but(*DAILY))
 def test_gradients_equal_those_of_transformers(name):
     model, tokens_BT = reference_models.build(name), reference_models.tokens(length=24)
     cfg, params = imported(model, reference_models.tensors(model))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 import yaml
 
 from jaxgpt import config, metrics, run, sharding, stages
@@ -19,6 +20,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_stage_of_the_page_trains_as_the_page_says(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "STAGES", dict(stages.STAGES))
     monkeypatch.setattr(run, "STAGES", stages.STAGES)
