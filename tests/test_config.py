@@ -113,7 +113,7 @@ WRONG = [
     ("--model.vocab_size", "-5"),
     ("--model.context_length", "0"),
     ("--model.dropout", "1.0"),
-    ("--model.activation", "relu"),
+    ("--model.activation", "tanh"),
     ("--model.num_experts", "-1"),
     ("--model.expert_capacity", "-1"),
     ("--model.adapter_dim", "-1"),

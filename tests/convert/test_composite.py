@@ -123,7 +123,7 @@ def test_older_names_and_flat_settings_are_read(whole):
 def test_a_setting_of_the_language_model_is_refused_by_name(whole):
     _, path, _ = whole
     settings = json.loads((path / "config.json").read_text())
-    settings["text_config"]["hidden_act"] = settings["text_config"]["hidden_activation"] = "relu"
+    settings["text_config"]["hidden_act"] = settings["text_config"]["hidden_activation"] = "mish"
     (path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"hidden_act.*='relu'"):
+    with pytest.raises(ValueError, match=r"hidden_act.*='mish'"):
         hf.load(path)

@@ -389,7 +389,7 @@ def test_settings_of_transformers_4_are_read(llama):
     ("name", "settings", "message"),
     [
         ("llama", {"model_type": "bert"}, "model_type='bert'"),
-        ("llama", {"hidden_act": "relu"}, "hidden_act='relu'"),
+        ("llama", {"hidden_act": "mish"}, "hidden_act='mish'"),
         ("llama", {"attention_bias": True}, "weights lack tensors .*q_proj.bias"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
