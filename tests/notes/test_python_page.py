@@ -57,7 +57,7 @@ def test_every_cell_runs_in_a_kernel_and_the_run_is_shown(client, tmp_path):
     assert shown and "<iframe" in shown[0] and "svg" in shown[0]
     printed = "".join(out.text for out in outputs if out.output_type == "stream")
     assert "4/4" in printed  # the progress
-    assert (tmp_path / "runs/python/long/checkpoints").is_dir()
+    assert (tmp_path / "runs/python/long/config.yaml").is_file()
 
 
 @pytest.mark.slow
@@ -94,7 +94,9 @@ def test_interrupting_a_cell_saves_the_run_and_the_same_cell_goes_on(client, tmp
     asyncio.run(both())
     first, again, last = ("".join(out.get("text", "") for out in c.outputs) for c in made.nb.cells)
     assert "stopped and saved at step" in first, first
-    assert "stopped and saved at step" in again and "resum" in again, again
+    assert "stopped and saved at step" in again, again
+    stopped = int(first.split("stopped and saved at step ")[1].split(";")[0])
+    assert int(again.split("/100000")[0].split()[-1]) > stopped
     saved = [int(path.name) for path in (tmp_path / "runs/long/checkpoints").iterdir()]
     assert len(saved) >= 2 and max(saved) < 100_000
     assert "[1, 2, 3]" in str(made.nb.cells[2].outputs), last
