@@ -86,7 +86,7 @@ def _extras() -> str:
         return "unknown, since jaxgpt itself is not installed (pip install -e .)"
     said = []
     for name in ("serve", "log", "notes", "completion"):
-        lacking = [package for package in known[name] if not _version(package)]
+        lacking = [package for package in known.get(name, ()) if not _version(package)]
         hint = f' lacks {" ".join(lacking)} (pip install "jaxgpt[{name}]")'
         said.append(name + (hint if lacking else " is here"))
     return ", ".join(said)
