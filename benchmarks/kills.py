@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--signals", type=int, default=0, help="times that a signal ends the run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
+    if min(args.kills, args.signals) < 0:
+        parser.error("--kills and --signals must be 0 or more")
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -52,6 +52,8 @@ def main() -> None:
     from jaxgpt.notes import chapter, site
 
     if args.action == "notebook":
+        if not args.chapter:
+            raise ValueError("notebook: name Markdown files, such as docs/python.md")
         for path in map(Path, args.chapter):
             made = site.notebook(chapter.read(path))
             print(files.write(path.with_suffix(".ipynb"), made))

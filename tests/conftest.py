@@ -30,8 +30,9 @@ CACHE = (
 )
 
 
-# Compiling takes most of the time. What these compare within a tolerance is compiled without most
-# optimisations; what holds to the bit, or is about a compiled program, is compiled as for users.
+# Compiling takes most of the time. What these compare is mostly within a tolerance, and is compiled
+# without most optimisations; their few laws to the bit hold for such programs, too. Serving,
+# sampling, resuming, meshes and plans are compiled as for users.
 IN_HASTE = {
     "convert", "evals", "kernels", "life", "model", "stages", "test_idle.py", "test_launching.py",
     "test_peft.py", "test_scripts.py", "test_train.py", "test_weights.py",
