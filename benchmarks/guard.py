@@ -47,6 +47,8 @@ class Figure(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--against", help="commit; default: the last tag")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/pretrain/default.yaml",
+                        help="of the training, one that both commits know")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="at most two minutes")
     parser.add_argument("--checkpoint", help="model that writes; default: the one just trained")
     parser.add_argument("--steps", type=int, default=60, help="of training")
@@ -143,7 +145,7 @@ def measure(side: Side, args: argparse.Namespace) -> dict[str, float]:
     run = side.folder / "run"
     subprocess.run(["rm", "-rf", str(run)], check=True)
     train = [
-        "pretrain.py", "--config", str(ROOT / "configs/pretrain/default.yaml"), "--run", str(run),
+        "pretrain.py", "--config", str(args.config.absolute()), "--run", str(run),
         "--data.path", str(side.folder / "text.txt"), "--data.tokenizer", "byte", "--train.steps",
         str(args.steps), "--optim.warmup_steps", "1", "--log.every", "1", "--eval.batches", "1",
         "--sample.prompts", "[]",
