@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="pairs of runs")
     parser.add_argument("--steps", type=int, default=150, help="steps of a run")
     parser.add_argument(
-        "--cache", type=float, default=0.0, help="data.cache of the run in the store, GB"
+        "--cache", type=float, default=20.0, help="data.cache of the run in the store, GB"
     )
     args = parser.parse_args()
     if args.delay < 0 or args.pairs < 1 or args.steps < 10:
@@ -51,8 +51,8 @@ def main() -> None:
                 run = f"{root}/run{pair}"
                 cache = [f"--data.cache={args.cache}"] if place == "store" else []
                 train(folder, server.env, f"--run={run}", f"--data.path={root}/tokens", *cache,
-                      f"--train.steps={args.steps}", "--checkpoint.every=50", "--log.every=10",
-                      "--eval.every=50", "--sample.every=0")  # fmt: skip
+                      f"--train.steps={args.steps}", "--checkpoint.every=200", "--log.every=10",
+                      "--eval.every=200", "--sample.every=0")  # fmt: skip
                 found[place].append(speed(run))
     ratios = [store / disk for store, disk in zip(found["store"], found["disk"], strict=True)]
     print(json.dumps({
