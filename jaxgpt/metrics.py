@@ -22,6 +22,7 @@ from jaxgpt import files
 from jaxgpt.config import LogConfig, ModelConfig
 from jaxgpt.types import Sink
 
+NEARLY, NATS = 0.05, 2.0  # share of a reward's rise, and growth of a KL, that `outran` minds
 STORE_SECONDS = 30.0  # how long lines may wait for the next writing of a log in a store
 
 
@@ -238,6 +239,34 @@ class Progress:
         minutes, hours = seconds // 60 % 60, seconds // 3600
         clock = f"{hours}:{minutes:02}" if hours else f"{minutes}"
         return f"left {clock}:{seconds % 60:02}"
+
+
+def outran(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What to say of a policy that kept leaving its reference for no more learnt reward; or "".
+
+    Such a policy finds what the reward model takes for good and people do not (arXiv:2210.10760).
+
+    Args:
+        lines: of metrics.jsonl.
+    """
+    seen = [
+        (line["step"], line["rollout/kl"], line["rollout/learnt_reward"])
+        for line in lines
+        if "rollout/learnt_reward" in line
+    ]
+    if not seen:
+        return ""
+    first, best = seen[0][2], max(reward for _, _, reward in seen)
+    # Where nearly all of the reward was there.
+    step, kl, reward = next(x for x in seen if x[2] >= best - NEARLY * (best - first))
+    last, end, at_end = seen[-1]
+    if end < max(2 * kl, kl + NATS):
+        return ""
+    return (
+        f"from step {step} to {last} the KL of an answer grew from {kl:.1f} to {end:.1f} nats and "
+        f"the learnt reward went from {reward:.2f} to {at_end:.2f}: the policy may deceive the "
+        f"reward model; read its answers, take a checkpoint near step {step}, or raise kl"
+    )
 
 
 def short(value: float) -> str:

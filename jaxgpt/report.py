@@ -63,13 +63,14 @@ def write_report(run_dir: str | Path) -> Path:
     """Writes report.html and plots/*.png into the run directory; returns the page's path."""
     run_dir = files.path(run_dir)
     try:
-        records, problem = metrics.read_jsonl(run_dir / "metrics.jsonl"), ""
+        records = metrics.read_jsonl(run_dir / "metrics.jsonl")
+        problem = metrics.outran(records)
     except ValueError as error:  # a damaged log must not cost the rest of the page
-        records, problem = [], f"<p class=note>{escape(str(error))}</p>"
+        records, problem = [], str(error)
     series = _series(records)
     sections = [
-        _tiles(series), problem, _curves(_plots(series), run_dir / "plots"),
-        _reliability(records, run_dir / "plots"),
+        _tiles(series), problem and f"<p class=note>{escape(problem)}</p>",
+        _curves(_plots(series), run_dir / "plots"), _reliability(records, run_dir / "plots"),
         _origin(run_dir), _evaluations(run_dir),
         _samples(run_dir / "samples.md"), _settings(run_dir),
         _environment(run_dir / "environment.json"),

@@ -185,7 +185,7 @@ def sampler(
 
 
 def summary(run: Path, page: Path) -> str:
-    """The validation loss before and after, the last sample, and where the report is."""
+    """The validation loss before and after, the last sample, where the report is, a warning."""
     lines = metrics.read_jsonl(run / "metrics.jsonl")
     losses = [line["val/loss"] for line in lines if "val/loss" in line]
     parts = [f"report: {page}"]
@@ -193,6 +193,8 @@ def summary(run: Path, page: Path) -> str:
         parts.insert(0, f"validation loss: {losses[0]:.4f} before, {losses[-1]:.4f} after")
     for step, texts in metrics.read_samples(run / "samples.md")[-1:]:
         parts = [f"written after step {step}:", *texts, *parts]
+    if said := metrics.outran(lines):
+        parts.append(f"warning: {said}")
     return "\n\n".join(parts)
 
 

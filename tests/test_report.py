@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from jaxgpt import config, machine, metrics, report
+from jaxgpt.run import summary
 
 
 class Page(HTMLParser):
@@ -125,6 +126,26 @@ def test_a_reward_that_asks_for_more_than_right_answers_is_no_exact_match(tmp_pa
     assert "<dt>exact match</dt><dd>25.0% → 50.0%" in page("exact_match")
     shaped = page("full_reward")
     assert "<dt>full reward</dt><dd>25.0% → 50.0%" in shaped and "xact match" not in shaped
+
+
+# KL and learnt reward of the rollouts of benchmarks/learning.py ppo-reward-model with seed 7919,
+# whose answers ended short and wrong at kl 0.05.
+DECEIVED = (0.0, -0.23), (0.28, 1.75), (0.81, 3.09), (1.34, 3.29), (5.28, 3.22), (9.87, 3.23)
+HELD = (0.0, -0.23), (0.28, 1.75), (0.79, 3.09), (0.99, 3.25), (0.87, 3.28), (1.05, 3.14)  # 0.3
+RISING = (0.0, 0.1), (2.0, 0.6), (5.0, 1.1), (9.0, 1.6)  # what it leaves for, it still gets
+
+
+@pytest.mark.parametrize("rollouts", [DECEIVED, HELD, RISING, ()])
+def test_a_policy_that_leaves_its_reference_for_no_more_reward_is_named(tmp_path, rollouts):
+    lines = [
+        (step, {"rollout/kl": kl, "rollout/learnt_reward": reward})
+        for step, (kl, reward) in enumerate(rollouts, 1)
+    ]
+    run = run_of(tmp_path, (0, {"val/loss": 1.0}), *lines)
+    page = report.write_report(run)
+    said = "from step 4 to 6 the KL of an answer grew from 1.3 to 9.9 nats and the learnt reward"
+    for text in (page.read_text(), summary(run, page)):
+        assert (said in text) == (rollouts is DECEIVED)
 
 
 def test_loss_over_tokens_places_evaluations_between_the_logged_steps():

@@ -24,7 +24,7 @@ BUDGET = {
     "language_model.py": 370,
     "losses.py": 70,
     "machine": 673,
-    "metrics.py": 259,  # 9 of them: models
+    "metrics.py": 279,  # 9 of them: models; 20: a reward model deceived
     "model": 1041,  # 294 of them: models
     "optim.py": 90,
     "peft.py": 183,
@@ -49,7 +49,7 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
 # that stay in a file's blocks, which were decoded before; 275: a draft proposes tokens.
-TOTAL = 19_745
+TOTAL = 19_767
 # 260 of the total: models of the Hub by name, fewer bits, tekken.json.
 # 1606 of the total are "models": families, windows by layer, capped scores, fused projections,
 # sinks, latent attention.
