@@ -33,7 +33,7 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Column of JSONL, JSON and Parquet that holds the text, as {"text": "body"}; empty: text."""
     mixture: dict[FilePath, Positive] = field(default_factory=dict)
-    """Several token directories in place of data.path, each with its weight: {"data/books": 0.7}."""
+    """Several token directories in place of data.path, with their weights: {"data/books": 2}."""
     tokenizer: FilePath = ""
     """Tokenizer: byte, a tiktoken name (gpt2, cl100k_base), or a tokenizer.json; empty: the one
     recorded beside the token files, else a BPE that is trained on the text."""
@@ -127,7 +127,7 @@ class OptimConfig:
     no_decay: Pattern = r"(bias|scale|embedding|magnitude)$"
     """Parameters that are not decayed: a regular expression on their paths."""
     clip_norm: Weight = 1.0
-    """Largest norm of the whole gradient; a larger gradient is scaled down to it; 0: no clipping."""
+    """Largest norm of the whole gradient; a larger one is scaled down to it; 0: no clipping."""
     ema: BelowOne = 0.0
     """Decay of a moving average of the parameters, which evaluation and sampling use; 0: none."""
 
@@ -319,8 +319,8 @@ class RunConfig:
     """auto: choose train.micro_batches and model.remat so that a step fits into the devices' memory
     and takes the least time by estimate; a resumed run keeps the choice. See scripts/plan.py."""
     kernels: Literal["fast", "plain"] = "fast"
-    """Which kernels compute: fast: those for this machine; plain: every operation by its equation in
-    jaxgpt/kernels/__init__.py, slowly, to read, to experiment, or to look for a bug."""
+    """Which kernels compute: fast: those for this machine; plain: every operation by its equation
+    in jaxgpt/kernels/__init__.py, slowly, to read, to experiment, or to look for a bug."""
     show_batch: bool = False
     """true: print the first batch, token by token, and end."""
 
