@@ -327,9 +327,9 @@ class ModelConfig:
 
     @property
     def cached(self) -> tuple[int, int, int]:
-        """Heads that a cache holds, and the widths of their keys and of their values.
+        """Of a cache: (number of heads, width of a key, width of a value).
 
-        Of latent attention this is one vector, a part of which is the value too.
+        Latent attention caches one vector, a part of which is also the value.
         """
         if self.latent is not None:
             return 1, self.latent.dim + self.latent.rope_dim, 0
@@ -337,7 +337,7 @@ class ModelConfig:
 
     @property
     def parts(self) -> tuple[tuple[str, int, "ModelConfig"], ...]:
-        """Stacks of layers with parameters alike: name, first layer, and config as of a model."""
+        """Stacks of layers with equal shapes: (name, first layer, config of such a model)."""
         first = self.dense_layers
         if not first:
             return (("blocks", 0, self),)
@@ -350,7 +350,7 @@ class ModelConfig:
 
     @property
     def period(self) -> tuple["ModelConfig", ...]:
-        """The layers, as configs of models that have only such; they begin again after the last."""
+        """The kinds of layers, as configs of models that have only one kind; the kinds repeat."""
         length = math.lcm(len(self.layer_pattern) or 1, self.rope_skip or 1)
         kinds = tuple(self.of_layer(layer) for layer in range(min(length, self.num_layers)))
         return kinds if len(set(kinds)) > 1 else kinds[:1]

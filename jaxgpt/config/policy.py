@@ -123,7 +123,7 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig(RunConfig):
-    """What both ways to learn from rewards have."""
+    """The settings that GRPO and PPO share."""
 
     data: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

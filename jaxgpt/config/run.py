@@ -195,7 +195,7 @@ class Sampling:
 
 
 def sampling(cfg: Sampling) -> Sampling:
-    """Only how tokens are drawn, of settings that hold more."""
+    """Only the settings that say how tokens are drawn."""
     return Sampling(**{f.name: getattr(cfg, f.name) for f in fields(Sampling)})
 
 
