@@ -13,7 +13,10 @@ from jaxgpt.types import Array
 
 
 def sequence_logprobs(logprobs_BT: Array, mask_BT: Array) -> tuple[Array, Array]:
-    """log p(answer) of every row, and how many tokens the answer has. Notes: chapter 16."""
+    """log p(answer) [B], summed over the tokens of the mask, and their number [B].
+
+    Notes: chapter 16.
+    """
     return (logprobs_BT * mask_BT).sum(-1), mask_BT.sum(-1)
 
 
@@ -112,6 +115,7 @@ def kto(
 
     Args:
         ratio_B: log p(answer) under the policy minus that under the reference.
+        desirable_B: above 0 for good answers, which have the plus sign; 0 for bad ones.
         kl: how far the policy has moved, from `kto_kl`; no gradient passes through it.
 
     Notes: chapter 16.
@@ -184,7 +188,10 @@ def with_rest(logprobs_AV: Array, ids_AK: Array) -> Array:
 
 
 def append_rest(kept_AK: Array) -> Array:
-    """One more entry, log(1 - sum of the others). Notes: chapter 18."""
+    """Log-probabilities [A, K + 1]: the given ones, and that of all other tokens together.
+
+    Notes: chapter 18.
+    """
     total_A1 = jax.scipy.special.logsumexp(kept_AK, axis=-1, keepdims=True)
     # Rounding may leave a total of exactly one, whose rest is nothing: keep its log finite.
     return jnp.concatenate([kept_AK, log1mexp(jnp.minimum(total_A1, -1e-7))], axis=-1)

@@ -39,8 +39,8 @@ def learning_rate(cfg: OptimConfig, step: Array, num_steps: int) -> Array:
 
 
 def open_until(cfg: OptimConfig, num_steps: int) -> float:
-    """The number of updates whose rates are the same wherever the run ends: a run that is given
-    more steps may go on from there. For wsd that is where its decay begins."""
+    """The number of first updates whose learning rates do not depend on where the run ends. A run
+    that is given more steps may go on from there. For wsd, it is where the decay begins."""
     if cfg.schedule == "constant":
         return math.inf
     if cfg.schedule == "cosine":
@@ -50,10 +50,12 @@ def open_until(cfg: OptimConfig, num_steps: int) -> float:
 
 
 def goes_on(cfg: OptimConfig, num_steps: int, before: tuple[int, int | None], done: int) -> bool:
-    """Whether `done` updates of a run that was to end elsewhere are the first ones of this run.
+    """Whether this run may go on after `done` updates of an older run that had another end.
+
+    It may if both runs have the same learning rates up to there.
 
     Args:
-        before: train.steps and optim.decay_steps of that run.
+        before: train.steps and optim.decay_steps of the older run.
     """
     old = dataclasses.replace(cfg, decay_steps=before[1])
     ends = [before[0] if before[1] is None else before[1],
@@ -62,7 +64,11 @@ def goes_on(cfg: OptimConfig, num_steps: int, before: tuple[int, int | None], do
 
 
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (arXiv:1711.05101), Muon, or the user's own."""
+    """Clipping by the global norm, then AdamW (arXiv:1711.05101), Muon, or the user's own.
+
+    Raises:
+        ValueError: optim.custom cannot be found or gives no optax.GradientTransformation.
+    """
     rate = lambda step: learning_rate(cfg, jnp.asarray(step), num_steps)
     if cfg.custom:
         return _clipped(cfg, _custom(cfg, rate))

@@ -1,7 +1,7 @@
 """The maths of learning from rewards: advantages, PPO's clipped losses, estimates of KL.
 
-Arrays [B, T] stand by target: place t is of the token that is predicted there, so `values_BT` at t
-is what was expected before that token was drawn. `mask_BT` is 1 where the policy drew the token, 0
+In arrays [B, T], place t belongs to the token that is predicted there: `values_BT` at t is what was
+expected before that token was drawn. `mask_BT` is 1 where the policy drew the token, 0
 in prompts, in what tools wrote and in padding. Everything is float32.
 """
 
@@ -26,6 +26,9 @@ def group_advantages(rewards_GP: ArrayLike, baseline: str) -> Array:
     batch   (r - mean) / std over the answers to all prompts, REINFORCE++ (arXiv:2501.03262)
 
     Answers that are all equally good have advantage zero exactly. Notes: chapter 17.
+
+    Raises:
+        ValueError: the baseline is none of these.
     """
     rewards_GP = jnp.asarray(rewards_GP, jnp.float32)
     P = rewards_GP.shape[1]
@@ -54,8 +57,8 @@ def gae(
     """Generalised advantage estimation (arXiv:1506.02438) over the tokens of the mask.
 
     delta_t = r_t + gamma V_next - V_t;  A_t = delta_t + gamma lam A_next, where next is the next
-    token of the mask: what lies between, such as a tool's answer, takes no time. After the last one
-    comes nothing, of value zero. Notes: chapter 15.
+    token of the mask: tokens between, such as a tool's answer, are skipped and have advantage zero.
+    After the last token of the mask the value is zero. Notes: chapter 15.
     """
     rewards_BT, values_BT = (jnp.asarray(x, jnp.float32) for x in (rewards_BT, values_BT))
     real_BT = jnp.asarray(mask_BT) > 0
@@ -92,7 +95,7 @@ def whiten(x_BT: Array, mask_BT: ArrayLike) -> Array:
 def clipped_policy_loss(
     change_BT: Array, advantages_BT: Array, low: float, high: float
 ) -> tuple[Array, Array]:
-    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), and where clipping took the gradient away.
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), and 1 where clipping removes the gradient.
 
     PPO (arXiv:1707.06347); with high > low a rare good token may grow further (arXiv:2503.14476).
 
@@ -113,6 +116,8 @@ def clipped_value_loss(
 ) -> tuple[Array, Array]:
     """The larger of half the squared errors of V and of V kept within `clip` of the old value.
 
+    The second array is 1 where clipping removes the gradient, 0 elsewhere.
+
     Notes: chapter 15.
     """
     kept_BT = old_BT + jnp.clip(values_BT - old_BT, -clip, clip)
@@ -128,7 +133,7 @@ def kl(logprobs_BT: Array, reference_BT: Array, kind: str) -> Array:
     With d = log policy - log reference (joschu.net/blog/kl-approx.html):
     k1  d, unbiased, of either sign
     k2  d^2 / 2
-    k3  exp(-d) - 1 + d, unbiased, never negative; d is clamped, for its exponential may overflow
+    k3  exp(-d) - 1 + d, unbiased, never negative; d is clamped, as its exponential may overflow
 
     Notes: chapter 15.
     """
@@ -145,13 +150,16 @@ def kl(logprobs_BT: Array, reference_BT: Array, kind: str) -> Array:
 
 
 def token_weights(mask_BT: Array, normalize: str, max_tokens: int) -> tuple[Array, Array]:
-    """What each token counts, and the batch's weight, by which the sum over tokens is divided.
+    """The weight [B, T] of each token, and the number by which the weighted sum is divided.
 
     tokens     all tokens alike (DAPO, arXiv:2503.14476)
     sequences  all answers alike, so that a token of a long one counts less (GRPO as published)
     constant   all tokens alike, divided by max_tokens for every answer (Dr. GRPO)
 
     Notes: chapter 17.
+
+    Raises:
+        ValueError: normalize is none of these.
     """
     mask_BT = jnp.asarray(mask_BT, jnp.float32)
     length_B = mask_BT.sum(-1)
@@ -167,7 +175,7 @@ def token_weights(mask_BT: Array, normalize: str, max_tokens: int) -> tuple[Arra
 
 
 def explained_variance(values_BT: ArrayLike, returns_BT: ArrayLike, mask_BT: ArrayLike) -> Array:
-    """1 - Var(return - value) / Var(return): 1 if values tell all, 0 if no more than a constant.
+    """1 - Var(return - value) / Var(return): 1 if values are exact, 0 if no better than a constant.
 
     Notes: chapter 15.
     """

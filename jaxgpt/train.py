@@ -43,7 +43,7 @@ SampleFn = Callable[[Params], list[str]]  # texts to show
 
 
 class Stage(NamedTuple):
-    """One way to train: what is trained, on what, towards what."""
+    """One way to train: its networks, its loss, its batches and how it is measured."""
 
     params: Params  # {"policy": ..., "reference": ...}: one entry per network
     trainable: str  # regular expression on parameter paths; what it does not match is frozen
@@ -77,7 +77,7 @@ _NextBatch = Callable[[TrainState, Params, int], Batch]
 
 
 def spec(kinds: Mapping[str, Any], *shape: int) -> BatchSpec:
-    """Arrays of one shape, as a stage's `batch` names them: spec(examples.KINDS, B, T)."""
+    """Shapes and types for a stage's `batch`, all of one shape: spec(examples.KINDS, B, T)."""
     return {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
 
 
@@ -153,7 +153,11 @@ def jit_step(
     optimizer: optax.GradientTransformation,
     state: TrainState,
 ) -> Any:
-    """`make_step` under jit; the new state takes the old one's place. `state` may be shapes."""
+    """`make_step` under jit. The new state reuses the memory of the old one, which is then gone.
+
+    Args:
+        state: the state, or only its shapes and shardings.
+    """
     return jax.jit(
         make_step(stage, cfg, optimizer),
         donate_argnums=0,
@@ -186,17 +190,19 @@ def fit(
 ) -> None:
     """Restores, then steps, logs, evaluates, samples and saves up to `train.steps`.
 
-    SIGTERM, Ctrl-C and `asked` end it early, with everything saved; a stage that samples first
-    makes the updates that its rollout is for, so that a resumed run needs no rollout of old
-    parameters. An evaluation, a sample or a rollout under way is left to the resumed run.
+    SIGTERM, Ctrl-C and `asked` end it early, with everything saved. A stage with rollouts first
+    makes all updates of its rollout, so that a resumed run needs no rollout of old parameters. An
+    evaluation, a sample or a rollout under way is left to the resumed run after a grace period.
 
     Args:
         watch: is called after each evaluation and save.
-        sinks: are given the lines of metrics.jsonl.
+        sinks: functions that get every line of metrics.jsonl.
+        asked: ends the run when it is set; None: only signals end it.
 
     Raises:
         Diverged: naming the step and the last good checkpoint.
-        ValueError: the run directory was made with other frozen weights.
+        ValueError: the run directory was made with other frozen weights, no checkpoint fits
+            train.steps, or checkpoint.every cuts a rollout in two.
     """
     updates = max(stage.updates_per_rollout, 1)
     _require_whole_rollouts(cfg, updates)
@@ -355,7 +361,7 @@ def _out_of_time(run: _Run, save: Callable[[], None]) -> None:
 
 
 def everything(params: Params, frozen: Params, carry: Carry) -> Params:
-    """What losses and evaluations see: all networks whole, and the carry as one more entry."""
+    """What losses and evaluations get: all networks whole, and the carry under the key "carry"."""
     return tree.combine(params, frozen) | {"carry": carry}
 
 

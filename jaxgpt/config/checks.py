@@ -90,7 +90,7 @@ def require(holds: bool, setting: str, value: Any, fix: str) -> None:
 
 
 def at_least(section: str, cfg: Any, **least: float) -> None:
-    """`require` for settings whose type has no rule yet."""
+    """Raises ValueError if a setting is below its bound; None passes."""
     for name, bound in least.items():
         value = getattr(cfg, name)
         setting = f"{section}.{name}" if section else name
@@ -98,7 +98,7 @@ def at_least(section: str, cfg: Any, **least: float) -> None:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """The end of a message about a word that is none of these: which one may be meant."""
+    """The end of a message about an unknown word: the most similar of `words`, or nothing."""
     found = difflib.get_close_matches(word.lower(), list(words), 1)
     return f"; did you mean {found[0]!r}?" if found else ""
 

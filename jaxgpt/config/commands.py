@@ -23,10 +23,10 @@ from jaxgpt.config.run import MeshConfig, RunConfig, Sampling
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """For which devices a run is planned."""
+    """The devices for which a run is planned."""
 
     topology: str = ""
-    """TPU slice to plan for, which need not be here, such as v5e:4x4 or v5p:4x4x8; needs libtpu."""
+    """TPU slice to plan for, such as v5e:4x4 or v5p:4x4x8, which need not be here; needs libtpu."""
     devices: Amount = 0
     """Virtual CPU devices to plan for; 0: the devices that are here."""
     price: Weight = 0.0
@@ -64,9 +64,9 @@ class Weights:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; null: the one that the model was trained with."""
     quantize: Literal["stored", "int8"] | None = "stored"
-    """How the weights are held: stored: in the quantised blocks of a GGUF file, on a CPU, and
+    """How weights are held in memory: stored: on a CPU in the quantised blocks of a GGUF file, and
     otherwise as with null; int8: in a quarter of float32's bytes; null: as numbers of dtype. Fewer
-    bytes are read faster, once for every token."""
+    bytes make decoding faster, since every token reads all weights."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class WriteConfig(Sampling, Weights):
     """Adapters: runs with --peft.kind lora or qlora on this checkpoint, or PEFT directories; one
     for all prompts, or one for each; the name none means the checkpoint alone."""
     stop: list[str] = field(default_factory=list)
-    """Strings before which the text ends."""
+    """Strings that end the text; the text does not contain them."""
     draft: ModelPath = ""
-    """What proposes tokens, of which the model checks several at a time, so that the same text is
-    written in fewer passes: prompt, which proposes what stands earlier in the text, or a smaller
-    model with the same vocabulary; empty: nothing."""
+    """Source of proposed tokens (speculative decoding). The model checks several proposals in one
+    pass, and so writes the same text in fewer passes: prompt: what stands earlier in the text; or a
+    smaller model with the same vocabulary; empty: no proposals."""
     seed: int = 0
     """Seed of the draws: the same seed writes the same text."""
     chat: bool = False
@@ -94,7 +94,7 @@ class WriteConfig(Sampling, Weights):
     tools: list[str] = field(default_factory=list)
     """Tools that the assistant may call, with --chat: calculator."""
     kernels: Literal["fast", "plain"] = "fast"
-    """Kernels that compute: fast: the machine's; plain: every operation by its equation in
+    """Which kernels compute: fast: this machine's; plain: every operation by its equation in
     jaxgpt/kernels/__init__.py, slowly."""
 
     def __post_init__(self) -> None:
@@ -116,9 +116,10 @@ class ServeConfig(Weights):
     port: Annotated[int, within("[0, 65535]")] = 8000
     """Port to listen at; 0: any that is free."""
     slots: Count = 8
-    """Number of answers that are written at a time."""
+    """Largest number of answers that are written at the same time."""
     context: Amount = 0
-    """Tokens that a slot holds; 0: the model's context, halved until the memory holds all slots."""
+    """Tokens of a slot, for one prompt and its answer; 0: the model's context, halved until the
+    memory holds all slots."""
     queue: Amount = 64
     """Number of answers that may wait for a slot; more are refused with status 429."""
     request_seconds: Positive = 600.0
@@ -126,15 +127,17 @@ class ServeConfig(Weights):
     body_seconds: Positive = 30.0
     """Seconds in which the body of a request must arrive."""
     send_seconds: Positive = 60.0
-    """Seconds after which a reader of a stream who takes nothing is left."""
+    """Seconds after which the server leaves a client that reads nothing of its stream."""
     max_body: Count = 8_000_000
     """Largest number of bytes in the body of a request."""
     prefix_cache: Amount = 256
-    """MiB of keys and values that are kept of the beginnings of prompts; 0: none."""
+    """MiB of memory for keys and values of beginnings of prompts, which are then read only once; 0:
+    none."""
     api_key: list[str] = field(default_factory=list)
     """Keys, of which a request must carry one; none: all requests are answered."""
     cors: list[str] = field(default_factory=list)
-    """Origins whose pages may ask, such as http://localhost:3000; none: only the server's own."""
+    """Web origins whose pages may send requests, such as http://localhost:3000; none: only the
+    server's own."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Devices: data cuts the slots over them, tensor the heads and hidden units."""
 
@@ -167,7 +170,7 @@ class ChatConfig(Sampling, Weights):
     context: Amount = 0
     """Tokens of the longest conversation; 0: the model's context, if the memory holds it."""
     max_new_tokens: Count = 1024
-    """Tokens of an answer at most."""
+    """Largest number of tokens in an answer."""
     seed: int = 0
     """Seed of the draws: the same seed writes the same answers."""
 
@@ -183,7 +186,7 @@ class TokenizerConfig:
     """Text files, folders, JSONL, JSON or Parquet files, or Hub data sets; none: the source code
     of Python's standard library."""
     vocab_size: Count = 4096
-    """Ids of the vocabulary, of which 256 are the bytes and 4 special."""
+    """Number of ids in the vocabulary; 256 of them are the bytes and 4 are special."""
     output: FilePath = "tokenizer.json"
     """File to write, in Hugging Face's format."""
     column: str = "text"
@@ -202,14 +205,16 @@ class PrepareConfig:
     """Text to turn into token files."""
 
     output: FilePath
-    """Directory to write; a killed run is continued, another data set is never written over."""
+    """Directory to write; the same command continues a killed run and never overwrites another data
+    set."""
     input: list[FilePath] = field(default_factory=list)
     """Text files, folders, JSONL, JSON or Parquet files, or Hub data sets; none: the source code
     of Python's standard library."""
     tokenizer: FilePath = "gpt2"
-    """byte, a tiktoken name (gpt2, cl100k_base), a tokenizer.json or a directory that holds one."""
+    """Tokenizer: byte, a tiktoken name (gpt2, cl100k_base), a tokenizer.json or a directory that
+    holds one."""
     val_fraction: BelowOne = 0.1
-    """Share held out for validation: every n-th document, or the end of each of few text files."""
+    """Share held out for validation: every n-th document, or of few text files the end of each."""
     column: str = "text"
     """Column of JSONL, JSON, Parquet and Hub rows that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
@@ -219,7 +224,7 @@ class PrepareConfig:
     hub_split: str = "train"
     """Split of a Hub data set."""
     shard_tokens: Count = 1 << 25
-    """Tokens of one file, which is also what a killed run may lose."""
+    """Number of tokens in one file; a killed run may lose as many."""
 
     def __post_init__(self) -> None:
         check("", self)
@@ -227,7 +232,7 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Which model is looked into, and on which text."""
+    """The model to look into, and the text that it reads."""
 
     checkpoint: ModelPath
     """Model: a run directory, a Hugging Face directory, a GGUF file, a llama2.c file, or org/name
@@ -235,17 +240,17 @@ class InspectConfig:
     text: str
     """What the model reads."""
     against: ModelPath = ""
-    """Another model, whose probabilities of the same text stand beside; empty: none."""
+    """Second model, whose probabilities of the same text the page shows too; empty: none."""
     output: FilePath = "page.html"
-    """HTML file to write, which needs nothing else."""
+    """HTML file to write; it needs no other file and no server."""
     temperature: Weight = 1.0
-    """Of the distributions after truncation; 0: only the likeliest token is left."""
+    """Temperature of the distributions after truncation; 0: only the likeliest token is left."""
     top_p: Annotated[float, within("(0, 1]")] = 0.95
     """Leave the fewest tokens whose probabilities reach this sum (nucleus); 1: all."""
     top_k: Amount = 0
     """Leave this many of the likeliest tokens; 0: all."""
     min_p: BelowOne = 0.0
-    """Leave only tokens at least this times as likely as the likeliest; 0: all."""
+    """Leave only tokens with at least this share of the likeliest one's probability; 0: all."""
 
     def __post_init__(self) -> None:
         check("", self)
@@ -270,25 +275,26 @@ class EvaluateConfig:
     the held-out part of an embedded task: arithmetic, multi-step, … with task arithmetic and
     --chat, arithmetic-correct or arithmetic-concise with task reward."""
     limit: Amount = 0
-    """Items to measure, the first ones; 0: all."""
+    """Number of items to measure, from the first on; 0: all."""
     output: FilePath = ""
     """JSONL of single items' results, from which the same command continues; empty: a file in
     the run directory, and none for other checkpoints."""
     window: Annotated[int, minimum(2)] = 1024
     """Tokens of a window of perplexity, at most the model's context."""
     stride: Count = 1024
-    """Tokens between the starts of two windows of perplexity; where that is fewer than window, only
-    that many are scored in each."""
+    """Tokens between the starts of two windows of perplexity. If it is smaller than window, only
+    the last stride tokens of each later window are scored."""
     samples: Count = 1
     """Answers drawn for each question; more than one gives pass@k and a majority vote."""
     temperature: Weight = 0.0
-    """Below 1 likely tokens become likelier, above 1 less likely; 0: always the likeliest."""
+    """Temperature: below 1 likely tokens become likelier, above 1 less likely; 0: always the
+    likeliest."""
     top_p: Annotated[float, within("(0, 1]")] = 1.0
     """Draw from the fewest tokens whose probabilities reach this sum (nucleus); 1: from all."""
     top_k: Amount = 0
     """Draw from this many of the likeliest tokens; 0: from all."""
     max_new_tokens: Amount = 256
-    """Tokens of a generated answer at most."""
+    """Largest number of tokens in a generated answer."""
     seed: int = 0
     """Seed of the draws."""
     chat: bool = False
@@ -298,11 +304,11 @@ class EvaluateConfig:
     reward_model: ModelPath = ""
     """Run of scripts/reward.py that chooses the best of the samples: gives best@n."""
     batch_tokens: Count = 2048
-    """Positions that are computed at a time, padding included."""
+    """Number of positions that are computed at a time, padding included."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; null: the model's own."""
     kernels: Literal["fast", "plain"] = "fast"
-    """Kernels that compute: fast: the machine's; plain: every operation by its equation in
+    """Which kernels compute: fast: this machine's; plain: every operation by its equation in
     jaxgpt/kernels/__init__.py, slowly."""
 
     def __post_init__(self) -> None:
@@ -330,7 +336,8 @@ class ConvertConfig:
     """Model: a run directory, a Hugging Face directory, a GGUF file, a llama2.c file, or org/name
     on the Hub."""
     output: FilePath = ""
-    """Directory, or .gguf file, to write; never over something else's. Empty: none, with push."""
+    """Directory, or .gguf file, to write; only exports of jaxgpt are overwritten; empty: none,
+    with push."""
     to: Literal["huggingface", "jaxgpt", "gguf"] = "huggingface"
     """Layout to write: Hugging Face's, a run directory, or a GGUF file (llama.cpp, Ollama)."""
     type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "f16"
@@ -338,7 +345,7 @@ class ConvertConfig:
     merge_lora: bool = False
     """true: fold adapters into the weights that they adapt."""
     base_name: str = ""
-    """What an exported adapter calls its base, such as org/name; empty: the base's path here."""
+    """Name of the base in an exported adapter's files, such as org/name; empty: its path here."""
     push: str = ""
     """Repository of the Hub, as org/name, to upload the model to, with a model card; needs a token
     (HF_TOKEN, or hf auth login)."""

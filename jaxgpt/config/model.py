@@ -24,7 +24,7 @@ class RopeScaling:
     original_context: int = 8192
     """Context length of the original training; linear does not read it."""
     attention_factor: float = 1.0
-    """yarn and longrope: factor of cos and sin, and so of queries and keys."""
+    """yarn and longrope: factor by which cos and sin, and so queries and keys, are multiplied."""
     beta_fast: float = 32.0
     """yarn: frequencies that turn more often than beta_fast times in original_context tokens are
     not stretched."""
@@ -32,15 +32,16 @@ class RopeScaling:
     """yarn: frequencies that turn less often than beta_slow times in original_context tokens are
     stretched by the whole factor."""
     truncate: bool = True
-    """yarn: true: the two borders between frequencies are rounded to whole pairs of a head's
-    entries."""
+    """true: yarn rounds the two borders between stretched and kept frequencies to whole pairs of a
+    head's entries; false: it does not."""
     query_growth: float = 0.0
-    """Queries grow by the factor 1 + query_growth * log(1 + floor(position / original_context))
-    (Ministral 3); 0: they do not."""
+    """Queries are multiplied by 1 + query_growth * log(1 + floor(position / original_context))
+    (Ministral 3); 0: they are not."""
     short_factors: tuple[float, ...] = ()
-    """longrope: what divides each frequency in texts up to original_context."""
+    """longrope: divisors of the frequencies in texts of up to original_context tokens, one for each
+    pair of a head's entries."""
     long_factors: tuple[float, ...] = ()
-    """longrope: what divides each frequency in longer texts."""
+    """longrope: divisors of the frequencies in longer texts, one for each pair."""
 
     def __post_init__(self) -> None:
         at_least("model.rope_scaling", self, factor=1, original_context=1, query_growth=0)
@@ -50,15 +51,15 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Latent:
-    """Widths of multi-head latent attention (arXiv:2405.04434). model.head_dim is that of a query:
-    a plain part, and the last rope_dim entries, which are rotated."""
+    """Widths of multi-head latent attention (arXiv:2405.04434). model.head_dim is the width of
+    a query: a plain part, and the last rope_dim entries, which are rotated."""
 
     dim: int = 512
-    """Width of the latent of which a token's keys and values are made."""
+    """Width of the latent from which a token's keys and values are computed."""
     query_dim: int = 0
-    """Width of the latent of which the queries are made; 0: of the residual stream itself."""
+    """Width of the latent from which queries are computed; 0: from the residual stream itself."""
     rope_dim: int = 64
-    """Width of the rotated part of each query, and of the one key for all heads that meets it."""
+    """Width of the rotated part of each query, and of the rotated key that all heads share."""
     value_dim: int = 128
     """Width of a head's values."""
 
@@ -74,32 +75,32 @@ class ModelConfig:
     vocab_size: int = 0
     """Rows of the embedding table; 0 takes the tokenizer's size."""
     context_length: int = 256
-    """Longest sequence in tokens."""
+    """Largest number of tokens in a sequence."""
     num_layers: int = 4
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     model_dim: int = 128
     """Width of the residual stream."""
     num_heads: int = 4
-    """Query heads; 1 is single-head attention."""
+    """Number of query heads; 1: single-head attention."""
     num_kv_heads: int | None = None
-    """Key/value heads, fewer than num_heads for grouped-query attention; null: as many."""
+    """Number of key/value heads; fewer than num_heads: grouped-query attention; null: num_heads."""
     head_dim: int | None = None
     """Width of one head; null: model_dim / num_heads."""
     mlp_dim: int | None = None
-    """Hidden width of the MLP (of each expert); null: 4 * model_dim."""
+    """Hidden width of the MLP, or of each expert; null: 4 * model_dim."""
     mlp: Literal["plain", "gated"] = "plain"
     """plain: down(act(up(x))); gated: down(act(gate(x)) * up(x))."""
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
     """gelu is the exact erf form, gelu_tanh GPT-2's approximation; silu with gated is SwiGLU."""
     gate_limit: float = 0.0
-    """Above 0, mlp=gated is gpt-oss's, whatever the activation: gate * sigmoid(1.702 * gate) *
-    (up + 1), of a gate cut off at the limit and an up cut off at both sides."""
+    """Above 0: mlp=gated computes gate * sigmoid(1.702 * gate) * (up + 1) in place of the
+    activation, as gpt-oss does. gate is cut off above the limit, up at plus and minus the limit."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalisation before attention, MLP and head."""
+    """Kind of the norms; norm_place says where they stand."""
     norm_eps: float = 1e-5
-    """Added to the variance that a norm divides by."""
+    """Number added to the variance, or mean square, by whose root a norm divides."""
     norm_offset: float = 0.0
-    """Added to the scale of RMSNorm (Gemma: 1)."""
+    """Number added to the trained scale of RMSNorm (Gemma: 1)."""
     norm_place: Literal["before", "after", "both"] = "before"
     """before: x + f(norm(x)); after: x + norm(f(x)) (OLMo 2); both: x + norm(f(norm(x))) with two
     norms (Gemma 3, GLM-4)."""
@@ -112,86 +113,90 @@ class ModelConfig:
     """true: x + attention(norm(x)) + mlp(norm(x)) (GPT-NeoX); false: first attention, then the
     MLP on its result."""
     embedding_scale: float | None = 1.0
-    """Factor of the embeddings (Granite); null: sqrt(model_dim) (Gemma)."""
+    """Factor by which token embeddings are multiplied (Granite); null: sqrt(model_dim) (Gemma)."""
     residual_scale: float = 1.0
-    """Factor of what attention and MLP add to the residual stream (Granite)."""
+    """Factor by which the outputs of attention and MLP are multiplied before they are added to the
+    residual stream (Granite)."""
     latent: Latent | None = None
     """Multi-head latent attention, whose cache is one narrow vector a token (DeepSeek-V2 and V3);
     null: every head has keys and values of its own."""
     attention_scale: float | None = None
-    """Factor of the products of queries and keys; null: 1 / sqrt(head_dim)."""
+    """Factor by which queries times keys are multiplied; null: 1 / sqrt(head_dim)."""
     attention_sinks: bool = False
     """true: every head has a trained score that takes part in its softmax and has no value, so that
-    it may attend to nothing (gpt-oss)."""
+    the head can attend to nothing (gpt-oss)."""
     attention_softcap: float = 0.0
-    """Scores of attention become softcap * tanh(score / softcap) (Gemma 2); 0: they stay."""
+    """Scores of attention become softcap * tanh(score / softcap) (Gemma 2); 0: no cap."""
     logit_softcap: float = 0.0
-    """As attention_softcap, for the logits."""
+    """Logits become softcap * tanh(logit / softcap) (Gemma 2); 0: no cap."""
     logit_divisor: float = 1.0
-    """Divisor of the logits (Granite)."""
+    """Number by which the logits are divided (Granite)."""
     position: Literal["learned", "rope", "none"] = "learned"
-    """How positions are told apart: learned: by a trained vector each; rope: by rotating queries
-    and keys; none: by the causal mask alone."""
+    """How the model knows positions: learned: by a trained vector for each position; rope: by
+    rotating queries and keys; none: by the causal mask alone."""
     position_offset: int = 0
-    """Rows of the table of learned positions before that of the first position (OPT has 2)."""
+    """Number of rows before the first position's row in the table of learned positions (OPT: 2)."""
     sliding_window: int | None = None
-    """Tokens that attention sees, the present one included (Mistral); null: all before it."""
+    """Number of tokens that a token attends to, itself included (Mistral); null: all up to it."""
     layer_pattern: str = ""
-    """A letter for each layer, and again from the first: L, local, has sliding_window; G, global,
-    sees all tokens before (Gemma 3: LLLLLG). Empty: all layers are alike."""
+    """Kind of each layer as a letter; the pattern repeats. L, local: with sliding_window; G,
+    global: sees all tokens before (Gemma 3: LLLLLG). Empty: all layers are alike."""
     rope_base: float = 10000.0
     """RoPE's theta, from which the frequencies of the rotations follow."""
     rope_local_base: float | None = None
-    """RoPE's theta in the local layers of layer_pattern, which rope_scaling then leaves alone
-    (Gemma 3, OLMo 3); null: they are as the global ones."""
+    """RoPE's theta in the local layers of layer_pattern, to which rope_scaling then does not apply
+    (Gemma 3, OLMo 3); null: local layers use rope_base and rope_scaling, as global ones do."""
     rope_scaling: RopeScaling | None = None
     """How RoPE is stretched to a longer context; null: it is not."""
     rope_share: float = 1.0
-    """Share of each head that is rotated, from its beginning; the rest stays."""
+    """Share of a head's entries that are rotated, from the first on; the rest stays."""
     rope_pairs: Literal["halves", "neighbours"] = "halves"
-    """Which entries of a head turn together: halves: the first of each half, and so on (Llama as
-    Hugging Face has it); neighbours: the first and the second, and so on (GLM-4, ERNIE 4.5)."""
+    """Which entries of a head are rotated as a pair: halves: i and i + width / 2 (Llama in Hugging
+    Face's layout); neighbours: 2i and 2i + 1 (GLM-4, ERNIE 4.5)."""
     rope_skip: int = 0
     """Every rope_skip-th layer has no rotary positions (SmolLM3: 4); 0: all layers have them."""
     bias: Literal["none", "qkv", "attention", "mlp", "all"] = "none"
-    """Linear layers with biases: none, query, key and value (Qwen2), all of attention, those of the
-    MLP, or all of them and LayerNorm (GPT-2)."""
+    """Which layers have biases: none; qkv: query, key and value (Qwen2); attention: all linear
+    layers of attention; mlp: those of the MLP; all: all of these and LayerNorm (GPT-2)."""
     tie_embeddings: bool = True
     """true: the output head is the embedding table; false: it is a matrix of its own."""
     dropout: float = 0.0
-    """Probability of dropping an entry of the embedding, of attention's and the MLP's output."""
+    """Probability with which training sets an entry to zero, in the embedding and in the outputs of
+    attention and MLP."""
     num_experts: int = 0
-    """Experts of the mixture that replaces the MLP; 0: a dense MLP."""
+    """Number of experts in the mixture that replaces the MLP; 0: a dense MLP."""
     experts_per_token: int = 2
-    """Experts that each token visits."""
+    """Number of experts that each token visits."""
     normalize_expert_weights: bool = True
     """true: the gate weights of a token's experts sum to one (Mixtral); false: they are those of
     the softmax over all experts."""
     router: Literal["softmax", "sigmoid"] = "softmax"
-    """Scores of the experts: softmax: over all of them; sigmoid: of each one by itself, chosen with
-    a correction that is a parameter without a gradient (DeepSeek-V3)."""
+    """How experts are scored: softmax: over all of them; sigmoid: each one by itself, with a bias
+    for their choice that is a parameter without a gradient (DeepSeek-V3)."""
     expert_groups: int = 1
-    """Groups of experts, of which a token visits some only (DeepSeek)."""
+    """Number of groups of experts; a token visits groups_per_token of them (DeepSeek)."""
     groups_per_token: int = 1
-    """Groups that each token visits: by their best expert, or with sigmoid by their best two."""
+    """Number of groups that each token visits. A group is scored by its best expert, or with
+    router=sigmoid by its best two."""
     expert_scale: float = 1.0
-    """Factor of the gate weights."""
+    """Factor by which the gate weights are multiplied."""
     dense_layers: int = 0
-    """First layers that have a dense MLP in place of the mixture (DeepSeek)."""
+    """Number of layers, the first ones, with a dense MLP in place of the mixture (DeepSeek)."""
     dense_mlp_dim: int | None = None
-    """Hidden width of the MLP in these layers; null: 4 * model_dim."""
+    """Hidden width of the MLP in the layers of dense_layers; null: 4 * model_dim."""
     expert_bias: bool = False
     """true: the experts and their router have biases (gpt-oss)."""
     shared_mlp_dim: int = 0
-    """Hidden width of a further expert that every token visits; 0: none."""
+    """Hidden width of a shared expert, which every token visits; 0: there is none."""
     shared_gate: bool = True
     """true: the shared expert stands behind a gate of its own (Qwen2-MoE); false: it does not
     (DeepSeek)."""
     expert_capacity: float = 0.0
-    """Most tokens that an expert takes, as a multiple of an even share; 0: all that choose it."""
+    """Largest load of an expert, as a multiple of an even share; tokens beyond it skip the expert;
+    0: an expert takes all tokens that choose it."""
     balance: Literal["loss", "bias", "none"] = "loss"
-    """How all experts are kept busy: loss: by a loss for every sequence; bias: by a bias on their
-    choice, which every step moves (aux-loss-free); none: not at all."""
+    """How the load of the experts is kept even: loss: by a loss for every sequence; bias: by a bias
+    on their choice, which every step adjusts (aux-loss-free); none: not at all."""
     balance_weight: float = 0.01
     """Weight of the balance loss, or step size of the selection bias."""
     adapter_dim: int = 0
@@ -322,9 +327,9 @@ class ModelConfig:
 
     @property
     def cached(self) -> tuple[int, int, int]:
-        """Heads that a cache holds, and the widths of their keys and of their values.
+        """Of a cache: (number of heads, width of a key, width of a value).
 
-        Of latent attention this is one vector, a part of which is the value too.
+        Latent attention caches one vector, a part of which is also the value.
         """
         if self.latent is not None:
             return 1, self.latent.dim + self.latent.rope_dim, 0
@@ -332,7 +337,7 @@ class ModelConfig:
 
     @property
     def parts(self) -> tuple[tuple[str, int, "ModelConfig"], ...]:
-        """Stacks of layers with parameters alike: name, first layer, and config as of a model."""
+        """Stacks of layers with equal shapes: (name, first layer, config of such a model)."""
         first = self.dense_layers
         if not first:
             return (("blocks", 0, self),)
@@ -345,7 +350,7 @@ class ModelConfig:
 
     @property
     def period(self) -> tuple["ModelConfig", ...]:
-        """The layers, as configs of models that have only such; they begin again after the last."""
+        """The kinds of layers, as configs of models that have only one kind; the kinds repeat."""
         length = math.lcm(len(self.layer_pattern) or 1, self.rope_skip or 1)
         kinds = tuple(self.of_layer(layer) for layer in range(min(length, self.num_layers)))
         return kinds if len(set(kinds)) > 1 else kinds[:1]

@@ -35,7 +35,7 @@ class Own(str):
 
 
 def name_of(value: Any) -> str:
-    """What is written down of an object."""
+    """The name by which an object is written into config.yaml: FILE.py:NAME or python:NAME@HASH."""
     name = getattr(value, "__qualname__", "") or type(value).__name__
     module = sys.modules.get(getattr(value, "__module__", "") or "")
     file = getattr(module, "__file__", None)
@@ -62,7 +62,7 @@ def is_named(name: str) -> bool:
 
 
 def of_run(cfg: Any) -> Iterator[tuple[str, str]]:
-    """(setting, name) of all that a run has of the user's own."""
+    """Yields (setting, name) for every function or object of the user in a run's config."""
     data = getattr(cfg, "data", None)
     for setting, names in (
         *((f"data.{key}", [getattr(data, key, "")]) for key in ("task", "reward", "environment")),
@@ -105,7 +105,11 @@ def find(setting: str, name: str) -> Any:
 
 
 def function(setting: str, name: str) -> Callable[..., Any]:
-    """`find`, where only what can be called will do."""
+    """`find`, for settings that need a function.
+
+    Raises:
+        ValueError: as `find`, or if the object cannot be called.
+    """
     found = find(setting, name)
     if not callable(found):
         raise ValueError(f"{setting}={name}: is {type(found).__name__}, not a function")

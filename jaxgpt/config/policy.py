@@ -29,25 +29,25 @@ from jaxgpt.config.run import (
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """What the policy writes, to learn from it."""
+    """The answers that the policy writes and then learns from."""
 
     updates: Count = 2
-    """Optimizer steps that learn from one rollout; checkpoint.every must be a multiple."""
+    """Optimizer steps that learn from one rollout; checkpoint.every must be a multiple of it."""
     epochs: Count = 1
-    """Times that every answer of a rollout is learned from, within those steps. A rollout has
-    train.batch_size * updates / epochs answers."""
+    """How many times each answer of a rollout is learned from, within rollout.updates steps. A
+    rollout has train.batch_size * updates / epochs answers."""
     samples: Count = 8
-    """Answers that the policy writes to each prompt."""
+    """Number of answers that the policy writes to each prompt."""
     max_new_tokens: Count = 128
-    """Tokens of one turn at most; a turn that is cut off there ends its answer."""
+    """Largest number of tokens in one turn; a turn that is cut off there ends its answer."""
     temperature: Positive = 1.0
-    """Temperature of the distribution that answers are drawn from, and scored by."""
+    """Temperature of the distribution from which answers are drawn and by which they are scored."""
     truncated: Literal["judge", "mask"] = "judge"
-    """Answers that were cut off: judge: they count as they stand; mask: they are judged for the
-    sake of their group and not learned from (DAPO's overlong filtering)."""
+    """How an answer that was cut off counts: judge: it is judged as it stands; mask: its reward
+    counts for its group, but nothing is learned from it (DAPO's overlong filtering)."""
     overlong_buffer: Amount = 0
-    """Tokens before max_new_tokens in which an answer's reward falls, by up to 1 (DAPO's soft
-    punishment); 0: none."""
+    """Number of tokens before max_new_tokens over which an answer's reward falls, by up to 1
+    (DAPO's soft punishment); 0: it does not fall."""
     judge_seconds: Positive = 30.0
     """Seconds that a rule or a tool may take over one turn; one that takes longer ends the run."""
 
@@ -86,24 +86,23 @@ class TaskConfig:
     function that makes one."""
     reward: str = ""
     """Reward of your own, in place of the task's rule: FILE.py:NAME of a function (problem, answer)
-    -> number. Of a row of a file, problem.answer is the right answer."""
+    -> number. For rows of a file, problem.answer is the right answer."""
     environment: str = ""
     """Environment of your own, in place of a question: FILE.py:NAME of a function (problem) ->
     object with reset() -> messages and step(text) -> jaxgpt.tasks.environment.Turn."""
     columns: dict[str, str | None] = field(default_factory=dict)
-    """Columns of the data by what they hold, where their names do not say it: {"answer": "result"}
-    reads the column result as the answer; {"notes": null} leaves the column notes out."""
+    """Columns of the data that have unusual names: {"answer": "result"} reads the column result as
+    the answer; {"notes": null} leaves the column notes out."""
     roles: dict[str, str] = field(default_factory=dict)
-    """Roles in a prompt of messages, where their names do not say who speaks: {"bot":
-    "assistant"}."""
+    """Meaning of unusual names of roles in a prompt of messages: {"bot": "assistant"}."""
     tools: list[str] = field(default_factory=list)
     """Tools that the policy may call: calculator, or FILE.py:NAME of a function of yours; empty:
     those of the embedded task."""
     split: str = "train"
     """Split of a Hub data set to read."""
     val_path: Paths = ""
-    """Held-out rows, as data.path; empty: one row in ten of data.path. Embedded tasks hold out by
-    themselves."""
+    """Held-out rows, in any form of data.path; empty: one row in ten of data.path. Embedded tasks
+    hold out problems by themselves."""
     template: FilePath = ""
     """Chat template: chatml, llama3, plain or a Jinja file; empty: the model's own, else chatml, or
     plain where the vocabulary has no tokens for chat."""
@@ -124,7 +123,7 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig(RunConfig):
-    """What both ways to learn from rewards have."""
+    """The settings that GRPO and PPO share."""
 
     data: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -138,13 +137,13 @@ class PolicyConfig(RunConfig):
     eval: EvalConfig = field(default_factory=lambda: EvalConfig(every=100, batches=8))
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(every=100, prompts=[]))
     clip_low: Annotated[float, within("(0, 1)")] = 0.2
-    """Lower clip: below 1 - clip_low the ratio of a token's probability to that of its rollout has
-    no gradient."""
+    """PPO's lower clip: no gradient pushes the ratio of a token's probability to its probability in
+    the rollout below 1 - clip_low."""
     clip_high: Positive = 0.28
-    """Upper clip: above 1 + clip_high the ratio of a token's probability to that of its rollout has
-    no gradient; more than clip_low lets rare tokens grow (DAPO)."""
+    """PPO's upper clip: no gradient pushes the ratio of a token's probability to its probability in
+    the rollout above 1 + clip_high. A value above clip_low lets rare tokens grow (DAPO)."""
     entropy: Weight = 0.0
-    """Weight of a bonus for the policy's entropy."""
+    """Weight of a bonus for the policy's entropy, in nats, in the loss; 0: no bonus."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,12 +165,13 @@ class GrpoConfig(PolicyConfig):
     answers count alike (GRPO as published); constant: the sum over tokens is divided by
     rollout.max_new_tokens for every answer (Dr. GRPO)."""
     ratio: Literal["token", "sequence"] = "token"
-    """Ratio of probabilities that is clipped: each token's, or that of the whole answer (RLOO)."""
+    """Which ratio of probabilities is clipped: token: each token's; sequence: that of the whole
+    answer (RLOO)."""
     kl: Weight = 0.0
     """Weight of KL(policy || reference), by its k3 estimate, in the loss; 0: no reference."""
     resample: Amount = 0
-    """Rollouts, at most, that replace groups of equally good answers by groups of other prompts
-    (DAPO's dynamic sampling)."""
+    """Largest number of further rollouts that replace groups of equally good answers by groups of
+    other prompts (DAPO's dynamic sampling); 0: such groups stay."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,7 +183,7 @@ class GrpoConfig(PolicyConfig):
 
 @dataclass(frozen=True)
 class PpoConfig(PolicyConfig):
-    """PPO: rewards against what a value network expected."""
+    """PPO: answers are compared with the reward that a value network expected."""
 
     run: FilePath = "runs/ppo"
     """Directory of the run; the same command on the same directory resumes it."""
@@ -191,8 +191,8 @@ class PpoConfig(PolicyConfig):
         default_factory=lambda: RolloutConfig(updates=4, epochs=2, samples=1)
     )
     clip_high: Positive = 0.2
-    """Upper clip: above 1 + clip_high the ratio of a token's probability to that of its rollout has
-    no gradient."""
+    """PPO's upper clip: no gradient pushes the ratio of a token's probability to its probability in
+    the rollout above 1 + clip_high."""
     reward_model: ModelPath = ""
     """Run of scripts/reward.py whose reward is learned from; empty: the task's rule alone."""
     rule_weight: Weight | None = None
@@ -200,22 +200,24 @@ class PpoConfig(PolicyConfig):
     kl: Weight = 0.05
     """Weight of KL(policy || reference); with kl_target only the weight at the start."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where that KL stands: reward: a penalty on every token's reward (k1); loss: a term of the
-    loss (k3)."""
+    """Where the KL penalty stands: reward: it is subtracted from every token's reward (k1); loss:
+    it is a term of the loss (k3)."""
     kl_target: Weight = 0.0
-    """KL of an answer towards which the weight kl is moved, by up to a tenth a rollout; 0: the
-    weight is fixed."""
+    """Desired KL of an answer, in nats: after each rollout the weight kl changes by up to a tenth
+    to reach it; 0: the weight is fixed."""
     kl_stop: Weight = 0.0
-    """Mean KL of a minibatch to the rollout's policy that ends the rollout's updates; 0: never."""
+    """KL for each token, in nats, between the policy and that of the rollout, above which the other
+    updates of the rollout are skipped; 0: they never are."""
     value: Literal["separate", "shared"] = "separate"
     """The value network: separate: a copy of the policy's with a scalar head; shared: only a head
     on the policy's."""
     value_weight: Weight = 0.5
     """Weight of the value loss."""
     value_clip: Positive = 0.2
-    """Change of a value since its rollout beyond which it has no gradient."""
+    """Clip of the value loss: no gradient pushes a value further than this from its value in the
+    rollout."""
     gamma: Share = 1.0
-    """Discount of the reward for every token that comes before it."""
+    """Discount of a reward for each token that lies between it and an earlier token; 1: none."""
     lam: Share = 0.95
     """GAE's lambda: 0 trusts the value network (bias), 1 the rewards alone (variance)."""
 

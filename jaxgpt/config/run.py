@@ -33,12 +33,12 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Column of JSONL, JSON and Parquet that holds the text, as {"text": "body"}; empty: text."""
     mixture: dict[FilePath, Positive] = field(default_factory=dict)
-    """Several token directories with the weight of each, in place of data.path."""
+    """Several token directories in place of data.path, with their weights: {"data/books": 2}."""
     tokenizer: FilePath = ""
-    """byte, a tiktoken name (gpt2, cl100k_base), or a tokenizer.json; empty: the one that is
+    """Tokenizer: byte, a tiktoken name (gpt2, cl100k_base), or a tokenizer.json; empty: the one
     recorded beside the token files, else a BPE that is trained on the text."""
     vocab_size: Count = 2048
-    """Ids of the BPE that is trained where there is no tokenizer."""
+    """Number of ids of the BPE that is trained if there is no tokenizer."""
     val_fraction: Annotated[float, within("(0, 1)")] = 0.1
     """Share at the end of each text file that is held out for validation; a token directory
     records its own."""
@@ -46,8 +46,8 @@ class DataConfig:
     """true: pack whole documents, each with its own attention and its own positions; false: read
     the text as one endless stream."""
     cache: Weight = 20.0
-    """GB on this machine at most for token files that are in a bucket: as many as fit are copied
-    while others are read there; 0: none."""
+    """Space in GB for copies on this machine of token files in a bucket: as many as fit are copied
+    while the others are read from the bucket; 0: no copies."""
 
     def __post_init__(self) -> None:
         check("data", self)
@@ -67,7 +67,7 @@ class TrainConfig:
     steps: Amount = 500
     """Optimizer steps of the run; a finished run goes on if it is given more."""
     batch_size: Count = 16
-    """Sequences of an optimizer step, over all devices and micro-batches."""
+    """Sequences in one optimizer step, over all devices and micro-batches together."""
     micro_batches: Count = 1
     """Parts into which the batch is cut to save memory; the gradient stays the same."""
     z_loss: Weight = 0.0
@@ -75,7 +75,7 @@ class TrainConfig:
     label_smoothing: BelowOne = 0.0
     """Share of the target probability that is spread over the whole vocabulary."""
     loss_chunk: Amount = 1024
-    """Tokens of a device whose logits exist at one time; 0: all."""
+    """Number of tokens on a device whose logits are in memory at one time; 0: all."""
     loss: str = ""
     """Loss of your own, in place of the stage's: FILE.py:NAME of a function (config, params, batch,
     rng_B) -> (sum, weight, metrics), see docs/python.md; held-out measures stay the stage's."""
@@ -123,11 +123,11 @@ class OptimConfig:
     moments: Literal["float32", "bfloat16"] = "float32"
     """Type in which the moments are kept; bfloat16 halves their memory (arXiv:2412.19437)."""
     weight_decay: Weight = 0.1
-    """Share of the learning rate by which a step shrinks the weights (decoupled weight decay)."""
+    """Each step shrinks the weights by learning rate * weight_decay (decoupled weight decay)."""
     no_decay: Pattern = r"(bias|scale|embedding|magnitude)$"
     """Parameters that are not decayed: a regular expression on their paths."""
     clip_norm: Weight = 1.0
-    """Largest norm of the whole gradient; a longer one is shortened to it; 0: never."""
+    """Largest norm of the whole gradient; a larger one is scaled down to it; 0: no clipping."""
     ema: BelowOne = 0.0
     """Decay of a moving average of the parameters, which evaluation and sampling use; 0: none."""
 
@@ -149,10 +149,10 @@ class CheckpointConfig:
     every: Count = 500
     """Steps between two checkpoints; the last step is always saved."""
     keep: Count = 2
-    """Latest checkpoints that are kept, beside the one with the best validation loss."""
+    """Number of latest checkpoints to keep, besides the one with the best validation loss."""
     grace: Positive = 60.0
-    """Seconds from SIGTERM to a save, at most, while the run evaluates, samples or makes a rollout:
-    what takes longer is left, and made again when the run goes on. A step is finished."""
+    """Seconds after SIGTERM in which an evaluation, samples or a rollout may still end. What takes
+    longer is left, the run saves, and a resumed run makes it again. A step always ends."""
 
     def __post_init__(self) -> None:
         check("checkpoint", self)
@@ -163,10 +163,10 @@ class EvalConfig:
     """Held-out loss during training."""
 
     every: Amount = 250
-    """Steps between two evaluations; before the first step and after the last one there always is
-    one; 0: only those."""
+    """Steps between two evaluations. The run always evaluates before the first step and after the
+    last; 0: only then."""
     batches: Amount = 20
-    """Batches of an evaluation, the same ones each time; 0: all held-out rows."""
+    """Number of batches in an evaluation, the same ones each time; 0: all held-out rows."""
 
     def __post_init__(self) -> None:
         check("eval", self)
@@ -177,9 +177,10 @@ class Sampling:
     """How a model draws the tokens that it writes."""
 
     max_new_tokens: Amount = 128
-    """Tokens that the model writes at most for one answer."""
+    """Largest number of tokens that the model writes for one answer."""
     temperature: Weight = 0.8
-    """Below 1 likely tokens become likelier, above 1 less likely; 0: always the likeliest."""
+    """Temperature: below 1 likely tokens become likelier, above 1 less likely; 0: always the
+    likeliest."""
     top_p: Annotated[float, within("(0, 1]")] = 0.95
     """Draw from the fewest tokens whose probabilities reach this sum (nucleus); 1: from all."""
     top_k: Amount = 0
@@ -194,7 +195,7 @@ class Sampling:
 
 
 def sampling(cfg: Sampling) -> Sampling:
-    """Only how tokens are drawn, of settings that hold more."""
+    """Only the settings that say how tokens are drawn."""
     return Sampling(**{f.name: getattr(cfg, f.name) for f in fields(Sampling)})
 
 
@@ -208,7 +209,7 @@ class SampleConfig(Sampling):
     """Texts to continue, or messages to answer; null: a line break, or the first held-out prompts
     where the data are conversations; []: no samples."""
     max_new_tokens: Amount = 200
-    """Tokens that the model writes at most for a sample."""
+    """Largest number of tokens that the model writes for a sample."""
 
     def __post_init__(self) -> None:
         check("sample", self)
@@ -222,12 +223,12 @@ AxisSize = Annotated[
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; -1 takes what the other axes leave."""
+    """Number of devices along each axis of the mesh; -1 takes what the other axes leave."""
 
     data: AxisSize = -1
     """Devices that hold copies of the model, each with its own rows of the batch."""
     fsdp: AxisSize = 1
-    """Devices over which parameters, gradients and moments are cut; each has its own rows too."""
+    """Devices over which parameters, gradients and moments are cut; each also has its own rows."""
     tensor: AxisSize = 1
     """Devices over which heads and hidden units are cut."""
     context: AxisSize = 1
@@ -266,20 +267,20 @@ class PeftConfig:
 
     kind: Literal["none", "lora", "qlora", "adapter"] = "none"
     """What is trained: none: the weights themselves; lora: low-rank changes of kernels; qlora: the
-    same over quantised kernels; adapter: a bottleneck after attention and MLP."""
+    same on quantised kernels; adapter: bottlenecks beside or behind attention and MLP."""
     targets: Pattern = "all-linear"
     """Kernels that lora and qlora change: attention, mlp, all-linear, or a regular expression on
     names such as blocks/attention/query/kernel."""
     rank: Count = 16
-    """Width of a low-rank change."""
+    """Rank of a low-rank change: the width of its narrow path."""
     alpha: Weight = 32.0
     """A low-rank change is multiplied by peft.alpha / peft.rank."""
     rslora: bool = False
     """true: multiply a low-rank change by alpha / sqrt(rank) instead."""
     dora: bool = False
-    """true: train the length of every kernel's columns apart from their direction."""
+    """true: train the length of every kernel's columns apart from their direction (DoRA)."""
     dropout: BelowOne = 0.0
-    """Probability of dropping an entry of what a low-rank change reads."""
+    """Probability with which training sets an entry of a low-rank change's input to zero."""
     quantize: Literal["nf4", "int8"] = "nf4"
     """Format in which qlora stores the blocks' kernels."""
     adapter_dim: Count = 64
@@ -318,8 +319,8 @@ class RunConfig:
     """auto: choose train.micro_batches and model.remat so that a step fits into the devices' memory
     and takes the least time by estimate; a resumed run keeps the choice. See scripts/plan.py."""
     kernels: Literal["fast", "plain"] = "fast"
-    """Kernels that compute: fast: the machine's; plain: every operation by its equation in
-    jaxgpt/kernels/__init__.py, slowly, to read, to experiment, or to check a bug against."""
+    """Which kernels compute: fast: those for this machine; plain: every operation by its equation
+    in jaxgpt/kernels/__init__.py, slowly, to read, to experiment, or to look for a bug."""
     show_batch: bool = False
     """true: print the first batch, token by token, and end."""
 

@@ -22,28 +22,28 @@ from jaxgpt.config.run import OptimConfig, RunConfig, SampleConfig
 
 @dataclass(frozen=True)
 class ConversationConfig:
-    """Conversations, or answers to prefer."""
+    """Conversations, or answers with preferences."""
 
     path: Paths = ""
     """JSONL, JSON or Parquet file (also packed), several, a folder, a glob, a Hub data set, or an
-    embedded task; empty: arithmetic. The formats are told by their columns: messages,
-    conversations, instruction, prompt, question, chosen."""
+    embedded task; empty: arithmetic. The columns tell the format: messages, conversations,
+    instruction, prompt, question, chosen."""
     columns: dict[str, str | None] = field(default_factory=dict)
-    """Columns of the data by what they hold, where their names do not say it: {"prompt": "task"}
-    reads the column task as the prompt; {"notes": null} leaves the column notes out."""
+    """Columns of the data that have unusual names: {"prompt": "task"} reads the column task as the
+    prompt; {"notes": null} leaves the column notes out."""
     roles: dict[str, str] = field(default_factory=dict)
-    """Roles of the data, where their names do not say who speaks: {"oracle": "assistant"}. Known
-    are system, user, assistant, tool, tool_call, and the usual names for them."""
+    """Meaning of unusual names of roles in the data: {"oracle": "assistant"}. Known names are
+    system, user, assistant, tool, tool_call, and the usual names for them."""
     split: str = "train"
     """Split of a Hub data set to read."""
     val_path: Paths = ""
     """Held-out rows, in any form of data.path; empty: every n-th row of data.path, by
-    data.val_fraction. Embedded tasks hold out by themselves."""
+    data.val_fraction. Embedded tasks hold out rows by themselves."""
     val_fraction: BelowOne = 0.05
     """Share of the rows of data.path that is held out where there is no data.val_path; 0: none."""
     template: FilePath = ""
-    """chatml, llama3, plain or a Jinja file; empty: the model's own, else chatml, or plain where
-    the vocabulary has no tokens for chat."""
+    """Chat template: chatml, llama3, plain or a Jinja file; empty: the model's own, else chatml, or
+    plain where the vocabulary has no tokens for chat."""
     system: str | None = None
     """System prompt of conversations that have none; null: the template's own, if it has one. The
     model's files keep it."""
@@ -51,9 +51,10 @@ class ConversationConfig:
     """Tokenizer of a model that starts at random: byte, a tiktoken name (gpt2) or a tokenizer.json;
     a model of --init brings its own."""
     max_tokens: Amount = 0
-    """Tokens of the longest row; 0: model.context_length."""
+    """Largest number of tokens in a row; 0: model.context_length."""
     long: Literal["truncate", "drop"] = "truncate"
-    """What happens to a row of more tokens: truncate: its end is left out; drop: all of it is."""
+    """What happens to a row of more than max_tokens: truncate: its end is left out; drop: the whole
+    row is."""
 
     def __post_init__(self) -> None:
         check("data", self)
@@ -69,9 +70,9 @@ class ChatDataConfig(ConversationConfig):
     """Whose words the model learns to predict: assistant: the assistant's; all: everybody's."""
     calls: Literal["text", "turns"] = "text"
     """How GSM8K's <<48/2=24>> is read: text: as it stands; turns: as a call of the calculator and
-    the turn in which that answers."""
+    a turn with its result."""
     text_share: Share = 0.0
-    """Share of the rows that are windows of plain text, against forgetting; 1: nothing else."""
+    """Share of the rows that are windows of plain text, against forgetting; 1: all rows are."""
     text_path: FilePath = ""
     """Plain text for data.text_share, in any form that data.path of pretraining has; empty: the
     source code of Python's standard library."""
@@ -131,11 +132,12 @@ class DpoConfig(RunConfig):
     """Loss; sigmoid is DPO's own, kto learns from single answers, orpo and simpo need no
     reference."""
     beta: Positive = 0.1
-    """How closely the policy keeps to the reference; orpo: weight of the odds; simpo: scale."""
+    """How closely the policy keeps to the reference; orpo: weight of the odds term; simpo: factor
+    of the margin."""
     label_smoothing: Annotated[float, within("[0, 0.5)")] = 0.0
     """Chance that a pair is labelled the wrong way round (cDPO)."""
     gamma: Weight = 0.5
-    """Margin by which simpo's chosen answer should win."""
+    """Margin by which simpo's chosen answer should win, after the factor beta."""
     desirable_weight: Weight = 1.0
     """Weight of kto's good answers."""
     undesirable_weight: Weight = 1.0
@@ -167,8 +169,8 @@ class DistillConfig(RunConfig):
     teacher: ModelPath = ""
     """Model to imitate: a run directory, a Hugging Face directory or org/name on the Hub."""
     layers: Amount = 0
-    """Layers of the teacher, evenly spaced, that the student starts from where there is no init;
-    0: the student is random, of the shape that model says."""
+    """Number of the teacher's layers, evenly spaced, from which the student starts if there is no
+    init; 0: the student starts at random, in the shape that model says."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """Distance to the teacher: forward_kl: KL(teacher || student); reverse_kl: KL(student ||
     teacher); jsd: the generalised Jensen-Shannon divergence."""
@@ -184,7 +186,7 @@ class DistillConfig(RunConfig):
     sequence_level: bool = False
     """true: the teacher writes the answers that the student learns."""
     on_policy: bool = False
-    """true: the student writes the answers, and learns what the teacher thinks of every token of
+    """true: the student writes the answers, and learns the teacher's distribution at every token of
     them (GKD, arXiv:2306.13649)."""
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(samples=1))
 

@@ -118,7 +118,7 @@ class Attention(nn.Module):
 
 
 def scale_queries(cfg: ModelConfig, q_BTNH: Array, inputs: BlockInputs) -> Array:
-    """The queries times what the config asks for; the kernels divide by sqrt(H)."""
+    """The queries, scaled so that the kernels, which divide by sqrt(H), give attention_scale."""
     width = q_BTNH.shape[-1]
     if cfg.attention_scale is not None or width != cfg.head_width:
         scale = cfg.attention_scale or cfg.head_width**-0.5
@@ -137,9 +137,10 @@ def attend(
     slots: Slots | None,
     sinks_N: Array | None = None,
 ) -> tuple[Array, Slots | None]:
-    """What the queries read: each other's keys, or with a cache also those written before.
+    """Attention's output [B, T, N, H], and the slots with the new keys and values.
 
-    Values without a width are the keys.
+    The queries read the keys of this call, or with a cache also those written before. Values of
+    width 0 mean that the keys are the values, too.
     """
     window, how = cfg.sliding_window or 0, (cfg.attention_softcap, sinks_N)
     if slots is not None and inputs.first_row is not None:

@@ -271,7 +271,7 @@ def head(params: Params) -> Array:
 
 
 def logits(cfg: ModelConfig, params: Params, hidden_BTD: Array) -> Array:
-    """Scores [B, T, V] in float32; apart from GPT so that the chunked loss never builds them."""
+    """Logits [B, T, V] in float32; apart from GPT, so that a chunked loss never builds them all."""
     kernel = params["head"]["kernel"] if "head" in params else None
     if kernel is None:
         kernel = weights.transpose(params["embed"]["embedding"])

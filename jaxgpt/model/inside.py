@@ -27,7 +27,7 @@ from jaxgpt.types import Array, Params
 
 
 class Inside(NamedTuple):
-    """Of a batch of texts."""
+    """What `look` keeps of a batch of texts."""
 
     hidden_ABTD: Array  # the residual stream, before the final norm
     logits_BTV: Array

@@ -75,7 +75,7 @@ class LatentAttention(nn.Module):
 def rotated(
     cfg: ModelConfig, q_BTF: Array, both_BTM: Array, inputs: BlockInputs
 ) -> tuple[Array, Array]:
-    """The queries by head, their last rope_dim entries rotated, and the one rotated key."""
+    """Queries [B, T, N, H], whose last rope_dim entries are rotated, and the heads' rotated key."""
     assert cfg.latent is not None
     q_BTNH = q_BTF.reshape(*q_BTF.shape[:2], cfg.num_heads, cfg.head_width)
     plain, r_BT1H = cfg.head_width - cfg.latent.rope_dim, both_BTM[:, :, None, cfg.latent.dim :]
@@ -87,7 +87,7 @@ def rotated(
 
 
 def expanded(cfg: ModelConfig, r_BT1H: Array, kv_BTF: Array) -> tuple[Array, Array]:
-    """Keys and values of every head."""
+    """Keys [B, T, N, H] and values [B, T, N, value_dim] of every head."""
     assert cfg.latent is not None
     kv_BTNH = kv_BTF.reshape(*kv_BTF.shape[:2], cfg.num_heads, -1)
     plain = cfg.head_width - cfg.latent.rope_dim

@@ -19,7 +19,7 @@ def residual_std(cfg: ModelConfig) -> float:
 
 
 def parameter(module: nn.Module, name: str, std: float, shape: tuple[int, ...]) -> Array:
-    """A float32 normal parameter when initialising; afterwards whatever leaf stands there.
+    """A float32 parameter: drawn from a normal distribution when initialising, else as it is.
 
     `self.param` would refuse a leaf of another shape, such as a quantised kernel.
     """
@@ -87,7 +87,12 @@ def make_norm(cfg: ModelConfig, name: str) -> nn.Module:
 
 
 def dropout(x_BTD: Array, rng_B: Array | None, site: Array | int, rate: float) -> Array:
-    """Inverted dropout; every row has its own key, so a row's mask does not depend on its batch."""
+    """Inverted dropout; every row has its own key, so a row's mask does not depend on its batch.
+
+    Args:
+        rng_B: one key for each row; None: no dropout.
+        site: number of the place in the network, so that no two places share a mask.
+    """
     if rng_B is None or rate == 0:
         return x_BTD
     # One byte per entry is four times cheaper to draw than a float; the rate is exact to 1/256.
@@ -125,7 +130,7 @@ def query_growth(cfg: ModelConfig, positions_BT: Array) -> Array | None:
 def rotate(x_BTNH: Array, rope: tuple[Array, Array], pairs: str = "halves") -> Array:
     """Rotates the pairs (i, i + H/2) of every head (the half-split layout of Hugging Face).
 
-    Where the tables are narrower than H/2, what stands behind the rotated part stays.
+    If the tables are narrower than H/2, only the first entries are rotated, and the rest stays.
 
     Args:
         pairs: "neighbours" rotates the pairs (2i, 2i + 1) in their place.

@@ -18,7 +18,7 @@ def activate(cfg: ModelConfig, x: Array) -> Array:
 
 
 def gated(cfg: ModelConfig, gate: Array, up: Array) -> Array:
-    """act(gate) * up; with a limit, gate * sigmoid(1.702 gate) * (up + 1) of what it cuts off."""
+    """act(gate) * up; with gate_limit, gate * sigmoid(1.702 gate) * (up + 1) of clipped inputs."""
     if not cfg.gate_limit:
         gate = activate(cfg, gate)
         return gate * up.astype(gate.dtype)
@@ -54,7 +54,7 @@ class GatedMlp(nn.Module):
 
 
 class Adapter(nn.Module):
-    """x + up(act(down(x))) without the x: a bottleneck that starts as zero (arXiv:1902.00751)."""
+    """up(act(down(x))), which the caller adds to a stream; it starts as zero (arXiv:1902.00751)."""
 
     cfg: ModelConfig
 

@@ -84,7 +84,7 @@ class MoE(nn.Module):
 
 
 class Kernel(nn.Module):
-    """The kernels of experts under their own name, as in `Linear`, and the biases beside them."""
+    """The kernels of all experts, stacked, under a name of their own, and their biases."""
 
     shape: tuple[int, ...]
     std: float
@@ -120,7 +120,7 @@ class Router(nn.Module):
 
 
 def route(cfg: ModelConfig, logits_BTE: Array, bias_E: Array | None) -> tuple[Array, Array, Array]:
-    """What `Router` returns, of its scores before the softmax."""
+    """What `Router` returns, computed from its logits; `bias_E` changes the choice only."""
     one_by_one = cfg.router == "sigmoid"
     scores_BTE = jax.nn.sigmoid(logits_BTE) if one_by_one else jax.nn.softmax(logits_BTE, axis=-1)
     choose_BTE = scores_BTE if bias_E is None else scores_BTE + bias_E[None, None]
@@ -150,7 +150,7 @@ def _in_best_groups(cfg: ModelConfig, choose_BTE: Array) -> Array:
 def router_stats(
     scores_BTE: Array, expert_BTJ: Array, kept_BTJ: Array, real_BT: Array
 ) -> RouterStats:
-    """The balance loss is E * sum_e f_e P_e of each sequence on its own (arXiv:2412.19437, eq. 17).
+    """The balance loss, E * sum_e f_e P_e of each sequence (arXiv:2412.19437, eq. 17), and counts.
 
     f_e is the share of assignments, P_e the mean score; 1 is perfect balance. Taken over whole
     batches it would depend on how the batch is cut into micro-batches.

@@ -49,7 +49,13 @@ class Group(NamedTuple):
 
 
 def windows(num_tokens: int, window: int, stride: int, context_length: int) -> list[Window]:
-    """The windows of a text. A window's first token is not scored, nor one scored before."""
+    """The windows of a text of `num_tokens` tokens.
+
+    A window does not score its first token, nor tokens that an earlier window has scored.
+
+    Raises:
+        ValueError: a window of fewer than 2 tokens, or a stride below 1.
+    """
     window = min(window, context_length)
     stride = min(stride, window)
     if window < 2 or stride < 1:
@@ -72,9 +78,9 @@ def score_rows(
     rows: Sequence[Sequence[int]],
     batch_tokens: int = BATCH_TOKENS,
 ) -> Iterator[tuple[int, Scored]]:
-    """Every token of a row but the first, given those before it: (number of the row, scores).
+    """Yields (row number, scores of all its tokens but the first, each given those before it).
 
-    Rows come in batches of like length, not in their own order.
+    Rows are scored in batches of similar length, so they come in another order than given.
     """
     lengths = [len(row) - 1 for row in rows]
     for width, numbers in _batches(lengths, batch_tokens):
@@ -89,10 +95,10 @@ def score_rows(
 def score_continuations(
     cfg: ModelConfig, params: Params, groups: Sequence[Group], batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[int, list[Scored]]]:
-    """Every token of every continuation, given its context: (number of the group, scores).
+    """Yields (group number, scores of all tokens of its continuations, given their context).
 
-    Groups come in batches of like length, not in their own order. The last token of a context
-    predicts the first of a continuation, so it is read together with the continuation.
+    Groups are scored in batches of similar length, so they come in another order than given. The
+    last token of a context predicts the first of a continuation, so it is read with that.
     """
     lengths = [len(group.context) - 1 for group in groups]
     for width, numbers in _batches(lengths, batch_tokens):
@@ -157,8 +163,10 @@ def _score(
 
 
 def rolled(cfg: ModelConfig) -> ModelConfig:
-    """With its layers as a loop also on CPU (see layer_unroll): without a gradient remat has no
-    other effect. At thousands of tokens the loop costs nothing, and 30 layers compile 7x faster.
+    """The config with remat, which makes the layers a loop also on CPU (see layer_unroll).
+
+    Without a gradient, remat has no other effect. At thousands of tokens the loop costs nothing,
+    and 30 layers compile 7x faster.
     """
     return replace(cfg, remat="full")
 

@@ -40,7 +40,7 @@ class Completion(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """Between two tokens."""
+    """The state of a batch between two tokens."""
 
     cache: KVCache
     logits_BV: Array  # scores of the next token
@@ -65,13 +65,13 @@ def generate(
     """Continues every prompt until a stop token, `max_new_tokens` or the context's end.
 
     Args:
-        rng: needed unless greedy. A row's draws depend on it, the row's number and the index of
-            the token, never on the other prompts of the batch.
+        rng: key of the draws; None: key 0. A row's draws depend on it, the row's number and the
+            index of the token, never on the other prompts of the batch.
         rows: numbers of the rows; default 0, 1, 2, …
         on_tokens: sees the completions so far after every scan; True ends the generation.
         mesh: spreads the rows over its devices, if it can.
-        compact: finished rows leave the batch where half of it can go, on one device. Every size
-            is compiled, so this pays where many batches are written.
+        compact: on one device, finished rows leave the batch once half of it can go. Every batch
+            size is compiled, so this pays only if many batches are written.
 
     Raises:
         ValueError: an empty prompt, or one that leaves no room in the context.
@@ -143,9 +143,9 @@ def begin(
     settings: Sampling,
     mesh: Mesh | None,
 ) -> DecodeState:
-    """The prompts as they stand in the cache; on one device, copies in a row are read once.
+    """The state after all prompts were read into a cache with `room` more slots.
 
-    Copies that are read by different adapters stay apart.
+    On one device, equal prompts that stand side by side are read once, unless rows have adapters.
     """
     placed = None if mesh is None else sharding.over_rows(mesh, len(prompts))
     together = (placed is None or placed.num_devices == 1) and not weights.by_row(params)
@@ -158,10 +158,10 @@ def begin(
 
 
 def for_decoding(cfg: ModelConfig, params: Params, num_rows: int | None = None) -> Params:
-    """The same function in the layout that decodes fastest: a step reads every weight once.
+    """The same parameters in the layout that decodes fastest: a step reads every weight once.
 
     Layers stand apart, and kernels have the compute type. The embedding stays as it is for the
-    lookup, so a tied head becomes a kernel of its own where it shall be narrower.
+    lookup, so a tied head becomes a kernel of its own if the compute type is narrower.
 
     Args:
         num_rows: how many prompts will be continued at a time, if that is known.
@@ -258,7 +258,10 @@ def decode(
 def draw(
     logits_BV: Array, seen_BV: Array | None, rng_B: Array, index_B: Array, settings: Sampling
 ) -> tuple[Array, Array]:
-    """The next token of every row and its log-probability; greedy reports the model's own."""
+    """The next token [B] of every row, and its log-probability in the distribution drawn from.
+
+    At temperature 0 this is the model's own distribution.
+    """
     if seen_BV is not None:
         logits_BV = penalize_repetition(logits_BV, seen_BV, settings.repetition_penalty)
     if settings.temperature == 0:
@@ -309,6 +312,7 @@ def _copies(prompts: Sequence[Sequence[int]]) -> int:
 def completion(
     tokens_W: np.ndarray, logprobs_W: np.ndarray, room: int, stop_ids: set[int]
 ) -> Completion:
+    """The drawn tokens of a row up to its first stop token, at most `room` of them."""
     tokens = tokens_W[:room].tolist()
     length = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
     stopped = length < len(tokens)

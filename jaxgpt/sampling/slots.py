@@ -52,7 +52,7 @@ class RowSettings(NamedTuple):
 
 
 class SlotState(NamedTuple):
-    """Between two calls."""
+    """The state of all rows between two calls."""
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
@@ -106,7 +106,7 @@ def init_state(cfg: ModelConfig, num_rows: int, capacity: int) -> SlotState:
 
 
 def _placed(state: SlotState) -> SlotState:
-    """Where it always lies on the mesh, so that no call has to be compiled once more."""
+    """The state where it always lies on the mesh, so that no call is compiled again."""
     return jax.tree.map(sharding.by_slots, state)
 
 
@@ -233,7 +233,7 @@ def save(state: SlotState, row: Array, start: Array, size: int) -> tuple[Array, 
 
 @partial(jit, donate_argnames="state")
 def put(state: SlotState, row: Array, start: Array, chunk: tuple[Array, Array]) -> SlotState:
-    """Writes what `save` gave into a row, whose length becomes what it then holds."""
+    """Writes what `save` returned into a row, which then ends behind it."""
     into = lambda x, new: jax.lax.dynamic_update_slice(x, new[None], (row, 0, start, 0))
     length = start + chunk[0].shape[-2]
     return _placed(state._replace(

@@ -1,20 +1,20 @@
 """Several tokens in one pass: a draft proposes them, and the model checks them.
 
-Weights are read once for all tokens of a pass, so that a pass over eight takes a CPU thrice as long
-as one over a single token. A draft, which is a smaller model or what stands earlier in the text,
-proposes the next tokens; the model reads them all, and those that it would have drawn itself stand:
+Weights are read once for all tokens of a pass, so that a pass over eight takes a CPU three times as
+long as one over a single token. A draft, a smaller model or what stands earlier in the text,
+proposes the next tokens. The model reads them all, and keeps those that it would have drawn itself:
 
     text        the cat sat on the mat. So the cat sat
     proposed                                           on  the mat .
     drawn                                              on  the rug .  And
 
-Three tokens are new: two that stand, and the one that the model draws in place of the third.
+Three tokens are new: the two that are kept, and the one that the model draws in place of the third.
 
-The text is the one that is written without a draft. Each token is drawn with noise that belongs to
-its row and its place (`sample.draw`), whatever was proposed there, and a proposal stands if it is
-that very token; so the distribution is that of the model. A draft that is a model draws with the
-same noise, which lets it hit the token most often (arXiv:2408.07978). Only rounding can tell the
-two apart: a pass over several tokens may add numbers up in another order.
+The text is the same as without a draft. Each token is drawn with noise that belongs to its row and
+its place (`sample.draw`), whatever was proposed there. A proposal is kept if it is the token drawn,
+so the distribution is that of the model. A draft that is a model draws with the same noise, and so
+proposes the right token more often (arXiv:2408.07978). Only rounding can make the text differ: a
+pass over several tokens may add numbers up in another order.
 
 Axes of this file: K proposals; T of a pass, the last token and the proposals after it; S places of
 a row's text. Notes: chapter 10.
@@ -53,7 +53,7 @@ class Draft(NamedTuple):
 
 
 class State(NamedTuple):
-    """Between two passes."""
+    """The state of a batch between two passes."""
 
     cache: KVCache | SlotCache  # all tokens of a row but the last one
     draft_cache: KVCache | SlotCache | None
@@ -77,7 +77,7 @@ def generate(
     rows: Sequence[int] | None = None,
     on_tokens: Callable[[list[Completion]], bool] | None = None,
 ) -> list[Completion]:
-    """`sample.generate`, with proposals of a model or, without one, of the text itself.
+    """As `sample.generate`; a draft model or, if draft is None, the text itself proposes tokens.
 
     Raises:
         ValueError: as `sample.generate`, or a draft whose context is too short.
