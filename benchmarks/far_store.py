@@ -31,8 +31,8 @@ def main() -> None:
         "--cache", type=float, default=20.0, help="data.cache of the run in the store, GB"
     )
     args = parser.parse_args()
-    if args.delay < 0 or args.pairs < 1 or args.steps < 10:
-        parser.error("--delay must be 0 or more, --pairs 1 or more, --steps 10 or more")
+    if min(args.delay, args.cache) < 0 or args.pairs < 1 or args.steps < 10:
+        parser.error("--delay and --cache must be 0 or more, --pairs 1 or more, --steps 10 or more")
     sys.path.insert(0, str(ROOT / "tests"))
     import test_buckets as buckets
 

@@ -60,6 +60,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
+    if not args.config.is_file():
+        parser.error(f"--config={args.config}: there is no such file")
     if args.quick:
         args.steps, args.seconds = min(args.steps, 30), min(args.seconds, 70)
     against = args.against or last_tag()

@@ -252,7 +252,7 @@ def outran(lines: Sequence[Mapping[str, Any]]) -> str:
     seen = [
         (line["step"], line["rollout/kl"], line["rollout/learnt_reward"])
         for line in lines
-        if "rollout/learnt_reward" in line
+        if None not in (line.get("rollout/kl"), line.get("rollout/learnt_reward"))
     ]
     if not seen:
         return ""

@@ -135,7 +135,10 @@ HELD = (0.0, -0.23), (0.28, 1.75), (0.79, 3.09), (0.99, 3.25), (0.87, 3.28), (1.
 RISING = (0.0, 0.1), (2.0, 0.6), (5.0, 1.1), (9.0, 1.6)  # what it leaves for, it still gets
 
 
-@pytest.mark.parametrize("rollouts", [DECEIVED, HELD, RISING, ()])
+DIVERGED = (0.0, 1.0), (float("nan"), 2.0), (9.0, float("nan"))  # the page is still written
+
+
+@pytest.mark.parametrize("rollouts", [DECEIVED, HELD, RISING, DIVERGED, ()])
 def test_a_policy_that_leaves_its_reference_for_no_more_reward_is_named(tmp_path, rollouts):
     lines = [
         (step, {"rollout/kl": kl, "rollout/learnt_reward": reward})
