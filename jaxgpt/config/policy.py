@@ -198,13 +198,13 @@ class PpoConfig(PolicyConfig):
     rule_weight: Weight | None = None
     """Weight of the task's rule in the reward; null: 1, or 0 with a reward model."""
     kl: Weight = 0.05
-    """Weight of KL(policy || reference); with kl_target only the weight at the start."""
+    """Weight of KL(policy || reference); with kl_target its smallest weight."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the KL penalty stands: reward: it is subtracted from every token's reward (k1); loss:
     it is a term of the loss (k3)."""
     kl_target: Weight = 0.0
-    """Desired KL of an answer, in nats: after each rollout the weight kl changes by up to a tenth
-    to reach it; 0: the weight is fixed."""
+    """Budget of an answer's KL, in nats: after each rollout the weight is multiplied by its KL over
+    kl_target, which counts as 0.5 to 2, but never falls below kl; 0: the weight is fixed."""
     kl_stop: Weight = 0.0
     """KL for each token, in nats, between the policy and that of the rollout, above which the other
     updates of the rollout are skipped; 0: they never are."""

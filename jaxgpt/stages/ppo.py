@@ -24,7 +24,6 @@ from jaxgpt.train import Stage
 from jaxgpt.types import Array, Batch, Carry, Metrics, Params
 
 KEPT = ("logprobs", "reference", "values", "advantages", "returns")  # of every token of a rollout
-KL_GAIN = 0.5  # of the adaptive weight: by at most a tenth, since the error is clipped to a fifth
 
 
 def data(cfg: PpoConfig, start: Loaded) -> Stage:
@@ -172,8 +171,8 @@ def after_step(cfg: PpoConfig, carry: Carry, sums: Mapping[str, Any]) -> Carry:
     far = (moved > cfg.kl_stop * tokens) if cfg.kl_stop else jnp.bool_(False)
     kl_weight = carry["kl_weight"]
     if cfg.kl_target:
-        error = jnp.clip(kl / jnp.maximum(answers, 1) / cfg.kl_target - 1, -0.2, 0.2)
-        kl_weight = jnp.where(ends, kl_weight * (1 + KL_GAIN * error), kl_weight)
+        ratio = jnp.clip(kl / jnp.maximum(answers, 1) / cfg.kl_target, 0.5, 2.0)
+        kl_weight = jnp.where(ends, jnp.maximum(cfg.kl, kl_weight * ratio), kl_weight)
     return {
         "update": jnp.where(ends, 0.0, carry["update"] + 1),
         "stopped": jnp.where(ends, 0.0, jnp.maximum(carry["stopped"], far)),

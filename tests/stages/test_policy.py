@@ -328,24 +328,42 @@ def test_an_answer_left_out_has_no_reward_in_ppo():
     assert not made["returns"].any() and not made["advantages"].any()
 
 
-def test_the_carry_stops_a_rollout_and_moves_the_weight_of_kl():
-    cfg = PpoConfig(
-        kl=0.1, kl_target=2.0, kl_stop=0.05, rollout=RolloutConfig(updates=3, samples=1)
-    )
+def run_of_updates(cfg, kl_weight, kls=(3.0, 3.0, 3.0), moved=(0.0, 0.0, 0.0)):
+    """The carries after a rollout's updates, of four answers and forty tokens each."""
     carry = {n: jnp.float32(0) for n in ("update", "stopped", "kl", "answers")}
-    carry["kl_weight"] = jnp.float32(0.1)
-    sums = lambda moved: {
-        "policy/kl_of_update": (jnp.float32(moved * 40), jnp.float32(40)),
-        "policy/kl": (jnp.float32(12), jnp.float32(4)),
-    }
-    stopped = []
-    for moved in (0.04, 0.06, 0.01):
-        carry = ppo.after_step(cfg, carry, sums(moved))
-        stopped.append(float(carry["stopped"]))
-    assert stopped == [0, 1, 0]  # the last one ends the rollout
-    # KL 3 of an answer is half above the target, clipped to a fifth.
-    assert float(carry["kl_weight"]) == pytest.approx(0.11)
-    assert float(carry["update"]) == float(carry["kl"]) == 0
+    carry["kl_weight"] = jnp.float32(kl_weight)
+    carries = []
+    for kl, far in zip(kls, moved, strict=True):
+        sums = {
+            "policy/kl_of_update": (jnp.float32(far * 40), jnp.float32(40)),
+            "policy/kl": (jnp.float32(kl * 4), jnp.float32(4)),
+        }
+        carry = ppo.after_step(cfg, carry, sums)
+        carries.append({name: float(value) for name, value in carry.items()})
+    return carries
+
+
+def test_the_carry_stops_a_rollout_that_went_too_far():
+    cfg = PpoConfig(kl_stop=0.05, rollout=RolloutConfig(updates=3, samples=1))
+    carries = run_of_updates(cfg, 0.1, moved=(0.04, 0.06, 0.01))
+    assert [carry["stopped"] for carry in carries] == [0, 1, 0]  # the last one ends the rollout
+    assert carries[-1]["update"] == carries[-1]["kl"] == 0
+    assert [carry["kl_weight"] for carry in carries] == [pytest.approx(0.1)] * 3
+
+
+@pytest.mark.parametrize(
+    "kls, start, end",
+    [
+        ((2.0, 3.0, 4.0), 0.2, 0.3),  # by the mean over its target
+        ((8.0, 8.0, 8.0), 0.2, 0.4),  # at most twice as heavy
+        ((0.1, 0.1, 0.1), 0.8, 0.4),  # at most half
+        ((0.1, 0.1, 0.1), 0.15, 0.1),  # never below kl
+    ],
+)
+def test_the_weight_of_kl_follows_its_budget(kls, start, end):
+    cfg = PpoConfig(kl=0.1, kl_target=2.0, rollout=RolloutConfig(updates=3, samples=1))
+    weights = [carry["kl_weight"] for carry in run_of_updates(cfg, start, kls)]
+    assert weights == pytest.approx([start, start, end])
 
 
 @pytest.mark.slow
