@@ -6,7 +6,7 @@ All get the same streamed completions, from 1, 8 and 32 clients in turn, each fo
 servers run one after the other, never beside each other. A peer that cannot be started is named
 and left out. Peers: `transformers` is `transformers serve` (pip install fastapi), which answers one
 request at a time; `transformers-batching` the same with its continuous batching; `llama.cpp` is
-`python -m llama_cpp.server` (pip install llama-cpp-python[server]), which needs the GGUF file.
+its own `llama-server` (apt and brew: llama.cpp; --llama_server), which needs the GGUF file.
 """
 
 import argparse
@@ -31,9 +31,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "The history of the town begins with a mill beside the river, and with the people who "
-NEEDED = {
-    "transformers": "fastapi", "transformers-batching": "fastapi", "llama.cpp": "llama_cpp",
-}  # fmt: skip
+PEERS = ("transformers", "transformers-batching", "llama.cpp")
 
 
 def command(name: str, cfg: argparse.Namespace, port: int, folder: Path) -> list[str]:
@@ -44,14 +42,24 @@ def command(name: str, cfg: argparse.Namespace, port: int, folder: Path) -> list
         own += ["--slots", slots, "--context", str(cfg.context), "--port", str(port)]
         return own + (["--quantize", cfg.quantize] if cfg.quantize else [])
     if name == "llama.cpp":
-        return [
-            python, "-m", "llama_cpp.server", "--model", cfg.gguf or cfg.checkpoint, "--port",
-            str(port), "--n_ctx", str(cfg.context),
-        ]  # fmt: skip
+        file = cfg.gguf or cfg.checkpoint
+        return llama_server(cfg.llama_server, file, port, cfg.slots, cfg.context)
     program = str(Path(python).with_name("transformers"))
     batching = ["--continuous-batching"] if name.endswith("batching") else []
     dtype = ["--dtype", "float32", "--device", "cpu"]
     return [program, "serve", str(folder), "--port", str(port), *dtype, *batching]
+
+
+def llama_server(program: str, file: str, port: int, slots: int, context: int) -> list[str]:
+    """llama.cpp's own server: `context` tokens for each of its slots."""
+    memory = ["--parallel", str(slots), "--ctx-size", str(slots * context)]
+    return [program, "--model", file, "--port", str(port), *memory, "--no-kv-unified"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @contextmanager
@@ -59,7 +67,10 @@ def running(command: list[str], port: int, seconds: float) -> Iterator[psutil.Pr
     """A server that listens, and is gone afterwards."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        except OSError as error:
+            raise RuntimeError(f"{command[0]} cannot be started: {error.strerror}") from None
         try:
             end = time.monotonic() + seconds
             while not _listens(port):
@@ -141,9 +152,7 @@ def measure(url: str, model: str, clients: int, cfg: argparse.Namespace) -> dict
 
 def serve(name: str, cfg: argparse.Namespace, folder: Path) -> dict[str, float]:
     """All measures of one server, by name@clients."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     model = {"jaxgpt": "jaxgpt", "llama.cpp": "local"}.get(name, str(folder))
     began, url = time.perf_counter(), f"http://127.0.0.1:{port}"
     with running(command(name, cfg, port, folder), port, cfg.start_seconds) as process:
@@ -178,8 +187,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="Hugging Face directory, run or GGUF")
-    parser.add_argument("--peer", nargs="*", choices=sorted(NEEDED), default=[])
+    parser.add_argument("--peer", nargs="*", choices=PEERS, default=[])
     parser.add_argument("--gguf", default="", help="the same model for llama.cpp; the checkpoint")
+    parser.add_argument("--llama_server", default="llama-server", help="program of llama.cpp")
     parser.add_argument("--quantize", choices=("int8",), help="of our server")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--slots", type=int, default=8)
@@ -204,10 +214,9 @@ def main() -> None:
                 env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=sys.stderr,
             )  # fmt: skip
         for name in ["jaxgpt", *cfg.peer]:
-            missing = name in NEEDED and importlib.util.find_spec(NEEDED[name]) is None
             try:
-                if missing:
-                    raise RuntimeError(f"{NEEDED[name]} is not installed")
+                if name.startswith("transformers") and importlib.util.find_spec("fastapi") is None:
+                    raise RuntimeError("fastapi is not installed")
                 results[name] = serve(name, cfg, folder)
             except (RuntimeError, httpx.HTTPError) as error:
                 print(f"warning: {name} is left out: {error}", file=sys.stderr)

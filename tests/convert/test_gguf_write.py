@@ -273,21 +273,27 @@ def test_words_are_cut_as_tiktoken_cuts_them(name, pattern):
 
 # In a process of its own, which may die.
 GREEDY = """
-import json, sys
-import llama_cpp
-model = llama_cpp.Llama(sys.argv[1], n_ctx=64, verbose=False, n_threads=1)
-tokens = model.generate(json.loads(sys.argv[2]), temp=0.0, top_k=1, repeat_penalty=1.0)
-print(json.dumps([token for token, _ in zip(tokens, range(48))]))
+import json, sys, urllib.request
+import xllamacpp
+how = xllamacpp.CommonParams()
+how.model.path, how.n_ctx, how.cpuparams.n_threads, how.verbosity = sys.argv[1], 64, 1, -1
+how.cache_type_k = how.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+server = xllamacpp.Server(how)
+asked = {"prompt": json.loads(sys.argv[2]), "n_predict": 48, "temperature": 0, "ignore_eos": True}
+body = json.dumps({**asked, "return_tokens": True}).encode()
+request = urllib.request.Request(f"{server.listening_address}/completion", body)
+print(json.load(urllib.request.urlopen(request))["tokens"])
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize(
+    "kind", ["f16", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("f32", "q8_0"))]
+)
 @pytest.mark.parametrize(
     "name", ["llama", "llama-3", "qwen2", "qwen2-yarn", "qwen3", "mixtral", "gpt2"]
 )
 def test_llama_cpp_writes_the_same_greedy_tokens(name, kind, files, tmp_path):
-    pytest.importorskip("llama_cpp", reason="the llamacpp extra is not installed")
+    pytest.importorskip("xllamacpp", reason="the reference extra is not installed")
     # With a tied head, these random weights of Qwen2's write one token for ever.
     tied = not name.startswith("qwen2")
     cfg = dataclasses.replace(LLAMA, **MODELS[name], vocab_size=280, tie_embeddings=tied)
@@ -303,7 +309,12 @@ def test_llama_cpp_writes_the_same_greedy_tokens(name, kind, files, tmp_path):
     settings = sample.Sampling(max_new_tokens=48, temperature=0)
     (found,) = sample.generate(parts.config, parts.params, [prompt], settings)
     assert len(set(expected)) > 3
-    assert found.tokens == expected
+    if kind != "q8_0":
+        assert found.tokens == expected
+    # llama.cpp rounds what enters a product with q8_0 to 8 bits too: near ties may fall otherwise.
+    scores = np.asarray(jaxgpt.load(path).logits([prompt + expected]))[0, len(prompt) - 1 : -1]
+    behind = scores.max(-1) - scores[np.arange(48), expected]
+    assert behind.max() < 0.03 * scores.std()
 
 
 @pytest.mark.parametrize("kind", ["q4_1", "q5_0"])
