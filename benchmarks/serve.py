@@ -64,7 +64,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(command: list[str], port: int, seconds: float) -> Iterator[psutil.Process]:
-    """A server that listens, and is gone afterwards."""
+    """A server that answers, and is gone afterwards."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as log:
         try:
@@ -73,7 +73,7 @@ def running(command: list[str], port: int, seconds: float) -> Iterator[psutil.Pr
             raise RuntimeError(f"{command[0]} cannot be started: {error.strerror}") from None
         try:
             end = time.monotonic() + seconds
-            while not _listens(port):
+            while not _answers(port):
                 if process.poll() is not None or time.monotonic() > end:
                     log.seek(0)
                     last = " ".join(log.read()[-400:].split())
@@ -89,9 +89,12 @@ def running(command: list[str], port: int, seconds: float) -> Iterator[psutil.Pr
                 process.wait(20)
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _answers(port: int) -> bool:
+    """Whether it listens, and does not say that it still loads."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code != 503
+    except httpx.HTTPError:
+        return False
 
 
 def ask(client: httpx.Client, model: str, number: int, tokens: int) -> tuple[float, float, int]:
@@ -125,7 +128,8 @@ def measure(url: str, model: str, clients: int, cfg: argparse.Namespace) -> dict
 
     def work() -> None:
         try:
-            with httpx.Client(base_url=url, timeout=600) as client:
+            alone = httpx.Limits(max_keepalive_connections=0)  # llama.cpp ends each connection
+            with httpx.Client(base_url=url, timeout=600, limits=alone) as client:
                 while time.perf_counter() - began < cfg.seconds:
                     found.append(ask(client, model, next(numbers), cfg.tokens))
         except (httpx.HTTPError, RuntimeError, KeyError) as error:
@@ -190,7 +194,7 @@ def main() -> None:
     parser.add_argument("--peer", nargs="*", choices=PEERS, default=[])
     parser.add_argument("--gguf", default="", help="the same model for llama.cpp; the checkpoint")
     parser.add_argument("--llama_server", default="llama-server", help="program of llama.cpp")
-    parser.add_argument("--quantize", choices=("int8",), help="of our server")
+    parser.add_argument("--quantize", choices=("int8", "stored"), help="of our server")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--context", type=int, default=1024)
