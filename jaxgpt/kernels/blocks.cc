@@ -7,7 +7,8 @@
 // written in the vector types of GCC and Clang, for any machine. Activations stay float32.
 //
 // Every number of y is a sum over the row in one order, whatever the number of rows of x and of
-// threads: a row of x has the same bits alone and in company. The formats of blocks are ggml's
+// threads: a row of x has the same bits alone and in company. A row of zeros takes no time: the
+// server's free rows are such. The formats of blocks are ggml's
 // (ggml-common.h of llama.cpp); tests compare them with the library `gguf`.
 //
 // Sizes: A rows of x, D numbers of a row, F rows of the matrix.
@@ -273,23 +274,44 @@ struct Work {
   }
 };
 
+// The rows of x that hold more than zeros, moved to the front: the others are nobody's.
+struct Used {
+  std::vector<int64_t> rows;
+  std::vector<float> numbers;
+  Used(const float* x, int64_t A, int64_t D) {
+    for (int64_t a = 0; a < A; ++a)
+      if (std::any_of(x + a * D, x + (a + 1) * D, [](float number) { return number != 0; })) {
+        rows.push_back(a);
+        numbers.insert(numbers.end(), x + a * D, x + (a + 1) * D);
+      }
+  }
+  void spread(float* y, int64_t A, int64_t F) const {  // from the last on: none is overwritten
+    for (int64_t a = A - 1, n = rows.size() - 1; a >= 0; --a)
+      if (n >= 0 && rows[n] == a) std::memmove(y + a * F, y + n-- * F, F * sizeof *y);
+      else std::fill_n(y + a * F, F, 0.0f);
+  }
+};
+
 ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_AD, ffi::Buffer<ffi::U8> tiles,
                     ffi::ResultBuffer<ffi::F32> y_AF, int64_t kind) {
   const Format* format = std::find_if(std::begin(FORMATS), std::end(FORMATS),
                                       [&](const Format& known) { return known.kind == kind; });
   if (format == std::end(FORMATS)) return ffi::Error::InvalidArgument("unknown block format");
   const auto work = std::make_shared<Work>();
-  const float* x = x_AD.typed_data();
-  const int64_t A = x_AD.dimensions()[0], D = x_AD.dimensions()[1];
+  const int64_t D = x_AD.dimensions()[1];
+  const Used used(x_AD.typed_data(), x_AD.dimensions()[0], D);
+  const float* x = used.numbers.data();
+  const int64_t A = used.rows.size();
   work->tiles = tiles.dimensions()[0];
   work->format = format;
   if (D % format->numbers || tiles.dimensions()[1] != D / format->numbers * format->bytes)
     return ffi::Error::InvalidArgument("rows do not hold as many numbers as x has");
-  if (A == 0 || work->tiles == 0) return ffi::Error::Success();
+  const int64_t F = work->tiles * LANES;
+  if (A == 0) used.spread(y_AF->typed_data(), x_AD.dimensions()[0], F);
+  if (A == 0 || F == 0) return ffi::Error::Success();
   work->spans.resize(A * D / SPAN);
   for (size_t n = 0; n < work->spans.size(); ++n)
     for (int i = 0; i < SPAN; ++i) work->spans[n] += x[n * SPAN + i];
-  const int64_t F = work->tiles * LANES;
   work->product = {x, work->spans.data(), tiles.typed_data(), y_AF->typed_data(), A, D, F};
 
   int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
@@ -299,6 +321,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_AD, ffi::Buffe
   for (int64_t i = 1; i < std::min(threads, work->parts); ++i) pool.Schedule([work] { work->run(); });
   work->run();
   while (work->done.load() < work->parts) std::this_thread::yield();
+  used.spread(y_AF->typed_data(), x_AD.dimensions()[0], F);
   return ffi::Error::Success();
 }
 

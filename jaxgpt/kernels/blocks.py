@@ -72,9 +72,10 @@ def table(kernel: Blocks) -> Array:
 
 
 def take(kernel: Blocks, index: Array) -> Array:
-    """Some of the rows, in float32: [..., D] for an index [...]."""
+    """Some of the rows, in float32: [..., D] for an index [...]; zeros where it is negative."""
     tiles, lane = kernel.tiles[index // LANES], (index % LANES)[..., None, None]
-    return decode(jnp.take_along_axis(tiles, lane, axis=-1)[..., 0], kernel.kind)
+    found = decode(jnp.take_along_axis(tiles, lane, axis=-1)[..., 0], kernel.kind)
+    return jnp.where(index[..., None] < 0, 0, found)
 
 
 def tiled(rows: np.ndarray | Array) -> Any:

@@ -84,6 +84,19 @@ def test_a_row_has_the_same_bits_alone_and_in_company(kind, rng):
             np.testing.assert_array_equal(some, together[start : start + count])
 
 
+@pytest.mark.parametrize("used", [(), (0,), (3,), (1, 2, 6), (0, 1, 2, 3, 4, 5, 6)])
+def test_rows_of_zeros_are_left_out_and_stay_zeros(used, rng):
+    needs_the_program()
+    tiles, there_A = jnp.asarray(tiled(random_rows("Q4_1", 48, 6))), np.isin(np.arange(7), used)
+    numbers_AD = jax.random.normal(rng, (7, Blocks(tiles, "Q4_1").width))
+    x_AD = jnp.where(there_A[:, None], numbers_AD, 0)
+    found_AF = blocks.on_cpu(x_AD, tiles, "Q4_1")
+    for row in range(7):
+        alone_1F = blocks.on_cpu(x_AD[row : row + 1], tiles, "Q4_1")
+        np.testing.assert_array_equal(found_AF[row], alone_1F[0])
+        assert found_AF[row].any() == there_A[row]
+
+
 def test_the_door_takes_blocks_under_jit_scan_vmap_and_gradients(rng, each_way):
     stack = Blocks(
         jnp.asarray(tiled(random_rows("Q4_1", 3, 64, 2))), "Q4_1"
