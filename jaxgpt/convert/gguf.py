@@ -161,6 +161,7 @@ OWN: dict[str, dict[str, str]] = {
 }  # fmt: skip
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of those that scale scores in another way
 MIXTURES = ("llama", "qwen2moe", "qwen3moe")  # architectures that may have experts
+UNTIED = ("qwen2moe", "olmo2")  # which llama.cpp does not open without a head of their own
 
 
 # What `stored` leaves in blocks: dense kernels, and the table of embeddings.

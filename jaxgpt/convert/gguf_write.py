@@ -51,6 +51,9 @@ def save(
         )
     path = _writable(path)
     architecture, settings = _express(cfg)
+    if cfg.tie_embeddings and architecture in gguf.UNTIED:
+        cfg = dataclasses.replace(cfg, tie_embeddings=False)
+        params = {**params, "head": {"kernel": np.asarray(params["embed"]["embedding"]).T}}
     named = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
     metadata = {
         "general.name": path.stem,
@@ -180,6 +183,8 @@ def _express(cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
         if cfg.num_experts and name not in gguf.MIXTURES:
             continue
         if name == "phi3" and cfg.sliding_window:  # which llama.cpp reads there and does not use
+            continue
+        if name != "phi3" and cfg.rope_share < 1:  # which llama.cpp refuses elsewhere
             continue
         settings = _settings(cfg, fixed["norm"])
         for key, field in gguf.OWN.get(name, {}).items():
