@@ -68,7 +68,7 @@ def address(tmp_path_factory):
         [sys.executable, ROOT / "scripts" / "serve.py", "--checkpoint", "runs/mine", "--port", "0",
          "--slots", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "XLA_FLAGS": ""},
     )  # fmt: skip
     assert server.stdout is not None
     said = []
