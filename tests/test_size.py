@@ -15,7 +15,7 @@ BUDGET = {
     "__main__.py": 3,
     "checkpoint.py": 335,
     "config": 1489,  # 120 of them: models
-    "convert": 4195,  # 1072 of them: models; 28: weights of a store, tensor by tensor
+    "convert": 4199,  # 1076 of them: models; 28: weights of a store, tensor by tensor
     "data": 3270,
     "episodes.py": 130,
     "evals": 960,
@@ -23,7 +23,7 @@ BUDGET = {
     "kernels": 1559,  # 84 of them: models
     "language_model.py": 370,
     "losses.py": 70,
-    "machine": 673,
+    "machine": 676,  # 3 of them: the heaps of a server
     "metrics.py": 279,  # 9 of them: models; 20: a reward model deceived
     "model": 1041,  # 294 of them: models
     "optim.py": 90,
@@ -49,9 +49,9 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
 # that stay in a file's blocks, which were decoded before; 275: a draft proposes tokens.
-TOTAL = 19_767
+TOTAL = 19_774
 # 260 of the total: models of the Hub by name, fewer bits, tekken.json.
-# 1606 of the total are "models": families, windows by layer, capped scores, fused projections,
+# 1610 of the total are "models": families, windows by layer, capped scores, fused projections,
 # sinks, latent attention.
 # Rooms that came later bring their own budgets.
 NEW: dict[str, int] = {
@@ -59,13 +59,13 @@ NEW: dict[str, int] = {
     "hub.py": 163,  # models by org/name, and their upload
     "inspect.py": 181,
     "judge.py": 60,
-    "kernels/blocks.py": 107,
+    "kernels/blocks.py": 108,
     "kernels/compiled.py": 60,
     "launching.py": 130,
     "life": 1350,  # with lineage.py: life, compare, sweep 840; list, card, page, check the rest
     "lineage.py": 325,
     "notes": 310,
-    "serve": 2070,
+    "serve": 2071,
     "store.py": 183,
 }
 

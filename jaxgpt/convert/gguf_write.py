@@ -182,9 +182,8 @@ def _express(cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
     for name, (rows, fixed) in gguf.ARCHITECTURES.items():
         if cfg.num_experts and name not in gguf.MIXTURES:
             continue
-        if name == "phi3" and cfg.sliding_window:  # which llama.cpp reads there and does not use
-            continue
-        if name != "phi3" and cfg.rope_share < 1:  # which llama.cpp refuses elsewhere
+        # What llama.cpp reads there and does not use, and what it refuses elsewhere.
+        if cfg.sliding_window if name == "phi3" else cfg.rope_share < 1:
             continue
         settings = _settings(cfg, fixed["norm"])
         for key, field in gguf.OWN.get(name, {}).items():

@@ -74,8 +74,8 @@ def table(kernel: Blocks) -> Array:
 def take(kernel: Blocks, index: Array) -> Array:
     """Some of the rows, in float32: [..., D] for an index [...]; zeros where it is negative."""
     tiles, lane = kernel.tiles[index // LANES], (index % LANES)[..., None, None]
-    found = decode(jnp.take_along_axis(tiles, lane, axis=-1)[..., 0], kernel.kind)
-    return jnp.where(index[..., None] < 0, 0, found)
+    rows = jnp.take_along_axis(tiles, lane, axis=-1)[..., 0]
+    return jnp.where(index[..., None] < 0, 0, decode(rows, kernel.kind))
 
 
 def tiled(rows: np.ndarray | Array) -> Any:

@@ -370,8 +370,9 @@ class Engine:
                 with self._only_of(n):
                     row.job.grammar.fill(self._allowed_BW[n])
         hasty = waited_for or any(row.job.hasty for row in writing)
-        masked = any(row.job.grammar is not None for row in writing)
-        steps = 1 if masked else FEW_STEPS if hasty else slots.MOST_STEPS
+        # One step, for a mask that depends on the last token, or for who waits for the first one.
+        one = any(row.job.grammar or (row.job.hasty and not row.written) for row in writing)
+        steps = 1 if one else FEW_STEPS if hasty else slots.MOST_STEPS
         steps = min(steps, max(self._room(row) for row in writing))
         written = self._write(self._settings, steps)
         for n, row in self._written_rows():

@@ -30,6 +30,7 @@ def serve(cfg: ServeConfig, show: Callable[[str], None]) -> int:
         ValueError: a checkpoint that cannot be opened, or settings that it does not have.
         OSError: the port is not free.
     """
+    memory.share_heaps()
     machine.use_compilation_cache()
     with _bound(cfg) as listener:
         began = time.perf_counter()

@@ -84,7 +84,7 @@ def survives(served, numbers: range) -> None:
     assert connections <= 2  # the port, and the one that asked for health
     assert process.num_threads() < 100
     grown = (process.memory_info().rss - before) / 1e6
-    assert grown < 150, f"{grown:.0f} MB more after {len(second):,} requests"
+    assert grown < 50, f"{grown:.0f} MB more after {len(second):,} requests"
     found = httpx.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 3})
     assert found.status_code == 200
     lines = httpx.get(f"{address}/metrics").text.splitlines()
