@@ -200,8 +200,8 @@ def write(
         token_B, *found = _draw(cfg, state, settings, allowed_BW)
         cache = SlotCache(state.keys, state.values, state.length_B, jnp.int32(0))
         # A token of -1 is nobody's: of zeros in blocks.py, whose products skip them.
-        read_B = jnp.where(settings.active_B, token_B, -1)
-        output = gpt.apply(cfg, params, read_B[:, None], cache=cache)
+        read_B1 = jnp.where(settings.active_B, token_B, -1)[:, None]
+        output = gpt.apply(cfg, params, read_B1, cache=cache)
         assert isinstance(output.cache, SlotCache)
         rows_B, new_B = jnp.arange(B), settings.active_B.astype(jnp.int32)
         # Rows that are not active keep their length and scores: what was written behind their end
