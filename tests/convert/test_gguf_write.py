@@ -299,7 +299,7 @@ NEAR = {"f16": 0.01, "f32": 0.01, "q8_0": 0.15}
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_finds_the_same_probabilities(name, kind, files, tmp_path):
-    pytest.importorskip("xllamacpp", reason="the reference extra is not installed")
+    pytest.importorskip("xllamacpp", reason="the llamacpp extra is not installed")
     tied = name != "llama-untied"  # also what llama.cpp opens only with a head of its own
     settings = MODELS[name] | {"vocab_size": 280, "tie_embeddings": tied}
     cfg = dataclasses.replace(LLAMA, **settings)
