@@ -14,7 +14,7 @@ BUDGET = {
     "__init__.py": 42,
     "__main__.py": 3,
     "checkpoint.py": 335,
-    "config": 1489,  # 120 of them: models
+    "config": 1491,  # 120 of them: models; 2: a plan for a chip by name
     "convert": 4199,  # 1076 of them: models; 28: weights of a store, tensor by tensor
     "data": 3270,
     "episodes.py": 130,
@@ -23,12 +23,12 @@ BUDGET = {
     "kernels": 1559,  # 84 of them: models
     "language_model.py": 370,
     "losses.py": 70,
-    "machine": 676,  # 3 of them: the heaps of a server
+    "machine": 680,  # 3 of them: the heaps of a server; 4: a data sheet by name
     "metrics.py": 279,  # 9 of them: models; 20: a reward model deceived
     "model": 1041,  # 294 of them: models
     "optim.py": 90,
     "peft.py": 183,
-    "plan": 783,  # with what a server needs
+    "plan": 786,  # with what a server needs
     "policy_losses.py": 90,
     "report.py": 300,
     "rollouts.py": 230,
@@ -49,7 +49,7 @@ BUDGET = {
 # Of the rooms above. They began at 13,169, and 12,100 is the aim: lower this as code goes.
 # 631 of them: configs by name, own functions, stopping, the locks, ending together; 65: kernels
 # that stay in a file's blocks, which were decoded before; 275: a draft proposes tokens.
-TOTAL = 19_775
+TOTAL = 19_784
 # 260 of the total: models of the Hub by name, fewer bits, tekken.json.
 # 1610 of the total are "models": families, windows by layer, capped scores, fused projections,
 # sinks, latent attention.

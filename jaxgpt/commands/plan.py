@@ -36,15 +36,14 @@ def main() -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
 
     from jaxgpt import machine, run, sharding
-    from jaxgpt.plan import devices, report
+    from jaxgpt.plan import devices, report, search
 
     if not cfg.topology:  # JAX can write such a program, but not read it without a TPU
         machine.use_compilation_cache()
     machine.keep_collectives_in_order()
     mesh = sharding.make_mesh(cfg.mesh, devices.topology(cfg.topology) if cfg.topology else None)
     cfg, step = run.plan(stage, cfg, mesh)
-    first = mesh.devices.flat[0]
-    chip = machine.chip(first)
+    chip = search.planned_chip(cfg, mesh)
     if chip and cfg.price:
         chip = chip._replace(price=cfg.price)
     print(report.describe(cfg, mesh, step, chip))

@@ -29,6 +29,9 @@ class PlanSettings:
     """TPU slice to plan for, such as v5e:4x4 or v5p:4x4x8, which need not be here; needs libtpu."""
     devices: Amount = 0
     """Virtual CPU devices to plan for; 0: the devices that are here."""
+    chip: str = ""
+    """Chip that the virtual devices stand for, by its data sheet, such as "H100 80GB HBM3"; empty:
+    parts of this CPU."""
     price: Weight = 0.0
     """Dollars per device and hour; 0: the list price, where one is known."""
 
@@ -38,6 +41,7 @@ class PlanSettings:
             not (self.topology and self.devices), "devices", self.devices,
             "excludes topology; drop one",
         )  # fmt: skip
+        require(not self.chip or self.devices > 0, "chip", self.chip, "needs --devices N")
 
 
 def planned(kind: type[RunConfig]) -> type[Any]:

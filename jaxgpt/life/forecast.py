@@ -30,7 +30,7 @@ def forecast(life: Life) -> tuple[str, list[dict[str, Any]]]:
     lines = [("stage", "memory", "of", "steps", "time", "cost")]
     for plan in found:
         memory = plan["memory_total"] / 1e9
-        room = life.memory_gb or (plan["memory_available"] or 0) / 1e9
+        room = (plan["memory_available"] or 0) / 1e9
         if room and memory > room:
             raise ValueError(f"{plan['stage']}: needs {memory:.1f} GB of {room:.1f} GB a device")
         hours, dollars = plan.get("hours"), plan.get("dollars")

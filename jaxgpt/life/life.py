@@ -37,7 +37,7 @@ from jaxgpt.life.runs import COMPARE, Run
 
 COMMANDS = Path(__file__).parents[1] / "commands"
 STATE = "life.json"
-FIELDS = {"run", "about", "minutes", "price_per_hour", "plan", "memory_gb", "asks", "titles",
+FIELDS = {"run", "about", "minutes", "price_per_hour", "plan", "asks", "titles",
           "places", "evaluations", "stages"}  # fmt: skip
 STAGE_FIELDS = {"name", "command", "about", "measures"}
 
@@ -77,7 +77,6 @@ class Life(NamedTuple):
     minutes: float
     price_per_hour: float
     plan: list[str]  # arguments of plan.py
-    memory_gb: float  # of a device, where plan.py cannot know it
     places: dict[str, str]  # {NAME} -> what stands for it in commands
 
 
@@ -113,7 +112,7 @@ def read(path: str | Path, settings: Sequence[str] = ()) -> Life:
         Path(path).stem, found.get("run", "runs/life"), found.get("about", ""), stages,
         evaluations, found.get("titles") or {}, found.get("asks") or [],
         float(found.get("minutes") or 0), float(found.get("price_per_hour") or 0),
-        shlex.split(found.get("plan") or ""), float(found.get("memory_gb") or 0), places,
+        shlex.split(found.get("plan") or ""), places,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxgpt.machine.chips import Chip, chip, peak_flops, peak_memory
+from jaxgpt.machine.chips import Chip, chip, data_sheet, peak_flops, peak_memory
 from jaxgpt.machine.versions import (
     command,
     environment,
@@ -16,8 +16,8 @@ from jaxgpt.machine.versions import (
 )
 
 __all__ = [
-    "Chip", "chip", "command", "environment", "environment_changes", "peak_flops", "peak_memory",
-    "uncommitted", "versions_used",
+    "Chip", "chip", "command", "data_sheet", "environment", "environment_changes", "peak_flops",
+    "peak_memory", "uncommitted", "versions_used",
 ]  # fmt: skip
 
 SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"  # of XLA, for CPUs

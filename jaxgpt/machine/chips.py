@@ -90,6 +90,17 @@ def chip(device: Any) -> Chip | None:
     return sheet._replace(memory=limit)
 
 
+def data_sheet(name: str) -> Chip:
+    """A chip by its name.
+
+    Raises:
+        ValueError: none is known of it.
+    """
+    if name not in _CHIPS:
+        raise ValueError(f"chip={name}: must be one of {', '.join(_CHIPS)}")
+    return _CHIPS[name]
+
+
 def _data_sheet(device: Any) -> Chip | None:
     return _CHIPS.get(device.device_kind.removeprefix("NVIDIA "))
 

@@ -24,7 +24,7 @@ class Tried:
 
     def __init__(self, outline: Outline, cfg: RunConfig, mesh: Mesh) -> None:
         self._outline, self._cfg, self._mesh = outline, cfg, mesh
-        self.chip = machine.chip(mesh.devices.flat[0])
+        self.chip = planned_chip(cfg, mesh)
         self._found: dict[tuple[int, str], Step | TooLarge] = {}
 
     def __call__(self, micro_batches: int, remat: str) -> Step | TooLarge:
@@ -56,6 +56,12 @@ def _in_words(found: Step | TooLarge) -> str:
     if isinstance(found, Step):
         return f"{found.memory.total / 1e9:.2f} GB a device"
     return f"does not fit ({found})"
+
+
+def planned_chip(cfg: RunConfig, mesh: Mesh) -> Chip | None:
+    """What a device can do and hold: one of the mesh, or the one that a plan names."""
+    name = getattr(cfg, "chip", "")
+    return machine.data_sheet(name) if name else machine.chip(mesh.devices.flat[0])
 
 
 def usable(chip: Chip | None) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -436,6 +437,8 @@ def test_a_slice_without_its_compiler_says_what_to_install():
 def command(monkeypatch, capsys):
     """Runs the script's main in this process: (exit status, standard output, standard error)."""
     main = script("scripts/plan.py").main
+    for name in ("XLA_FLAGS", "JAX_PLATFORMS"):  # which the command sets, and nobody takes back
+        monkeypatch.setenv(name, os.environ.get(name, ""))
 
     def call(*args: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["plan.py", *args])
@@ -455,6 +458,8 @@ def command(monkeypatch, capsys):
         (("--stage", "nothing"), "stage=nothing"),
         (("--devices", "8", "--topology", "v5e:2x4"), "devices=8"),
         (("--price", "-1"), "price=-1"),
+        (("--chip", "L4"), "needs --devices"),
+        (("--devices", "8", "--chip", "H1000"), "chip=H1000: must be one of TPU v2"),
         (("--train.batch_size", "12", "--data.tokenizer", "byte"), "train.batch_size=12"),
         (("--mesh.fsdp", "3"), "mesh=fsdp 3"),
     ],
@@ -473,3 +478,15 @@ def test_the_command_ends_with_one_json_object(command, monkeypatch):
     code, out, _ = command("--config", file, "--price", "3")
     found = json.loads(out.splitlines()[-1])
     assert code == 0 and found["dollars_per_device_hour"] == 3 and found["steps"] == 2000
+
+
+def test_a_chip_that_is_not_here_is_planned_by_its_data_sheet(command, monkeypatch):
+    monkeypatch.setattr(machine, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(search, "compile_step", lambda *_: step_of(1, "none", 70e9))
+    file = str(ROOT / "configs" / "sft" / "arithmetic.yaml")
+    args = ("--config", file, "--devices", "8", "--chip")
+    code, out, _ = command(*args, "H100 80GB HBM3")
+    found = json.loads(out.splitlines()[-1])
+    assert code == 0 and found["memory_available"] == 80e9
+    assert found["dollars_per_device_hour"] == machine.data_sheet("H100 80GB HBM3").price
+    assert command(*args, "A100-SXM4-40GB")[0] == 2  # which 70 GB do not fit
