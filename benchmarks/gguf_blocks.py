@@ -10,9 +10,11 @@ over HTTP for as many completions at once as there are streams.
 """
 
 import argparse
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import paired
 import serve
@@ -33,6 +35,13 @@ def main() -> None:
     parser.add_argument("--text", help="whose perplexity is compared in place of the speed")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if missing := [name for name in (args.file, args.text) if name and not Path(name).is_file()]:
+        raise SystemExit(f"error: {missing[0]}: no such file")
+    if not (args.text or args.against or shutil.which(args.llama_server)):
+        raise SystemExit(
+            f"error: llama_server={args.llama_server}: no such program; install llama.cpp, or "
+            "compare with ourselves: --against float32"
+        )
     if args.text:
         compare_perplexity(args.file, args.text, args.held)
         return

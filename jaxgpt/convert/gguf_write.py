@@ -180,10 +180,9 @@ def _express(cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
     """
     asked, odd = resolve(cfg), {}
     for name, (rows, fixed) in gguf.ARCHITECTURES.items():
-        if cfg.num_experts and name not in gguf.MIXTURES:
-            continue
         # What llama.cpp reads there and does not use, and what it refuses elsewhere.
-        if cfg.sliding_window if name == "phi3" else cfg.rope_share < 1:
+        wrong = cfg.sliding_window if name == "phi3" else cfg.rope_share < 1
+        if wrong or (cfg.num_experts and name not in gguf.MIXTURES):
             continue
         settings = _settings(cfg, fixed["norm"])
         for key, field in gguf.OWN.get(name, {}).items():

@@ -40,8 +40,7 @@ def keep_freed() -> None:
 def share_heaps() -> None:
     """Lets all threads take their memory from two heaps, for a server that runs for weeks.
 
-    glibc gives every thread a heap of its own, and each keeps the most that it ever held: a small
-    model's server of 28 threads grew from 0.5 to 1.1 GB over 25,000 requests.
+    glibc gives every thread a heap of its own, and each keeps the most that it ever held.
     """
     if libc := _libc():
         libc.mallopt(M_ARENA_MAX, 2)

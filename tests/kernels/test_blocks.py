@@ -52,6 +52,7 @@ def test_equations_decode_as_the_library(kind):
     one = Blocks(kernel.tiles[1], kind)
     index = np.array([[0, 47, 17], [16, 15, 31]])
     np.testing.assert_allclose(weights.take(one, index), expected[1][index], **near)
+    assert not weights.take(one, np.array([-1])).any()  # nobody's token
     assert (kernel.width, kernel.count) == (expected.shape[-1], 48)
 
 
